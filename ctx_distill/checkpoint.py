@@ -1,0 +1,163 @@
+"""Artefacts: what one stage hands to the next, as safetensors and JSON, written whole or not at all.
+
+An artefact folder holds `artefact.json` (kind, fingerprint, upstream fingerprints, config), `model.safetensors`, and
+whatever files its kind adds. The fingerprint is a SHA-256 over config and weights, so equal artefacts have equal
+fingerprints wherever they lie.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ctx_distill.types import InputError
+
+Kind = Literal["xray-expert", "xray-index", "ct-encoder", "dual-encoder", "classifier", "report-decoder"]
+ARTEFACT_FILE = "artefact.json"
+WEIGHTS_FILE = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """An artefact read from disk.
+
+    Attributes:
+        folder: where it lies.
+        kind: what it is.
+        fingerprint: SHA-256 (hex) of its config and weights.
+        config: plain JSON values to build it again.
+        upstream: fingerprint of each artefact or input that it was made from, by name ("xray-expert", ...).
+    """
+
+    folder: Path
+    kind: Kind
+    fingerprint: str
+    config: dict[str, Any]
+    upstream: dict[str, str] = field(default_factory=dict)
+
+    def weights(self) -> dict[str, Tensor]:
+        """All tensors, on the CPU."""
+        return dict(load_file(self.folder / WEIGHTS_FILE))
+
+
+def hash_json(value: object) -> str:
+    """SHA-256 (hex) of a JSON value; key order does not matter."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 (hex) of a file's bytes."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write JSON under a temporary name and rename it, so that a reader never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part.write_text(json.dumps(value, indent=2) + "\n")
+    part.replace(path)
+
+
+def write_artefact(
+    folder: Path,
+    kind: Kind,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    upstream: Mapping[str, str] | None = None,
+    extra: Callable[[Path], None] | None = None,
+) -> Artefact:
+    """Write an artefact beside its place and move it there, replacing an earlier one.
+
+    Args:
+        folder: the artefact's folder.
+        kind: what it is.
+        config: plain JSON values.
+        tensors: the weights, saved as safetensors.
+        upstream: fingerprints of what it was made from.
+        extra: called with the temporary folder to add more files (a tokenizer, an index) before the move.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        save_file({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()},
+                  temporary / WEIGHTS_FILE)
+        if extra is not None:
+            extra(temporary)
+        fingerprint = hash_json({"kind": kind, "config": dict(config), "weights": hash_file(temporary / WEIGHTS_FILE)})
+        record = {"kind": kind, "fingerprint": fingerprint, "upstream": dict(upstream or {}), "config": dict(config)}
+        write_json(temporary / ARTEFACT_FILE, record)
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.chmod(0o755)
+        temporary.replace(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return read_artefact(folder, kind)
+
+
+def read_artefact(folder: Path, kind: Kind) -> Artefact:
+    """Read an artefact's record.
+
+    Raises:
+        InputError: the folder holds no artefact, a torn one, or one of another kind.
+    """
+    path = folder / ARTEFACT_FILE
+    if not path.is_file():
+        raise InputError(f"{folder}: no {kind} artefact here ({ARTEFACT_FILE} is missing). Run the stage that makes it, or give the folder of one.")
+    try:
+        record = json.loads(path.read_text())
+        artefact = Artefact(folder, record["kind"], record["fingerprint"], record["config"], record["upstream"])
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not a readable artefact record ({error}). Run the stage that makes it again.") from error
+    if artefact.kind != kind:
+        raise InputError(f"{folder}: holds a {artefact.kind} artefact, but a {kind} is needed here. Give the folder of a {kind}.")
+    return artefact
+
+
+def require_same(first: str, first_fingerprint: str, second: str, second_fingerprint: str, remedy: str) -> None:
+    """Check that two artefacts agree on something that both name.
+
+    Raises:
+        InputError: they disagree; the message names both.
+    """
+    if first_fingerprint != second_fingerprint:
+        raise InputError(
+            f"{first} and {second} disagree: {first_fingerprint[:12]} against {second_fingerprint[:12]}. {remedy}"
+        )
+
+
+def load_weights(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str = "", source: str = "weights") -> None:
+    """Load the tensors under a prefix into a module, strictly.
+
+    Raises:
+        InputError: keys are missing or left over, or shapes differ; the message lists the first of each.
+    """
+    own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    expected = module.state_dict()
+    missing = sorted(expected.keys() - own.keys())
+    left_over = sorted(own.keys() - expected.keys())
+    shapes = sorted(
+        f"{name} {tuple(own[name].shape)} for {tuple(expected[name].shape)}"
+        for name in own.keys() & expected.keys()
+        if own[name].shape != expected[name].shape
+    )
+    if missing or left_over or shapes:
+        parts = [
+            f"{len(items)} {what}: {', '.join(items[:3])}"
+            for what, items in (("missing", missing), ("left over", left_over), ("of another shape", shapes))
+            if items
+        ]
+        raise InputError(f"{source}: weights do not fit {type(module).__name__} ({'; '.join(parts)}). Use the configuration that they were trained with.")
+    module.load_state_dict(own)

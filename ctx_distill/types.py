@@ -1,0 +1,67 @@
+"""Batches, outputs and the error of bad input, shared by every part.
+
+Shapes: B batch, C channel, D H W depth (inferior to superior), rows (anterior to posterior), columns (patient's
+right to left), F findings, T tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+class InputError(ValueError):
+    """Bad input by a user: names what was read, what was found, what was expected, and the remedy.
+
+    The command line prints it without a traceback and ends with status 2.
+    """
+
+
+@dataclass
+class CTBatch:
+    """CT volumes of one batch with the texts of their studies.
+
+    Attributes:
+        volume: (B, 1, D, H, W) float32, scaled to the volume spec's output range.
+        study: (B,) int64, an integer a study: equal numbers are images of one study.
+        row: (B,) int64, the row of the manifest (its whole frame) that each item came from.
+        report: B report texts (findings and impression joined; "" where a study has none).
+        labels: (B, F) float32 holding 1, 0, -1 (uncertain) or NaN (blank); None where the task must not see labels.
+    """
+
+    volume: Tensor
+    study: Tensor
+    row: Tensor
+    report: list[str]
+    labels: Tensor | None = None
+
+
+@dataclass
+class XrayBatch:
+    """Radiographs of one batch, preprocessed for one X-ray expert.
+
+    Attributes:
+        image: (B, C, H, W) float32, as the expert's `preprocess` gives it.
+        study: (B,) int64, an integer a study.
+        row: (B,) int64, the manifest row.
+        report: B report texts.
+    """
+
+    image: Tensor
+    study: Tensor
+    row: Tensor
+    report: list[str]
+
+
+@dataclass
+class EncoderOutput:
+    """What a CT encoder gives.
+
+    Attributes:
+        pooled: (B, D_c), one vector a volume.
+        tokens: (B, T, D_c), the token grid flattened in D, H, W order.
+    """
+
+    pooled: Tensor
+    tokens: Tensor
