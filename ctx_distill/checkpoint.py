@@ -7,9 +7,7 @@ fingerprints wherever they lie.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -20,7 +18,20 @@ from typing import Any, Literal
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ctx_distill.types import InputError
+from ctx_distill.errors import InputError
+from ctx_distill.files import hash_file, hash_json, write_json
+
+__all__ = [
+    "Artefact",
+    "Kind",
+    "hash_file",
+    "hash_json",
+    "load_weights",
+    "read_artefact",
+    "require_same",
+    "write_artefact",
+    "write_json",
+]
 
 Kind = Literal["xray-expert", "xray-index", "ct-encoder", "dual-encoder", "classifier", "report-decoder"]
 ARTEFACT_FILE = "artefact.json"
@@ -50,25 +61,6 @@ class Artefact:
         return dict(load_file(self.folder / WEIGHTS_FILE))
 
 
-def hash_json(value: object) -> str:
-    """SHA-256 (hex) of a JSON value; key order does not matter."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 (hex) of a file's bytes."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write JSON under a temporary name and rename it, so that a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_text(json.dumps(value, indent=2) + "\n")
-    part.replace(path)
-
-
 def write_artefact(
     folder: Path,
     kind: Kind,
@@ -90,8 +82,10 @@ def write_artefact(
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        save_file({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()},
-                  temporary / WEIGHTS_FILE)
+        save_file(
+            {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()},
+            temporary / WEIGHTS_FILE,
+        )
         if extra is not None:
             extra(temporary)
         fingerprint = hash_json({"kind": kind, "config": dict(config), "weights": hash_file(temporary / WEIGHTS_FILE)})
@@ -115,14 +109,21 @@ def read_artefact(folder: Path, kind: Kind) -> Artefact:
     """
     path = folder / ARTEFACT_FILE
     if not path.is_file():
-        raise InputError(f"{folder}: no {kind} artefact here ({ARTEFACT_FILE} is missing). Run the stage that makes it, or give the folder of one.")
+        raise InputError(
+            f"{folder}: no {kind} artefact here ({ARTEFACT_FILE} is missing). "
+            "Run the stage that makes it, or give the folder of one."
+        )
     try:
         record = json.loads(path.read_text())
         artefact = Artefact(folder, record["kind"], record["fingerprint"], record["config"], record["upstream"])
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: not a readable artefact record ({error}). Run the stage that makes it again.") from error
+        raise InputError(
+            f"{path}: not a readable artefact record ({error}). Run the stage that makes it again."
+        ) from error
     if artefact.kind != kind:
-        raise InputError(f"{folder}: holds a {artefact.kind} artefact, but a {kind} is needed here. Give the folder of a {kind}.")
+        raise InputError(
+            f"{folder}: holds a {artefact.kind} artefact, but a {kind} is needed here. Give the folder of a {kind}."
+        )
     return artefact
 
 
@@ -159,5 +160,8 @@ def load_weights(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str =
             for what, items in (("missing", missing), ("left over", left_over), ("of another shape", shapes))
             if items
         ]
-        raise InputError(f"{source}: weights do not fit {type(module).__name__} ({'; '.join(parts)}). Use the configuration that they were trained with.")
+        raise InputError(
+            f"{source}: weights do not fit {type(module).__name__} ({'; '.join(parts)}). "
+            "Use the configuration that they were trained with."
+        )
     module.load_state_dict(own)

@@ -1,4 +1,4 @@
-"""Batches, outputs and the error of bad input, shared by every part.
+"""Batches and outputs, shared by every part.
 
 Shapes: B batch, C channel, D H W depth (inferior to superior), rows (anterior to posterior), columns (patient's
 right to left), F findings, T tokens.
@@ -10,12 +10,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ctx_distill.errors import InputError
 
-class InputError(ValueError):
-    """Bad input by a user: names what was read, what was found, what was expected, and the remedy.
-
-    The command line prints it without a traceback and ends with status 2.
-    """
+__all__ = ["CTBatch", "EncoderOutput", "InputError", "XrayBatch"]
 
 
 @dataclass

@@ -1,0 +1,103 @@
+# ctx-distill: `make help` lists the targets. Needs git, make and Python 3.11 or newer; everything else it fetches.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.SUFFIXES:
+
+PYTHON ?= python3
+RUN ?= runs/demo
+DATA ?= runs/demo/data
+PRESET ?= demo
+ARGS ?=
+EXPERT ?=
+FORCE ?=
+CT ?= 320
+XRAY ?= 1000
+SEED ?= 0
+
+export UV_PYTHON_DOWNLOADS = never
+export MALLOC_MMAP_THRESHOLD_ = 268435456
+export MALLOC_TRIM_THRESHOLD_ = 268435456
+
+VENV := .venv
+UV := .uv/bin/uv
+EXTRA := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+LOCK := requirements/$(EXTRA).txt
+READY := $(VENV)/.ready-$(EXTRA)
+CLI := $(VENV)/bin/ctx-distill
+OPTIONS = --data "$(DATA)" --run "$(RUN)" --preset "$(PRESET)" $(if $(EXPERT),--expert "$(EXPERT)") $(if $(FORCE),--force)
+PYTEST := $(VENV)/bin/python -m pytest
+
+.PHONY: help setup demo data expert all stage-1 stage-2 stage-3 stage-4 page check test test-quick test-slow lock clean
+
+help: ## list the targets
+	@echo "ctx-distill: chest CT, taught by chest X-ray experts. A research tool, not a medical device."
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@echo "Settings: DATA= RUN= PRESET=demo|base|large EXPERT= FORCE=1 ARGS=\"<LightningCLI overrides>\""
+
+setup: $(READY) ## create .venv from the hash-checked lock (faiss-gpu where an NVIDIA driver answers)
+
+$(UV): requirements/uv.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed; $(PYTHON) is $$($(PYTHON) --version 2>&1). Give another with PYTHON=."; exit 1; }
+	@$(PYTHON) -m venv .uv
+	@.uv/bin/python -m pip install --quiet --require-hashes -r requirements/uv.txt
+	@touch $@
+
+$(READY): $(UV) $(LOCK) pyproject.toml
+	@echo "setting up .venv ($(EXTRA)): a few gigabytes the first time"
+	@test -x $(VENV)/bin/python || $(UV) venv --quiet --python "$$(command -v $(PYTHON))" $(VENV)
+	@$(UV) pip sync --quiet --require-hashes --python $(VENV) $(LOCK)
+	@$(UV) pip install --quiet --python $(VENV) --no-deps --no-build-isolation --editable .
+	@rm -f $(VENV)/.ready-* && touch $@
+
+demo: $(READY) ## set up, make the embedded cohort, run everything, print the table and the page
+	@$(CLI) phantom "$(DATA)" --ct $(CT) --xray $(XRAY) --seed $(SEED)
+	@$(CLI) all $(OPTIONS) $(ARGS)
+
+data: $(READY) ## make the embedded cohort alone: CT= XRAY= SEED= DATA=
+	@$(CLI) phantom "$(DATA)" --ct $(CT) --xray $(XRAY) --seed $(SEED)
+
+all: $(READY) ## every stage in order on DATA, skipping what is complete
+	@$(CLI) all $(OPTIONS) $(ARGS)
+
+expert: $(READY) ## train a small X-ray expert, where there is no pretrained one
+	@$(CLI) expert $(OPTIONS) $(ARGS)
+
+stage-1: $(READY) ## X-ray index: embed the pool, build the FAISS index
+	@$(CLI) index $(OPTIONS) $(ARGS)
+
+stage-2: $(READY) ## distillation: the expert's knowledge into the CT encoder
+	@$(CLI) distill $(OPTIONS) $(ARGS)
+
+stage-3: $(READY) ## robust contrastive alignment of CT and report
+	@$(CLI) align $(OPTIONS) $(ARGS)
+
+stage-4: $(READY) ## downstream: zero-shot findings, classifier, report decoder
+	@$(CLI) heads $(OPTIONS) $(ARGS)
+
+page: $(READY) ## write RUN/index.html again
+	@$(CLI) page --run "$(RUN)"
+
+check: $(READY) ## ruff, mypy, and the import-direction test
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/mypy
+	@$(PYTEST) -q tests/test_imports.py
+
+test-quick: $(READY) ## the tests that take seconds; at most 2 minutes
+	@$(PYTEST) -q -m "not slow and not full and not ddp and not slurm and not gpu"
+
+test: check ## check, then all tests but the slow ones; at most 12 minutes
+	@$(PYTEST) -m "not slow and not slurm and not gpu" --durations 15
+
+test-slow: $(READY) ## the slow tests: the whole pipeline, and real scans where they are
+	@$(PYTEST) -m "slow" --durations 15
+
+lock: $(UV) ## compile the locks again from pyproject.toml
+	@for extra in cpu gpu; do $(UV) pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header \
+		--no-annotate --extra $$extra --extra dev pyproject.toml --output-file requirements/$$extra.txt; done
+	@$(UV) pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header --no-annotate \
+		requirements/uv.in --output-file requirements/uv.txt
+
+clean: ## remove .venv and .uv; runs stay
+	@rm -rf $(VENV) .uv

@@ -1,0 +1,132 @@
+"""`ctx-distill`: one entry point. Nothing heavy is imported before a command is known, so that help is there at once."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ctx_distill import __version__
+from ctx_distill.errors import InputError
+from ctx_distill.pipeline.plan import STAGES, Stage
+
+NOTICE = "A research tool, not a medical device."
+HEADS = ("zero-shot", "classifier", "report")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="ctx-distill",
+        allow_abbrev=False,
+        description=f"Chest-CT understanding distilled from chest-X-ray experts. {NOTICE}",
+    )
+    parser.add_argument("--version", action="version", version=f"ctx-distill {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="<command>", required=True)
+    for stage in STAGES.values():
+        number = f" (stage {stage.number})" if stage.number else ""
+        _add_run_options(commands.add_parser(stage.name, help=f"run one stage: {stage.title}{number}"))
+    _add_run_options(commands.add_parser("heads", help="stage 4 as a whole: " + ", ".join(HEADS)))
+    everything = commands.add_parser("all", help="every stage in order, skipping what is complete, then the page")
+    _add_run_options(everything)
+    everything.add_argument("--isolated", action="store_true", help="run each stage in a process of its own")
+    page = commands.add_parser("page", help="write RUN/index.html from what a run folder holds")
+    page.add_argument("--run", type=Path, default=Path("runs/demo"), metavar="RUN")
+    phantom = commands.add_parser("phantom", help="write the embedded cohort: synthetic chests with known findings")
+    phantom.add_argument("out", type=Path, metavar="OUT")
+    phantom.add_argument("--ct", type=int, default=320, metavar="N", help="CT studies (default: %(default)s)")
+    phantom.add_argument("--xray", type=int, default=1000, metavar="M", help="X-ray studies (default: %(default)s)")
+    phantom.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="same seed, same bytes (default: %(default)s)"
+    )
+    phantom.add_argument("--workers", type=int, default=None, metavar="W", help="processes (default: one a core)")
+    _add_weights(commands.add_parser("weights", help="fetch or convert the weights of an X-ray expert"))
+    return parser
+
+
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
+    parser.allow_abbrev = False
+    parser.add_argument("--data", type=Path, default=Path("runs/demo/data"), metavar="DATA",
+                        help="folder holding ct.csv and xray.csv (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--run", type=Path, default=Path("runs/demo"), metavar="RUN",
+                        help="run folder (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--preset", default="demo", metavar="PRESET",
+                        help="demo, base, large, or a YAML file (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--expert", default=None, metavar="SOURCE", dest="expert_source",
+                        help="an X-ray expert's folder or hf-hub:org/name; default: the run's own")  # fmt: skip
+    parser.add_argument("--force", action="store_true", help="run again although it is complete")
+    parser.epilog = "Any other option is a LightningCLI override, such as --trainer.max_epochs=5."
+
+
+def _add_weights(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", metavar="<action>", required=True)
+    fetch = actions.add_parser("fetch", help="download an expert at a pinned revision, for nodes without internet")
+    fetch.add_argument("source", metavar="hf-hub:ORG/NAME")
+    fetch.add_argument("--revision", required=True, metavar="COMMIT", help="40 hex digits")
+    fetch.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    convert = actions.add_parser("convert-torchxrayvision", help="turn torchxrayvision's pickle into safetensors, once")
+    convert.add_argument("checkpoint", type=Path, metavar="FILE.pt")
+    convert.add_argument("out", type=Path, metavar="FOLDER")
+    convert.add_argument("--sha256", default=None, metavar="HEX", help="of the file; default: the pinned release")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status (0 done, 2 bad input, 130 interrupted)."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    parser = build_parser()
+    options, overrides = parser.parse_known_args(given)
+    if overrides and not hasattr(options, "preset"):
+        parser.error(f"unrecognized arguments: {' '.join(overrides)}")
+    try:
+        _dispatch(options, overrides, given)
+    except InputError as error:
+        print(f"ctx-distill {options.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _dispatch(options: argparse.Namespace, overrides: list[str], given: list[str]) -> None:
+    if options.command == "phantom":
+        from ctx_distill.phantom.cohort import write_cohort
+
+        write_cohort(options.out, options.ct, options.xray, options.seed, options.workers)
+    elif options.command == "page":
+        from ctx_distill.page.page import build_page
+
+        print(build_page(options.run))
+    elif options.command == "weights":
+        _weights(options)
+    else:
+        _run(options, overrides, given)
+
+
+def _weights(options: argparse.Namespace) -> None:
+    from ctx_distill.models import weights
+
+    if options.action == "fetch":
+        weights.fetch(options.source, options.revision, options.out)
+    else:
+        weights.convert_torchxrayvision(options.checkpoint, options.out, options.sha256)
+
+
+def _run(options: argparse.Namespace, overrides: list[str], given: list[str]) -> None:
+    from ctx_distill.pipeline.all_stages import run_stages
+    from ctx_distill.pipeline.run_folder import lock_run
+
+    stages: list[Stage]
+    if options.command == "all":
+        stages = [stage for stage in STAGES.values() if stage.name != "expert" or not options.expert_source]
+    elif options.command == "heads":
+        stages = [STAGES[name] for name in HEADS]
+    else:
+        stages = [STAGES[options.command]]
+    with lock_run(options.run, "ctx-distill " + " ".join(given)):
+        run_stages(stages, options, overrides)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,41 @@
+"""Prepared tensors kept in memory, within a limit, for as long as the process lives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from functools import lru_cache
+
+from torch import Tensor
+
+
+class TensorCache:
+    """Keeps what it is given until its limit is reached; later tensors are made anew each time.
+
+    Nothing is put out again: in a sweep over a data set that does not fit, putting the oldest out would miss always.
+
+    Args:
+        limit_bytes: memory that it may hold.
+    """
+
+    def __init__(self, limit_bytes: int) -> None:
+        self.limit_bytes = limit_bytes
+        self.held_bytes = 0
+        self._kept: dict[Hashable, Tensor] = {}
+
+    def get(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        """The tensor of a key, made when it is not kept."""
+        kept = self._kept.get(key)
+        if kept is not None:
+            return kept
+        made = make()
+        size = made.element_size() * made.nelement()
+        if self.held_bytes + size <= self.limit_bytes:
+            self._kept[key] = made
+            self.held_bytes += size
+        return made
+
+
+@lru_cache(maxsize=4)
+def shared_cache(gigabytes: float) -> TensorCache:
+    """The process's cache of this size; stages that run in one process share it."""
+    return TensorCache(int(gigabytes * 1e9))

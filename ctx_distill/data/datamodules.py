@@ -1,0 +1,212 @@
+"""LightningDataModules over the two manifests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from ctx_distill.data.cache import shared_cache
+from ctx_distill.data.datasets import Collate, EpochShuffle, Item, ManifestDataset, ct_dataset, xray_dataset
+from ctx_distill.data.manifest import Manifest, leave_out_for_index, read_manifest
+from ctx_distill.data.transforms import VolumeSpec
+from ctx_distill.errors import InputError
+from ctx_distill.types import CTBatch, XrayBatch
+
+
+class ManifestDataModule(L.LightningDataModule):
+    """What both data modules share: loaders over parts of a manifest.
+
+    Args:
+        batch_size: items of a training batch, a rank.
+        eval_batch_size: items of a validation or prediction batch, a rank.
+        num_workers: reading processes; 0 reads in the training process and lets stages share the cache.
+        cache_gb: gigabytes of prepared tensors to keep in memory, a process.
+        seed: of the shuffle.
+    """
+
+    collate: Collate[Any]
+
+    def __init__(self, batch_size: int, eval_batch_size: int, num_workers: int, cache_gb: float, seed: int) -> None:
+        super().__init__()
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        self.num_workers, self.seed = num_workers, seed
+        self.cache = shared_cache(cache_gb)
+
+    def describe(self) -> dict[str, Any]:
+        """Facts of the data for `run.json`."""
+        return {}
+
+    def dataset(self, manifest: Manifest) -> ManifestDataset:
+        """A dataset over (part of) the manifest."""
+        raise InputError(f"{type(self).__name__}: has no dataset; use CTDataModule or XrayDataModule.")
+
+    def loader(self, manifest: Manifest, *, train: bool = False) -> DataLoader[Item]:
+        """A loader over (part of) a manifest; training shuffles and drops a last batch that is not full."""
+        dataset = self.dataset(manifest)
+        batch_size = self.batch_size if train else self.eval_batch_size
+        return DataLoader(
+            dataset,
+            batch_size=batch_size,
+            sampler=EpochShuffle(len(dataset), self.seed) if train else None,
+            drop_last=train and len(dataset) >= batch_size,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            collate_fn=self.collate,
+        )
+
+
+class CTDataModule(ManifestDataModule):
+    """CT volumes streamed from the files of a manifest, with their reports.
+
+    Args:
+        ct_manifest: CSV or Parquet manifest.
+        volume: spacing, shape and window that every volume is brought to.
+        batch_size: see `ManifestDataModule`.
+        eval_batch_size: see `ManifestDataModule`.
+        num_workers: see `ManifestDataModule`.
+        cache_gb: see `ManifestDataModule`.
+        seed: see `ManifestDataModule`.
+        with_labels: whether batches carry labels: for the supervised heads, and for logs.
+        text: `required` leaves studies without any report text out of training and validation, and says how many.
+    """
+
+    collate = Collate(CTBatch)
+
+    def __init__(
+        self,
+        ct_manifest: str,
+        volume: VolumeSpec,
+        batch_size: int = 8,
+        eval_batch_size: int = 8,
+        num_workers: int = 0,
+        cache_gb: float = 1.0,
+        seed: int = 0,
+        with_labels: bool = False,
+        text: Literal["required", "optional"] = "optional",
+    ) -> None:
+        super().__init__(batch_size, eval_batch_size, num_workers, cache_gb, seed)
+        self.volume, self.with_labels, self.text = volume, with_labels, text
+        self.manifest = read_manifest(Path(ct_manifest))
+        if not len(self.manifest.split("train")):
+            raise InputError(f"{ct_manifest}: no row has split `train`; every stage trains on some. Set column split.")
+        silent = len(self.manifest) - len(self.with_text(self.manifest))
+        if text == "required" and silent:
+            print(f"{ct_manifest}: {silent} of {len(self.manifest)} CTs have no report text and are left out here")
+        if not len(self.training_rows()):
+            raise InputError(
+                f"{ct_manifest}: no `train` row has findings or an impression; this stage learns from them."
+            )
+
+    def with_text(self, manifest: Manifest) -> Manifest:
+        """The rows that have findings or an impression, where the stage needs text; else all."""
+        if self.text == "optional":
+            return manifest
+        return manifest.where(np.array([bool(manifest.report(row)) for row in manifest.frame.index], dtype=bool))
+
+    def training_rows(self) -> Manifest:
+        """The rows that this stage trains on."""
+        return self.with_text(self.manifest.split("train"))
+
+    def describe(self) -> dict[str, Any]:
+        """The CT manifest and the volume spec."""
+        return {"ct": describe_manifest(self.manifest), "volume_spec": self.volume.to_config()}
+
+    def dataset(self, manifest: Manifest) -> ManifestDataset:
+        """CT volumes of (part of) the manifest."""
+        return ct_dataset(manifest, self.volume, self.cache, self.with_labels)
+
+    def train_dataloader(self) -> DataLoader[Item]:
+        """Shuffled `train` rows."""
+        return self.loader(self.training_rows(), train=True)
+
+    def val_dataloader(self) -> DataLoader[Item] | list[DataLoader[Item]]:
+        """`val` rows in order; none where the manifest has none."""
+        val = self.with_text(self.manifest.split("val"))
+        return self.loader(val) if len(val) else []
+
+
+class XrayDataModule(ManifestDataModule):
+    """Radiographs of a manifest, preprocessed by the task's expert.
+
+    The task sets `preprocess` ((H, W) in [0, 1] to (C, h, w)) and `preprocess_key` (which names it to the cache)
+    before the first loader is asked for.
+
+    Args:
+        xray_manifest: CSV or Parquet manifest of the X-rays.
+        ct_manifest: manifest of the CTs, so that X-rays of held-out CT patients are left out; None leaves none out.
+        batch_size: see `ManifestDataModule`.
+        eval_batch_size: see `ManifestDataModule`.
+        num_workers: see `ManifestDataModule`.
+        cache_gb: see `ManifestDataModule`.
+        seed: see `ManifestDataModule`.
+        frontal_only: leave out views that are not frontal.
+        language: language of the reports to take; None takes the most common one.
+    """
+
+    collate = Collate(XrayBatch)
+
+    def __init__(
+        self,
+        xray_manifest: str,
+        ct_manifest: str | None = None,
+        batch_size: int = 32,
+        eval_batch_size: int = 64,
+        num_workers: int = 0,
+        cache_gb: float = 1.0,
+        seed: int = 0,
+        frontal_only: bool = True,
+        language: str | None = None,
+    ) -> None:
+        super().__init__(batch_size, eval_batch_size, num_workers, cache_gb, seed)
+        self.frontal_only, self.language = frontal_only, language
+        self.preprocess: Callable[[NDArray[np.float32]], Tensor] | None = None
+        self.preprocess_key = ""
+        self.manifest = read_manifest(Path(xray_manifest))
+        self.ct = read_manifest(Path(ct_manifest)) if ct_manifest else None
+
+    def describe(self) -> dict[str, Any]:
+        """The X-ray manifest."""
+        return {"xray": describe_manifest(self.manifest)}
+
+    def pool(self) -> tuple[Manifest, dict[str, int]]:
+        """The rows that the index takes, and how many were left out, by reason."""
+        if self.ct is None:
+            return self.manifest.split("train"), {}
+        return leave_out_for_index(self.manifest, self.ct, frontal_only=self.frontal_only, language=self.language)
+
+    def dataset(self, manifest: Manifest) -> ManifestDataset:
+        """Radiographs of (part of) the manifest, as the task's expert wants them."""
+        if self.preprocess is None:
+            raise InputError("XrayDataModule: no task has set `preprocess`; use it with the expert or the index task.")
+        return xray_dataset(manifest, self.preprocess, self.cache, self.preprocess_key)
+
+    def train_dataloader(self) -> DataLoader[Item]:
+        """Shuffled `train` rows."""
+        return self.loader(self.manifest.split("train"), train=True)
+
+    def val_dataloader(self) -> DataLoader[Item] | list[DataLoader[Item]]:
+        """`val` rows in order; none where the manifest has none."""
+        val = self.manifest.split("val")
+        return self.loader(val) if len(val) else []
+
+
+def describe_manifest(manifest: Manifest) -> dict[str, Any]:
+    """Path, fingerprint and counts of a manifest, as JSON values."""
+    frame = manifest.frame
+    splits: Sequence[str] = ("train", "val", "test")
+    return {
+        "path": str(manifest.path.resolve()),
+        "fingerprint": manifest.fingerprint,
+        "images": len(frame),
+        "studies": int(frame["study_id"].nunique()),
+        "patients": int(frame["patient_id"].nunique()),
+        "splits": {split: int((frame["split"] == split).sum()) for split in splits},
+        "labels": list(manifest.finding_names),
+    }

@@ -1,0 +1,126 @@
+"""Datasets over manifests, the epoch's shuffle, and collation into typed batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from ctx_distill.data.cache import TensorCache
+from ctx_distill.data.manifest import Manifest
+from ctx_distill.data.radiograph import read_radiograph
+from ctx_distill.data.transforms import VolumeSpec, load_ct
+from ctx_distill.types import CTBatch, XrayBatch
+
+Batch = TypeVar("Batch", CTBatch, XrayBatch)
+
+
+@dataclass
+class Item:
+    """One image of a manifest.
+
+    Attributes:
+        tensor: (1, D, H, W) or (C, H, W).
+        row: its row in the manifest's whole frame.
+        study: integer of its study.
+        report: its text.
+        labels: (F,), where the task may see labels.
+    """
+
+    tensor: Tensor
+    row: int
+    study: int
+    report: str
+    labels: Tensor | None
+
+
+class ManifestDataset(Dataset[Item]):
+    """The images of a manifest, read when asked for.
+
+    Args:
+        manifest: the rows to serve.
+        read: gives the tensor of a row.
+        cache: where tensors are kept.
+        cache_key: what else than the file decides the tensor (a volume spec, an expert's preprocessing).
+        with_labels: whether items carry labels.
+    """
+
+    def __init__(
+        self, manifest: Manifest, read: Callable[[int], Tensor], cache: TensorCache, cache_key: str, with_labels: bool
+    ) -> None:
+        self.manifest, self.read, self.cache, self.cache_key = manifest, read, cache, cache_key
+        self.rows: list[int] = [int(row) for row in manifest.frame.index]
+        self.studies = manifest.study_codes()
+        self.labels: NDArray[np.float32] | None = manifest.labels() if with_labels else None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Item:
+        row = self.rows[index]
+        file = self.manifest.image_file(row)
+        tensor = self.cache.get((str(file), self.cache_key), lambda: self.read(row))
+        labels = None if self.labels is None else torch.from_numpy(self.labels[index])
+        return Item(tensor, row, int(self.studies[index]), self.manifest.report(row), labels)
+
+
+def ct_dataset(manifest: Manifest, spec: VolumeSpec, cache: TensorCache, with_labels: bool) -> ManifestDataset:
+    """CT volumes (1, D, H, W) under a volume spec."""
+    return ManifestDataset(
+        manifest, lambda row: load_ct(manifest.image_file(row), spec), cache, spec.fingerprint(), with_labels
+    )
+
+
+def xray_dataset(
+    manifest: Manifest, preprocess: Callable[[NDArray[np.float32]], Tensor], cache: TensorCache, cache_key: str
+) -> ManifestDataset:
+    """Radiographs (C, H, W) as an expert's preprocessing gives them."""
+    return ManifestDataset(
+        manifest, lambda row: preprocess(read_radiograph(manifest.image_file(row))), cache, cache_key, False
+    )
+
+
+class Collate(Generic[Batch]):
+    """Stacks items into a batch of a type; a class so that worker processes can be sent it."""
+
+    def __init__(self, batch: type[Batch]) -> None:
+        self.batch = batch
+
+    def __call__(self, items: Sequence[Item]) -> Batch:
+        tensor = torch.stack([item.tensor for item in items])
+        study = torch.tensor([item.study for item in items])
+        row = torch.tensor([item.row for item in items])
+        report = [item.report for item in items]
+        if self.batch is XrayBatch:
+            return XrayBatch(tensor, study, row, report)  # type: ignore[return-value]
+        labels = [item.labels for item in items if item.labels is not None]
+        return CTBatch(tensor, study, row, report, torch.stack(labels) if labels else None)  # type: ignore[return-value]
+
+
+class EpochShuffle(Sampler[int]):
+    """A shuffle that is a function of seed and epoch alone, so that a resumed run sees the order it would have seen.
+
+    Args:
+        size: number of items.
+        seed: of the run.
+    """
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.size, self.seed, self.epoch = size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by Lightning at the start of each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
+        yield from torch.randperm(self.size, generator=generator).tolist()

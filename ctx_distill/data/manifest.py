@@ -1,0 +1,280 @@
+"""Manifests: the one table that says which image belongs to which patient, split, report and labels.
+
+The schema is written down for users in `data_manifests/README.md`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from ctx_distill.data._problems import Problems, shorten
+from ctx_distill.data.image_paths import file_faults, path_fault
+from ctx_distill.data.tables import Table, read_table
+from ctx_distill.types import InputError
+
+SPLITS = ("train", "val", "test")
+REQUIRED = ("study_id", "patient_id", "split", "image_path", "findings", "impression")
+OPTIONAL = ("image_id", "view", "language")
+LABEL = "label:"
+FRONTAL_VIEWS = frozenset({"", "frontal", "pa", "ap"})
+"""Views (lower case) that the X-ray index takes as frontal; blank counts as frontal."""
+
+# pandas writes a column of 1, 0 and blanks as "1.0", "0.0" and "".
+_LABEL_VALUES: Mapping[str, float] = {
+    "": float("nan"), "1": 1.0, "0": 0.0, "-1": -1.0, "1.0": 1.0, "0.0": 0.0, "-1.0": -1.0, "-0": 0.0, "-0.0": 0.0,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Manifest:
+    """A manifest that has passed every check, or some of its rows.
+
+    Attributes:
+        path: the file it came from; image paths are relative to its folder.
+        frame: one row an image; its index holds the row's number (from 0) in the whole manifest. Columns `study_id,
+            patient_id, split, image_path, findings, impression, image_id, view, language` are text ("" for blank),
+            `study_code` is an integer a study, `label:<finding>` are 1, 0, -1 (uncertain) or NaN (blank).
+        finding_names: the findings of the label columns, in the manifest's order; may be empty.
+        fingerprint: SHA-256 (hex) of the rows held here; the same wherever the file lies and however it is stored.
+    """
+
+    path: Path
+    frame: pd.DataFrame
+    finding_names: tuple[str, ...]
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.frame)
+
+    def split(self, *names: str) -> Manifest:
+        """The rows of these splits, under their original row numbers; may be empty.
+
+        Raises:
+            InputError: a name other than train, val, test.
+        """
+        unknown = [name for name in names if name not in SPLITS]
+        if unknown or not names:
+            raise InputError(f"{self.path}: no split {unknown or 'given'}; expected one or more of {', '.join(SPLITS)}")
+        return self.where(self.frame["split"].isin(names).to_numpy(dtype=bool))
+
+    def where(self, keep: NDArray[np.bool_]) -> Manifest:
+        """The rows where `keep` (N,) is true, under their original row numbers."""
+        frame = self.frame.loc[keep]
+        return replace(self, frame=frame, fingerprint=_fingerprint(frame, self.finding_names))
+
+    def image_file(self, row: int) -> Path:
+        """The image of a row; `row` is a value of the frame's index, so the same for the whole and a split."""
+        return self.path.parent / str(self.frame.at[row, "image_path"])
+
+    def report(self, row: int) -> str:
+        """Findings and impression of a row in one string, white space made single; "" where there is no text."""
+        return " ".join(f"{self.frame.at[row, 'findings']} {self.frame.at[row, 'impression']}".split())
+
+    def labels(self) -> NDArray[np.float32]:
+        """(N, F) float32 in the order of the frame and of `finding_names`: 1, 0, -1 (uncertain) or NaN (blank)."""
+        columns = [LABEL + name for name in self.finding_names]
+        values: NDArray[np.float32] = self.frame[columns].to_numpy(dtype=np.float32).reshape(len(self), len(columns))
+        return values
+
+    def study_codes(self) -> NDArray[np.int64]:
+        """(N,) int64 in the order of the frame: equal numbers are images of one study, also across splits."""
+        return self.frame["study_code"].to_numpy(dtype=np.int64)
+
+
+def read_manifest(path: Path, *, check_images: bool = True) -> Manifest:
+    """Reads and checks a manifest.
+
+    Args:
+        path: a .csv (UTF-8) or .parquet file.
+        check_images: also look on the disk: every image exists, opens, and lies in the manifest's folder after
+            following links. Images are not decoded.
+
+    Raises:
+        InputError: everything the schema refuses, up to ten faults in one message with their total.
+    """
+    path = Path(path)
+    table = read_table(path)
+    _check_columns(table)
+    if not table.rows:
+        raise InputError(f"{path}: a header and no rows; expected a row an image")
+    frame, finding_names = _normalise(table)
+    _check_rows(table, frame)
+    if check_images:
+        problems = Problems(path)
+        for row, fault in zip(table.rows, file_faults(path.parent, frame["image_path"].tolist()), strict=True):
+            if fault:
+                problems.add(row, "image_path", *fault)
+        problems.raise_if_any()
+    return Manifest(path, frame, finding_names, _fingerprint(frame, finding_names))
+
+
+def _check_columns(table: Table) -> None:
+    names = list(table.columns)
+    missing = [name for name in REQUIRED if name not in names]
+    if not missing:
+        return
+    hint = "add them (a blank findings or impression is fine)"
+    if len(names) == 1 and any(mark in names[0] for mark in ";\t|"):
+        hint = "the columns look separated by another mark; separate them by commas"
+    raise InputError(
+        f"{table.path}: row 1: missing column{'s' * (len(missing) > 1)} {', '.join(missing)}; "
+        f"found {shorten(', '.join(names), 200)}; {hint}"
+    )
+
+
+def _normalise(table: Table) -> tuple[pd.DataFrame, tuple[str, ...]]:
+    """Text columns stripped, labels as numbers; columns outside the schema are left out."""
+    problems = Problems(table.path)
+    data: dict[str, object] = {}
+    for name in (*REQUIRED, *OPTIONAL):
+        values = table.columns.get(name, [""] * len(table.rows))
+        # Stripped, because "p1 " and "p1" would be two patients, and one could sit in train and the other in test.
+        data[name] = pd.array([value.strip() for value in values], dtype="object")
+    if "image_id" not in table.columns:
+        data["image_id"] = data["study_id"]
+    data["study_code"] = pd.factorize(pd.Series(data["study_id"]))[0].astype(np.int64)
+    finding_names: list[str] = []
+    for name, values in table.columns.items():
+        if not name.startswith(LABEL):
+            continue
+        finding = name.removeprefix(LABEL).strip()
+        if not finding or finding in finding_names:
+            raise InputError(
+                f"{table.path}: row 1, column {name!r}: found {'a second' if finding else 'no'} finding name; "
+                "expected label:<finding>, each finding once"
+            )
+        finding_names.append(finding)
+        numbers = np.full(len(values), np.nan, dtype=np.float64)
+        for i, value in enumerate(values):
+            number = _LABEL_VALUES.get(value.strip())
+            if number is None:
+                problems.add(
+                    table.rows[i], name, shorten(value), "expected 1 (present), 0 (absent), -1 (uncertain) or blank"
+                )
+            else:
+                numbers[i] = number
+        data[LABEL + finding] = numbers
+    problems.raise_if_any()
+    return pd.DataFrame(data), tuple(finding_names)
+
+
+def _check_rows(table: Table, frame: pd.DataFrame) -> None:
+    """Ids, splits, paths as text; then what must agree between rows."""
+    problems = Problems(table.path)
+    for column in ("study_id", "patient_id", "image_id"):
+        if column == "image_id" and column not in table.columns:
+            continue
+        for row, value in zip(table.rows, frame[column], strict=True):
+            if not value:
+                problems.add(row, column, "nothing", "expected an id, fill it in")
+    for row, split in zip(table.rows, frame["split"], strict=True):
+        if split not in SPLITS:
+            problems.add(row, "split", shorten(split), "expected train, val or test")
+    for row, image_path in zip(table.rows, frame["image_path"], strict=True):
+        if fault := path_fault(image_path):
+            problems.add(row, "image_path", *fault)
+    _check_unique_images(table, frame, problems)
+    _check_one_value(table, frame, "study_id", "patient_id", problems, "a study belongs to one patient, correct an id")
+    _check_one_value(
+        table, frame, "patient_id", "split", problems, "put all images of a patient in one split, or the test is no test"
+    )
+    problems.raise_if_any()
+
+
+def _check_unique_images(table: Table, frame: pd.DataFrame, problems: Problems) -> None:
+    first: dict[str, int] = {}
+    column = "image_id" if "image_id" in table.columns else "study_id"
+    remedy = "image ids are unique, rename one of them"
+    if column == "study_id":
+        remedy = "for several images of a study add a column image_id with an id of its own for each"
+    for row, value in zip(table.rows, frame["image_id"], strict=True):
+        if value in first:
+            problems.add(row, column, f"{shorten(value)} again, as in row {first[value]}", remedy)
+        elif value:
+            first[value] = row
+
+
+def _check_one_value(
+    table: Table, frame: pd.DataFrame, key: str, column: str, problems: Problems, remedy: str
+) -> None:
+    """Each `key` has one `column` value; a key that has more is named once, at the row where the second appears."""
+    first: dict[str, tuple[str, int]] = {}
+    told: set[str] = set()
+    for row, name, value in zip(table.rows, frame[key], frame[column], strict=True):
+        value_before, row_before = first.setdefault(name, (value, row))
+        if name and value and value_before and value != value_before and name not in told:
+            told.add(name)
+            found = f"{shorten(value)} for {key} {shorten(name)}, which has {shorten(value_before)} in row {row_before}"
+            problems.add(row, column, found, remedy)
+
+
+def _fingerprint(frame: pd.DataFrame, finding_names: Sequence[str]) -> str:
+    digest = hashlib.sha256(b"ctx-distill manifest 1")
+    for column in (*REQUIRED, *OPTIONAL):
+        values = frame[column].tolist()
+        # Lengths go in too, or moving a word from one cell to the next would not show.
+        digest.update(np.array([len(v) for v in values], dtype="<i8").tobytes())
+        digest.update("".join(values).encode("utf-8", errors="surrogatepass"))
+    for name in finding_names:
+        encoded = np.nan_to_num(frame[LABEL + name].to_numpy(dtype=np.float64), nan=-9.0).astype("<f4")
+        digest.update(f"|{len(name)}:{name}|".encode())
+        digest.update(encoded.tobytes())
+    return digest.hexdigest()
+
+
+def leave_out_for_index(
+    xray: Manifest, ct: Manifest, *, frontal_only: bool = True, language: str | None = None
+) -> tuple[Manifest, dict[str, int]]:
+    """The X-rays that the retrieval index holds: split train, no CT val or test patient, frontal, one language.
+
+    A row is counted under the first reason that applies, so the counts and the number kept add up to `len(xray)`.
+
+    Args:
+        xray: the X-ray manifest.
+        ct: the CT manifest, with patient ids out of the same space.
+        frontal_only: take views of `FRONTAL_VIEWS` alone (case does not matter).
+        language: the language to take; by default the most common of the X-rays otherwise taken. A blank language
+            counts as that one.
+
+    Returns:
+        The X-rays kept, and for each reason (in words to print) how many it left out.
+
+    Raises:
+        InputError: nothing is left.
+    """
+    frame = xray.frame
+    keep: NDArray[np.bool_] = np.ones(len(frame), dtype=bool)
+    counts: dict[str, int] = {}
+
+    def leave_out(reason: str, out: NDArray[np.bool_]) -> None:
+        counts[reason] = int((keep & out).sum())
+        keep[out] = False
+
+    held_out = set(ct.frame.loc[ct.frame["split"].isin(("val", "test")), "patient_id"])
+    leave_out("not in split train", (frame["split"] != "train").to_numpy(dtype=bool))
+    leave_out("patient is in CT val or test", frame["patient_id"].isin(held_out).to_numpy(dtype=bool))
+    if frontal_only:
+        view = frame["view"].str.strip().str.lower()
+        leave_out("not a frontal view", ~view.isin(FRONTAL_VIEWS).to_numpy(dtype=bool))
+    spoken = frame["language"].str.strip().str.lower()
+    wanted = language.strip().lower() if language is not None else None
+    if wanted is None:
+        named = spoken[keep & (spoken != "").to_numpy(dtype=bool)]
+        # mode() sorts ties by name, so the choice does not depend on the order of the rows.
+        wanted = str(named.mode().iloc[0]) if len(named) else None
+    if wanted:
+        leave_out(f"language is not {wanted}", ~spoken.isin(("", wanted)).to_numpy(dtype=bool))
+    if not keep.any():
+        reasons = ", ".join(f"{reason}: {n}" for reason, n in counts.items())
+        raise InputError(
+            f"{xray.path}: no X-ray of {len(xray)} is left for the index ({reasons}); "
+            "expected frontal X-rays of split train, of patients outside CT val and test"
+        )
+    return xray.where(keep), counts

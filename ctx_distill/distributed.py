@@ -1,0 +1,119 @@
+"""Rank and world size asked at call time, and gathers whose gradient equals one process with the whole batch.
+
+The convention, in one place: **every rank computes its loss on the global batch** (all ranks' rows, gathered in rank
+order) **and DDP averages the ranks' gradients**. What is minimised is then the mean over ranks of what each rank
+computed, so the backward of a gather hands every rank the *sum* over ranks of the gradients of its rows; dividing by
+the world size is DDP's part. Both a parameter in front of the gather (an encoder) and one behind it (the temperature)
+then get exactly the gradient of one process, also where ranks hold unequal numbers of rows.
+
+Gathers are collective: every rank calls them in the same order, and a tensor needs a gradient on all ranks or on none.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def is_distributed() -> bool:
+    """Whether a process group stands now."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def world_size() -> int:
+    """Number of ranks now; 1 without a process group."""
+    return int(dist.get_world_size()) if is_distributed() else 1
+
+
+def rank() -> int:
+    """This process's rank now; 0 without a process group."""
+    return int(dist.get_rank()) if is_distributed() else 0
+
+
+def barrier() -> None:
+    """Wait for all ranks; nothing without a process group."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def gather_row_counts(rows: int, device: torch.device | None = None) -> list[int]:
+    """The number of rows that each rank holds, in rank order."""
+    if world_size() == 1:
+        return [rows]
+    counts = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world_size())]
+    dist.all_gather(counts, torch.tensor([rows], dtype=torch.int64, device=device))
+    return [int(count) for count in counts]
+
+
+class _GatherRows(torch.autograd.Function):
+    """All ranks' rows; backward sums the ranks' gradients and takes this rank's rows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, counts: list[int]) -> Tensor:
+        ctx.start, ctx.rows = sum(counts[: rank()]), x.shape[0]
+        # Collectives need equal shapes, so short ranks are padded to the longest and trimmed again.
+        padded = x.new_zeros((max(counts), *x.shape[1:]))
+        padded[: x.shape[0]] = x
+        parts = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        total = gradients[0].contiguous().clone()
+        dist.all_reduce(total)
+        return total[ctx.start : ctx.start + ctx.rows], None
+
+
+def gather_with_gradient(x: Tensor) -> Tensor:
+    """Rows of all ranks in rank order, differentiable (see the module's convention).
+
+    Args:
+        x: (b, ...) this rank's rows; b may differ between ranks, the other dimensions may not. Integer and boolean
+            tensors are gathered too, without a gradient.
+
+    Returns:
+        (sum of b, ...); x itself without a process group.
+    """
+    if world_size() == 1:
+        return x
+    counts = gather_row_counts(x.shape[0], x.device)
+    if max(counts) == 0:
+        return x
+    if x.dtype == torch.bool:
+        gathered: Tensor = _GatherRows.apply(x.to(torch.uint8), counts)
+        return gathered.to(torch.bool)
+    result: Tensor = _GatherRows.apply(x, counts)
+    return result
+
+
+def gather_objects(items: list[T]) -> list[T]:
+    """Items of all ranks in rank order, pickled between this run's own processes (texts, names; not tensors)."""
+    if world_size() == 1:
+        return list(items)
+    parts: list[list[T] | None] = [None] * world_size()
+    dist.all_gather_object(parts, list(items))
+    return [item for part in parts if part is not None for item in part]
+
+
+def global_mean(values: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Weighted mean over the rows of all ranks, with the gradient of one process.
+
+    The mean of ranks' means is another number where ranks hold unequal rows (or unequal numbers of tokens).
+
+    Args:
+        values: (b,) a term a row.
+        weights: (b,) non-negative, default all one.
+
+    Returns:
+        () the same on every rank; 0 where all weights are 0.
+    """
+    if weights is None:
+        weights = torch.ones_like(values)
+    sums = gather_with_gradient(torch.stack([(values * weights).sum(), weights.sum()])[None]).sum(0)
+    return sums[0] / sums[1].clamp_min(torch.finfo(values.dtype).tiny)

@@ -1,0 +1,165 @@
+"""InfoNCE between images and reports, with several positives a row, soft targets and chunked logits.
+
+    l_ij = s <h_i, t_j>
+    L_image_to_text = mean_i - sum_j T_ij log( exp l_ij / sum_{j' kept} exp l_ij' )
+    L_text_to_image = the same over columns,   L = (L_image_to_text + L_text_to_image) / 2
+
+With T the identity this is CLIP's loss (Radford et al. 2021, arXiv 2103.00020; `open_clip.loss.ClipLoss`). With
+several images of one study T is uniform over the row's positives (Khosla et al. 2020, arXiv 2004.11362, L_out).
+False negatives come in as soft T or as pairs left out of the denominator (`ctx_distill.losses.robust`).
+
+The functions see the global batch: gather features first (`ctx_distill.distributed.gather_with_gradient`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+# Rows start..stop of a direction -> (stop - start, B), or None for "all ones" (denominator) or the identity (targets).
+_Rows = Callable[[int, int], Tensor | None]
+
+
+@dataclass(frozen=True)
+class _Direction:
+    """What one direction compares: rows of `queries` against all `keys`."""
+
+    queries: Tensor
+    keys: Tensor
+    targets: _Rows
+    keep: _Rows
+
+
+def working_precision(x: Tensor) -> Tensor:
+    """float32 for half types, so that logits at temperature 1/100 keep their digits; others unchanged."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def study_targets(study: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Row-normalised targets of a batch whose items of one study are positives of each other.
+
+    Args:
+        study: (B,) int64, equal numbers are one study.
+        dtype: of the result.
+
+    Returns:
+        (B, B), rows sum to 1.
+    """
+    same = (study[:, None] == study[None, :]).to(dtype)
+    return same / same.sum(dim=1, keepdim=True)
+
+
+def _block(
+    queries: Tensor, keys: Tensor, scale: Tensor, targets: Tensor | None, keep: Tensor | None, start: int
+) -> Tensor:
+    """Sum of the rows' cross-entropies; queries are rows start.. of the batch."""
+    logits = scale * queries @ keys.T
+    if keep is not None:
+        logits = logits.masked_fill(~keep, -torch.inf)
+    log_p = F.log_softmax(logits, dim=1)
+    if targets is None:
+        own = torch.arange(start, start + len(queries), device=queries.device)
+        return -log_p.gather(1, own[:, None]).sum()
+    if keep is not None:  # 0 * -inf would be nan
+        log_p = log_p.masked_fill(~keep, 0.0)
+    return -(targets.to(log_p.dtype) * log_p).sum()
+
+
+def _cross_entropy(direction: _Direction, scale: Tensor, chunk: int | None) -> Tensor:
+    """Mean over rows, `chunk` rows at a time; a chunk's logits are computed again in backward, not kept."""
+    rows = len(direction.queries)
+    step = chunk or rows
+    total = scale.new_zeros(())
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+
+        def block(queries: Tensor, keys: Tensor, scale: Tensor, start: int = start, stop: int = stop) -> Tensor:
+            # Targets are made inside, so that nothing of (chunk, B) outlives its chunk.
+            return _block(queries, keys, scale, direction.targets(start, stop), direction.keep(start, stop), start)
+
+        queries = direction.queries[start:stop]
+        if step < rows and torch.is_grad_enabled():
+            part = checkpoint(block, queries, direction.keys, scale, use_reentrant=False, preserve_rng_state=False)
+            total = total + part
+        else:
+            total = total + block(queries, direction.keys, scale)
+    return total / rows
+
+
+def _same_study(study: Tensor, dtype: torch.dtype) -> _Rows:
+    def rows(start: int, stop: int) -> Tensor:
+        same = (study[start:stop, None] == study[None, :]).to(dtype)
+        return same / same.sum(dim=1, keepdim=True)
+
+    return rows
+
+
+def _matrix(matrix: Tensor | None) -> _Rows:
+    return lambda start, stop: None if matrix is None else matrix[start:stop]
+
+
+def contrastive_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float,
+    targets: Tensor | None = None,
+    study: Tensor | None = None,
+    text_targets: Tensor | None = None,
+    denominator: Tensor | None = None,
+    chunk: int | None = None,
+) -> dict[str, Tensor]:
+    """InfoNCE over the rows given (the global batch), both directions.
+
+    Args:
+        image_features: (B, D), unit rows.
+        text_features: (B, D), unit rows; row i belongs to image i.
+        logit_scale: (), 1 / temperature (already exponentiated).
+        targets: (B, B) non-negative, image i to text j, rows sum to 1; default: `study`, else the identity.
+        study: (B,) int64, items of one study are positives of each other. Not read where `targets` are given:
+            those already hold it.
+        text_targets: (B, B), text i to image j, rows sum to 1; default: `targets` transposed, rows renormalised.
+        denominator: (B, B) bool, image i to text j: False leaves the pair out of both denominators. Pairs with a
+            target above 0 must stay in.
+        chunk: rows of logits held at once: memory O(B x chunk) instead of O(B x B), with the identity or `study` as
+            targets; given matrices are the caller's memory. None: all rows.
+
+    Returns:
+        `image_to_text`, `text_to_image`, and their mean `total`, each ().
+
+    Raises:
+        ValueError: shapes do not fit.
+    """
+    if image_features.ndim != 2 or image_features.shape != text_features.shape:
+        raise ValueError(
+            f"contrastive_loss got image features {tuple(image_features.shape)} and text features "
+            f"{tuple(text_features.shape)}; expected the same (B, D) of both"
+        )
+    rows = len(image_features)
+    for name, matrix in (("targets", targets), ("text_targets", text_targets), ("denominator", denominator)):
+        if matrix is not None and matrix.shape != (rows, rows):
+            raise ValueError(f"contrastive_loss got {name} {tuple(matrix.shape)}; expected {(rows, rows)}")
+    with torch.autocast(image_features.device.type, enabled=False):
+        image, text = working_precision(image_features), working_precision(text_features)
+        scale = torch.as_tensor(logit_scale, device=image.device).to(image.dtype)
+        if targets is not None:
+            to_text = _matrix(targets)
+            if text_targets is None:
+                text_targets = targets.T / targets.T.sum(dim=1, keepdim=True)
+            to_image = _matrix(text_targets)
+        elif study is not None:
+            to_text = to_image = _same_study(study, image.dtype)
+        else:
+            to_text = to_image = _matrix(None)
+        keep, text_keep = _matrix(denominator), _matrix(None if denominator is None else denominator.T)
+        image_to_text = _cross_entropy(_Direction(image, text, to_text, keep), scale, chunk)
+        text_to_image = _cross_entropy(_Direction(text, image, to_image, text_keep), scale, chunk)
+    return {
+        "image_to_text": image_to_text,
+        "text_to_image": text_to_image,
+        "total": (image_to_text + text_to_image) / 2,
+    }

@@ -1,0 +1,131 @@
+"""Distillation from a frozen X-ray expert: pair-wise and semantic relation (BIUD, arXiv 2404.04936, section 3.3).
+
+    L_pair = mean_i (1 - <h_i, u_i>)
+    p*_i = softmax(u_i A^T / tau),  p_i = softmax(h_i A^T / tau),  L_rel = mean_i KL(p*_i || p_i)
+
+h_i is the student's projected and normalised embedding, u_i the teacher's, A any anchors in the space of u: report
+embeddings of the global batch, findings prompts, or a bank of pool image features. Rows are the global batch: gather
+the student and the teacher first (`ctx_distill.distributed`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ctx_distill.losses.contrastive import working_precision
+
+NEAR_UNIFORM = 0.95
+"""Entropy of p* above this share of log K: the relation target says next to nothing; use a smaller tau."""
+
+
+def mix_neighbours(values: Tensor, weights: Tensor | None = None) -> Tensor:
+    """One target out of several neighbours: their weighted mean, of unit length again.
+
+    Args:
+        values: (B, k, D), unit rows.
+        weights: (B, k), non-negative; default: all equal.
+
+    Returns:
+        (B, D), unit rows.
+    """
+    values = working_precision(values)
+    mixed = values.mean(dim=1) if weights is None else (values * weights.to(values)[..., None]).sum(dim=1)
+    return F.normalize(mixed, dim=-1)
+
+
+def pair_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """mean_i (1 - cos(student_i, teacher_i)).
+
+    Args:
+        student: (B, D).
+        teacher: (B, D), gets no gradient.
+    """
+    student, teacher = working_precision(student), working_precision(teacher).detach()
+    return (1 - (F.normalize(student, dim=-1) * F.normalize(teacher, dim=-1)).sum(dim=-1)).mean()
+
+
+def relation_loss(student: Tensor, teacher: Tensor, anchors: Tensor, tau: float) -> dict[str, Tensor]:
+    """mean_i KL(p*_i || p_i) over anchors.
+
+    Args:
+        student: (B, D).
+        teacher: (B, D), gets no gradient.
+        anchors: (K, D) in the teacher's space.
+        tau: temperature; with a larger one than the expert's own p* is nearly uniform.
+
+    Returns:
+        `relation`; `target_entropy`, the mean entropy of p* in nats; `target_entropy_share`, that over log K;
+        `target_near_uniform`, 1 where the share is above `NEAR_UNIFORM`, else 0. Each (); only `relation` has a
+        gradient.
+
+    Raises:
+        ValueError: tau is not positive, or the anchors lie in another space or are fewer than two.
+    """
+    if tau <= 0:
+        raise ValueError(f"relation_loss got tau {tau}; expected a positive number, such as the expert's temperature")
+    if anchors.ndim != 2 or anchors.shape[1] != teacher.shape[1] or len(anchors) < 2:
+        raise ValueError(
+            f"relation_loss got anchors {tuple(anchors.shape)} for teacher features {tuple(teacher.shape)}; "
+            "expected at least two anchors of the same dimension"
+        )
+    student = F.normalize(working_precision(student), dim=-1)
+    teacher = F.normalize(working_precision(teacher).detach(), dim=-1).to(student)
+    anchors = F.normalize(working_precision(anchors), dim=-1).to(student)
+    log_p = F.log_softmax(student @ anchors.T / tau, dim=-1)
+    with torch.no_grad():
+        log_target = F.log_softmax(teacher @ anchors.T / tau, dim=-1)
+        target = log_target.exp()
+        entropy = -(target * log_target).sum(dim=-1).mean()
+        share = entropy / math.log(len(anchors))
+    return {
+        "relation": (target * (log_target - log_p)).sum(dim=-1).mean(),
+        "target_entropy": entropy,
+        "target_entropy_share": share,
+        "target_near_uniform": (share > NEAR_UNIFORM).to(entropy.dtype),
+    }
+
+
+def distillation_loss(
+    student: Tensor,
+    teacher: Tensor,
+    anchors: Tensor | None,
+    tau: float,
+    weights: Mapping[str, float],
+) -> dict[str, Tensor]:
+    """w_pair L_pair + w_rel L_rel.
+
+    Args:
+        student: (B, D) projected student embeddings, of any length (normalised here).
+        teacher: (B, D) the teacher's embeddings, gets no gradient.
+        anchors: (K, D) in the teacher's space; None: no relation term.
+        tau: temperature of the relation.
+        weights: `pair` and `relation`; a missing one is 0. A part of weight 0 is still given, for the log.
+
+    Returns:
+        `pair`, `total`, and with anchors what `relation_loss` gives. Each ().
+
+    Raises:
+        ValueError: shapes do not fit, a weight has an unknown name, or `relation` is weighted without anchors.
+    """
+    if student.ndim != 2 or student.shape != teacher.shape:
+        raise ValueError(
+            f"distillation_loss got student {tuple(student.shape)} and teacher {tuple(teacher.shape)}; "
+            "expected the same (B, D) of both"
+        )
+    if unknown := sorted(set(weights) - {"pair", "relation"}):
+        raise ValueError(f"distillation_loss got weights for {', '.join(unknown)}; expected pair and relation")
+    if anchors is None and weights.get("relation", 0.0) != 0:
+        raise ValueError("distillation_loss got a relation weight but no anchors")
+    with torch.autocast(student.device.type, enabled=False):
+        terms = {"pair": pair_loss(student, teacher)}
+        if anchors is not None:
+            terms |= relation_loss(student, teacher, anchors, tau)
+        zero = terms["pair"].new_zeros(())
+        parts = [weights[name] * terms[name] for name in ("pair", "relation") if weights.get(name, 0.0) != 0]
+        terms["total"] = torch.stack(parts).sum() if parts else zero
+    return terms

@@ -1,0 +1,35 @@
+"""The report decoder's loss: cross-entropy of the next token, averaged over all ranks' tokens."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from ctx_distill.distributed import global_mean
+from ctx_distill.losses.contrastive import working_precision
+
+IGNORE = -100
+"""Target of a position that is not scored (padding, the prompt), as in Hugging Face's models."""
+
+
+def report_loss(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> dict[str, Tensor]:
+    """Mean cross-entropy over the scored tokens of the global batch.
+
+    Args:
+        logits: (B, T, V) for this rank's reports; position t predicts targets[:, t] (shift before).
+        targets: (B, T) int64, `IGNORE` where not scored.
+        label_smoothing: in [0, 1).
+
+    Returns:
+        `total`, (): equal on all ranks, with the gradient of one process (reports differ in length, so a mean of
+        ranks' means would be another loss).
+    """
+    flat = targets.reshape(-1)
+    terms = F.cross_entropy(
+        working_precision(logits).reshape(len(flat), -1),
+        flat,
+        ignore_index=IGNORE,
+        reduction="none",
+        label_smoothing=label_smoothing,
+    )
+    return {"total": global_mean(terms, (flat != IGNORE).to(terms.dtype))}

@@ -1,0 +1,281 @@
+"""False negatives of contrastive learning: evidence, identification, correction (the RoCo part of BIUD, 2404.04936).
+
+Two studies with the same findings have interchangeable reports, yet InfoNCE pushes them apart. Evidence that a pair
+(image i, report j) is such a false negative comes from frozen models and texts, never from labels; past a threshold
+the pair is suspected; a correction turns suspects into soft positives or leaves them out of the denominator. The
+paper's thresholds are not public: the evidence and the corrections are this project's (`README.md` says so).
+
+All matrices are (B, B) over the global batch: image i in rows, report j in columns. No function has a gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from ctx_distill.losses.contrastive import study_targets, working_precision
+from ctx_distill.types import InputError
+
+EvidenceKind = Literal["report", "findings", "retrieved", "ema"]
+CorrectionMode = Literal["relabel", "mask", "soft"]
+
+
+def _cosine(rows: Tensor, columns: Tensor) -> Tensor:
+    rows, columns = working_precision(rows.detach()), working_precision(columns.detach())
+    return F.normalize(rows, dim=-1) @ F.normalize(columns, dim=-1).T
+
+
+def report_evidence(report_embeddings: Tensor) -> Tensor:
+    """Cosine of frozen report embeddings.
+
+    Args:
+        report_embeddings: (B, D).
+
+    Returns:
+        (B, B) in [-1, 1].
+    """
+    return _cosine(report_embeddings, report_embeddings)
+
+
+def retrieved_evidence(xray_features: Tensor) -> Tensor:
+    """Cosine of the retrieved X-rays' expert features.
+
+    Args:
+        xray_features: (B, D), the distillation target of each study.
+
+    Returns:
+        (B, B) in [-1, 1].
+    """
+    return _cosine(xray_features, xray_features)
+
+
+def ema_evidence(image_features: Tensor, text_features: Tensor) -> Tensor:
+    """Image-report score of an exponential-moving-average copy of the model.
+
+    Args:
+        image_features: (B, D) from the copy.
+        text_features: (B, D) from the copy.
+
+    Returns:
+        (B, B) cosines in [-1, 1]; not symmetric.
+    """
+    return _cosine(image_features, text_features)
+
+
+def findings_evidence(findings: Tensor, known: Tensor | None = None) -> Tensor:
+    """Agreement of findings extracted from the texts: the same set, of which "both normal" is the empty one.
+
+    Args:
+        findings: (B, F), 1 present, 0 absent, -1 uncertain, NaN not mentioned; read from texts, never labels.
+        known: (B,) bool, False where a study has no text: it agrees with none. Default: all True.
+
+    Returns:
+        (B, B), 1 where the present and the uncertain findings of both are the same, else 0.
+    """
+    state = torch.nan_to_num(findings.detach().float(), nan=0.0)
+    _, group = torch.unique(state, dim=0, return_inverse=True)
+    agree: Tensor = group[:, None] == group[None, :]
+    if known is not None:
+        agree &= known[:, None] & known[None, :]
+    return agree.float()
+
+
+def suspects(evidence: Tensor, threshold: float) -> Tensor:
+    """(B, B) bool: evidence at or above the threshold."""
+    return evidence >= threshold
+
+
+def identify(
+    evidence: Mapping[str, Tensor],
+    thresholds: Mapping[str, float],
+    combine: Literal["any", "all"] = "any",
+) -> tuple[Tensor, Tensor]:
+    """Suspects by several kinds of evidence, and how strong each is on one scale.
+
+    Args:
+        evidence: (B, B) by kind; kinds without a threshold are not read.
+        thresholds: by kind (`EvidenceKind`); a kind that is switched off has none.
+        combine: suspected by any kind, or by all of them.
+
+    Returns:
+        Suspects (B, B) bool, and strength (B, B) in [0, 1]: (evidence - threshold) / (1 - threshold), the largest
+        over kinds for "any", the smallest for "all"; 0 where not suspected.
+
+    Raises:
+        ValueError: no thresholds, or one without its evidence.
+    """
+    if missing := sorted(set(thresholds) - set(evidence)):
+        raise ValueError(f"identify got thresholds but no evidence for {', '.join(missing)}")
+    if not thresholds:
+        raise ValueError("identify got no thresholds; expected one for at least one kind of evidence")
+    found, strengths = [], []
+    for kind, threshold in thresholds.items():
+        values = evidence[kind].detach()
+        found.append(suspects(values, threshold))
+        strengths.append(((values - threshold) / max(1 - threshold, 1e-6)).clamp(0, 1))
+    every, strength = torch.stack(found), torch.stack(strengths)
+    suspected = every.any(dim=0) if combine == "any" else every.all(dim=0)
+    joined = strength.amax(dim=0) if combine == "any" else strength.amin(dim=0)
+    return suspected, joined * suspected
+
+
+@dataclass(frozen=True)
+class Correction:
+    """What `contrastive_loss` needs, and two counts for the log.
+
+    Attributes:
+        targets: (B, B) image i to text j, rows sum to 1.
+        text_targets: (B, B) text i to image j, rows sum to 1.
+        denominator: (B, B) bool, image i to text j: False is left out of the denominators.
+        suspected: () number of suspected pairs (ordered, without true positives).
+        corrected: () number of them that were corrected.
+    """
+
+    targets: Tensor
+    text_targets: Tensor
+    denominator: Tensor
+    suspected: Tensor
+    corrected: Tensor
+
+
+def _strongest(candidates: Tensor, strength: Tensor, negatives: Tensor) -> Tensor:
+    """Keeps, a row, the strongest candidates up to half of the row's negatives; ties by column."""
+    order = strength.masked_fill(~candidates, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    places = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    place = torch.empty_like(order).scatter_(1, order, places)
+    return candidates & (place < (negatives.sum(dim=1, keepdim=True) // 2))
+
+
+@torch.no_grad()
+def correct(
+    targets: Tensor,
+    suspects: Tensor,
+    evidence: Tensor,
+    mode: CorrectionMode,
+    weight: float = 0.5,
+    watch: bool = False,
+) -> Correction:
+    """Correct suspected false negatives.
+
+    True positives (a target above 0: the diagonal and pairs of one study) are never corrected away. Of each row, and
+    of each column, at most half of the negatives is corrected, the strongest first.
+
+    Args:
+        targets: (B, B) true positives, rows sum to 1 (`contrastive.study_targets`).
+        suspects: (B, B) bool.
+        evidence: (B, B), larger is stronger (`identify` gives one on a common scale).
+        mode: `relabel`: a corrected pair is a positive of `weight` against 1 of a true one; `soft`: of its evidence,
+            clamped to [0, 1]; `mask`: it is left out of the denominator and is neither.
+        weight: of `relabel`, in (0, 1].
+        watch: count, and correct nothing (the warm-up).
+    """
+    positives = (targets > 0) | torch.eye(len(targets), dtype=torch.bool, device=targets.device)
+    candidates = suspects & ~positives
+    chosen = _strongest(candidates, evidence, ~positives) & _strongest(candidates.T, evidence.T, ~positives.T).T
+    if watch:
+        chosen = torch.zeros_like(chosen)
+    denominator = torch.ones_like(chosen)
+    weights = targets / targets.diagonal()[:, None]
+    if mode == "mask":
+        denominator = ~chosen
+    elif mode == "relabel":
+        weights = weights + chosen * weight
+    elif mode == "soft":
+        weights = weights + chosen * evidence.to(weights.dtype).clamp(0, 1)
+    else:
+        raise ValueError(f"correct got mode {mode!r}; expected relabel, mask or soft")
+    return Correction(
+        targets=weights / weights.sum(dim=1, keepdim=True),
+        text_targets=weights.T / weights.T.sum(dim=1, keepdim=True),
+        denominator=denominator,
+        suspected=candidates.sum(),
+        corrected=chosen.sum(),
+    )
+
+
+def sample_similarities(
+    rows: Tensor, columns: Tensor | None = None, study: Tensor | None = None, pairs: int = 1_000_000, seed: int = 0
+) -> Tensor:
+    """Cosines of random pairs of different training studies, to fix a threshold before the stage.
+
+    Args:
+        rows: (N, D) training embeddings.
+        columns: (N, D), default `rows`.
+        study: (N,) int64, pairs of one study are left out; default: all differ.
+        pairs: number drawn (with replacement).
+        seed: of the draw.
+
+    Returns:
+        At most (pairs,) cosines.
+    """
+    columns = rows if columns is None else columns
+    study = torch.arange(len(rows)) if study is None else study.cpu()
+    draw = torch.randint(len(rows), (2, pairs), generator=torch.Generator().manual_seed(seed))
+    left, right = draw[:, study[draw[0]] != study[draw[1]]]
+    rows, columns = F.normalize(rows.detach().float(), dim=-1), F.normalize(columns.detach().float(), dim=-1)
+    parts = [
+        (rows[a] * columns[b]).sum(dim=-1)
+        for a, b in zip(left.split(65_536), right.split(65_536), strict=True)  # (pairs, D) at once would be gigabytes
+    ]
+    return torch.cat(parts) if parts else rows.new_zeros(0)
+
+
+def threshold_from_quantile(similarities: Tensor | NDArray[np.floating], quantile: float) -> float:
+    """The threshold above which a share of 1 - quantile of training pairs lies.
+
+    Args:
+        similarities: cosines of pairs of different training studies, any shape.
+        quantile: in (0, 1), such as .99.
+
+    Raises:
+        InputError: the quantile is out of range, or there are no pairs.
+    """
+    values = np.asarray(similarities.detach().cpu() if isinstance(similarities, Tensor) else similarities).reshape(-1)
+    values = values[np.isfinite(values)]
+    if not 0 < quantile < 1:
+        raise InputError(f"false-negative quantile is {quantile}; expected a number between 0 and 1, such as 0.99.")
+    if len(values) == 0:
+        raise InputError(
+            "no training pairs to fix the false-negative threshold on; expected at least two training studies. "
+            "Give an absolute threshold instead."
+        )
+    return float(np.quantile(values, quantile))
+
+
+@torch.no_grad()
+def identification_quality(suspects: Tensor, labels: Tensor, study: Tensor | None = None) -> dict[str, float]:
+    """Precision and recall of the identification against labels, for logs alone.
+
+    A pair is a true false negative when two studies have the same label for every finding known (1 or 0) of both;
+    pairs with no such finding are not scored.
+
+    Args:
+        suspects: (B, B) bool.
+        labels: (B, F), 1, 0, -1 (uncertain) or NaN (blank).
+        study: (B,) int64; pairs of one study are not scored. Default: all differ.
+
+    Returns:
+        Counts `hits`, `suspected`, `actual` (sum them over batches for an epoch's figures), and this batch's
+        `precision` and `recall`, NaN where not defined.
+    """
+    present, absent = (labels == 1).float(), (labels == 0).float()
+    same = (present @ absent.T + absent @ present.T) == 0
+    known = present + absent
+    ids = torch.arange(len(labels), device=labels.device) if study is None else study
+    scored = (known @ known.T > 0) & (study_targets(ids) == 0)
+    hits = float((suspects & same & scored).sum())
+    suspected, actual = float((suspects & scored).sum()), float((same & scored).sum())
+    return {
+        "hits": hits,
+        "suspected": suspected,
+        "actual": actual,
+        "precision": hits / suspected if suspected else float("nan"),
+        "recall": hits / actual if actual else float("nan"),
+    }

@@ -1,0 +1,1 @@
+"""Encoders, experts and heads: plain torch, no Lightning."""

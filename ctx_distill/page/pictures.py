@@ -1,0 +1,230 @@
+"""Pictures of the page: slices of a CT the radiologist's way round, and radiographs, as data URIs.
+
+A slice is sampled straight from the scan's own grid through its affine, on a square pixel in mm: so it is upright and the
+right way round whatever the file's axis order, oblique scans included, thick slices keep their proportions, and nothing
+larger than one plane is resampled.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from ctx_distill.data.volume import Volume
+
+Plane = Literal["axial", "coronal", "sagittal"]
+Floats = NDArray[np.float32]
+
+LUNG_WINDOW = (-1350.0, 150.0)
+SOFT_WINDOW = (-160.0, 240.0)
+AIR = -1024.0
+COARSE_MM = 4.0
+MAX_PIXELS = 340
+JPEG_QUALITY = 84
+
+# Patient axis (0 Left, 1 Posterior, 2 Superior; the affine's) and direction of a picture's columns and rows, and the
+# letters at its left, right, top and bottom.
+_LAYOUT: dict[Plane, tuple[tuple[int, int], tuple[int, int], str]] = {
+    "axial": ((0, 1), (1, 1), "RLAP"),
+    "coronal": ((0, 1), (2, -1), "RLSI"),
+    "sagittal": ((1, 1), (2, -1), "APSI"),
+}
+
+
+@dataclass(frozen=True)
+class Box:
+    """A box along the patient's axes, mm: `low` and `high` are (Left, Posterior, Superior)."""
+
+    low: tuple[float, float, float]
+    high: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture ready for the page.
+
+    Attributes:
+        uri: `data:` URI.
+        width: pixels.
+        height: pixels.
+        letters: patient directions at its left, right, top and bottom edge; "" for radiographs.
+        crossings: where the other planes cut it, as shares of its (width, height); None for radiographs.
+    """
+
+    uri: str
+    width: int
+    height: int
+    letters: str = ""
+    crossings: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class CTPictures:
+    """The slices of a CT, and in words where they lie."""
+
+    axial: Picture
+    axial_soft: Picture
+    coronal: Picture
+    sagittal: Picture
+
+
+def ct_pictures(volume: Volume) -> CTPictures:
+    """Three orthogonal slices through the lungs, the axial one also in a soft-tissue window."""
+    body, point = find_lungs(volume)
+    planes: dict[Plane, Floats] = {plane: sample_plane(volume, plane, point, body) for plane in _LAYOUT}
+    return CTPictures(
+        axial=_slice_picture(planes["axial"], LUNG_WINDOW, "axial", point, body),
+        axial_soft=_slice_picture(planes["axial"], SOFT_WINDOW, "axial", point, body),
+        coronal=_slice_picture(planes["coronal"], LUNG_WINDOW, "coronal", point, body),
+        sagittal=_slice_picture(planes["sagittal"], LUNG_WINDOW, "sagittal", point, body),
+    )
+
+
+def find_lungs(volume: Volume) -> tuple[Box, tuple[float, float, float]]:
+    """The box around the body, and the (Left, Posterior, Superior) mm of the planes that show most lung.
+
+    Lung is air that does not touch the scan's border within its axial slice. Where there is none, as in a scan cropped
+    to one lung, all air inside the scan counts, and without air the middle of the body.
+    """
+    from scipy import ndimage
+
+    extent = scan_box(volume)
+    axes = [np.arange(low + COARSE_MM / 2, high, COARSE_MM) for low, high in zip(extent.low, extent.high, strict=True)]
+    left, posterior, superior = (axis if len(axis) else np.array([extent.low[i]]) for i, axis in enumerate(axes))
+    grid = np.stack(np.meshgrid(superior, posterior, left, indexing="ij"))[::-1]  # (3 of LPS, z, y, x)
+    hu = sample(volume, grid)
+
+    tissue = ndimage.binary_opening(hu > -500, structure=np.ones((1, 3, 3)))
+    parts, count = ndimage.label(tissue)
+    if count:
+        sizes = np.bincount(parts.ravel())
+        sizes[0] = 0
+        tissue = parts == int(sizes.argmax())
+    body = _bounds(tissue, (superior, posterior, left), extent) if tissue.any() else extent
+
+    air = (hu < -500) & (hu > AIR + 1)
+    lung = _enclosed(hu < -500) & air
+    if lung.sum() < 0.02 * max(1, int(tissue.sum())):
+        lung = air
+    if not lung.any():
+        middle = tuple((low + high) / 2 for low, high in zip(body.low, body.high, strict=True))
+        return body, (middle[0], middle[1], middle[2])
+
+    def most(axis: NDArray[np.float64], others: tuple[int, int]) -> float:
+        return float(axis[int(ndimage.gaussian_filter1d(lung.sum(axis=others).astype(float), 2.0).argmax())])
+
+    return body, (most(left, (0, 1)), most(posterior, (0, 2)), most(superior, (1, 2)))
+
+
+def _enclosed(air: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Air (z, y, x) that is not joined, within its axial slice, to the slice's border."""
+    from scipy import ndimage
+
+    padded = np.pad(air, ((0, 0), (1, 1), (1, 1)), constant_values=True)
+    within = np.zeros((3, 3, 3), dtype=bool)
+    within[1] = ndimage.generate_binary_structure(2, 1)
+    parts, _ = ndimage.label(padded, structure=within)
+    outside = np.isin(parts, np.unique(parts[:, 0, 0]))
+    return np.asarray(~outside & padded)[:, 1:-1, 1:-1]
+
+
+def _bounds(mask: NDArray[np.bool_], axes: tuple[NDArray[np.float64], ...], extent: Box) -> Box:
+    """The box around a mask (z, y, x) with a margin of 8 mm, within the scan; whole in height."""
+    low, high = list(extent.low), list(extent.high)
+    for patient_axis, array_axis in ((0, 2), (1, 1)):
+        others = tuple(a for a in range(3) if a != array_axis)
+        inside = axes[array_axis][mask.any(axis=others)]
+        low[patient_axis] = max(extent.low[patient_axis], float(inside[0]) - 8.0 - COARSE_MM / 2)
+        high[patient_axis] = min(extent.high[patient_axis], float(inside[-1]) + 8.0 + COARSE_MM / 2)
+    return Box((low[0], low[1], low[2]), (high[0], high[1], high[2]))
+
+
+def scan_box(volume: Volume) -> Box:
+    """The box along the patient's axes that holds every voxel, from edge to edge."""
+    ends = np.array([[-0.5, size - 0.5] for size in volume.voxels.shape])
+    corners = np.stack(np.meshgrid(*ends, indexing="ij")).reshape(3, -1)
+    points = volume.affine_lps[:3, :3] @ corners + volume.affine_lps[:3, 3:]
+    low, high = points.min(axis=1), points.max(axis=1)
+    return Box((float(low[0]), float(low[1]), float(low[2])), (float(high[0]), float(high[1]), float(high[2])))
+
+
+def sample(volume: Volume, points: NDArray[np.float64]) -> Floats:
+    """HU at `points` (3, ...), the patient's Left, Posterior, Superior in mm; air outside the scan."""
+    from scipy import ndimage
+
+    inverse = np.linalg.inv(volume.affine_lps)
+    flat = inverse[:3, :3] @ points.reshape(3, -1) + inverse[:3, 3:]
+    # A point in the outer half of a border voxel still lies in that voxel.
+    for axis, size in enumerate(volume.voxels.shape):
+        inside = (flat[axis] > -0.5 - 1e-6) & (flat[axis] < size - 0.5 + 1e-6)
+        flat[axis] = np.where(inside, flat[axis].clip(0, size - 1), flat[axis])
+    values = ndimage.map_coordinates(
+        volume.voxels, flat, output=np.float32, order=1, mode="constant", cval=AIR, prefilter=False
+    )
+    return np.asarray(values, dtype=np.float32).reshape(points.shape[1:])
+
+
+def sample_plane(volume: Volume, plane: Plane, point: tuple[float, float, float], box: Box) -> Floats:
+    """A plane through `point` as it is shown: row 0 on top, column 0 on the picture's left, square pixels, HU.
+
+    Axial: the patient's right on the left and anterior on top. Coronal: right on the left, superior on top. Sagittal:
+    anterior on the left, superior on top.
+    """
+    (column_axis, column_sign), (row_axis, row_sign), _ = _LAYOUT[plane]
+    pixel = max(0.6, max(box.high[axis] - box.low[axis] for axis in range(3)) / MAX_PIXELS)
+    columns = _line(box, column_axis, column_sign, pixel)
+    rows = _line(box, row_axis, row_sign, pixel)
+    points = np.empty((3, len(rows), len(columns)))
+    points[:] = np.array(point).reshape(3, 1, 1)
+    points[column_axis] = columns[None, :]
+    points[row_axis] = rows[:, None]
+    return sample(volume, points)
+
+
+def _line(box: Box, axis: int, sign: int, pixel: float) -> NDArray[np.float64]:
+    """Pixel centres in mm along one side of the box, in the order in which they are shown."""
+    count = max(1, round((box.high[axis] - box.low[axis]) / pixel))
+    middle = (box.low[axis] + box.high[axis]) / 2
+    centres: NDArray[np.float64] = middle + (np.arange(count) - (count - 1) / 2) * pixel
+    return centres[::sign]
+
+
+def _slice_picture(
+    hu: Floats, window: tuple[float, float], plane: Plane, point: tuple[float, float, float], box: Box
+) -> Picture:
+    grey = np.clip((hu - window[0]) / (window[1] - window[0]), 0.0, 1.0)
+    (column_axis, column_sign), (row_axis, row_sign), letters = _LAYOUT[plane]
+
+    def share(axis: int, sign: int) -> float:
+        value = (point[axis] - box.low[axis]) / max(1e-6, box.high[axis] - box.low[axis])
+        return value if sign > 0 else 1 - value
+
+    crossings = (share(column_axis, column_sign), share(row_axis, row_sign))
+    return Picture(encode(grey), hu.shape[1], hu.shape[0], letters, crossings)
+
+
+def xray_picture(path: Path) -> Picture:
+    """A radiograph, scaled down to fit the page."""
+    from PIL import Image
+
+    from ctx_distill.data.radiograph import read_radiograph
+
+    image = Image.fromarray((np.clip(read_radiograph(path), 0, 1) * 255).astype(np.uint8))
+    image.thumbnail((MAX_PIXELS, MAX_PIXELS), Image.Resampling.LANCZOS)
+    return Picture(encode(np.asarray(image, dtype=np.float32) / 255), image.width, image.height)
+
+
+def encode(grey: Floats) -> str:
+    """A grey picture (rows, columns) in [0, 1] as a JPEG data URI."""
+    from PIL import Image
+
+    data = io.BytesIO()
+    Image.fromarray((grey * 255).round().astype(np.uint8)).save(data, "JPEG", quality=JPEG_QUALITY, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode("ascii")

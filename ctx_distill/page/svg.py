@@ -1,0 +1,85 @@
+"""The little of SVG that the plots need: scales, axes, paths, all as strings.
+
+Drawn by hand and not by matplotlib so that the text stays text in the page's own font, colours follow the page's light
+and dark style sheet by class, a plot is a few kB, and the same numbers give the same bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Linear map from data in [low, high] to pixels from `start` to `end`."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+
+    def __call__(self, value: float) -> float:
+        """The pixel of a value; values outside are put at the edge."""
+        span = self.high - self.low
+        share = 0.5 if span <= 0 else min(1.0, max(0.0, (value - self.low) / span))
+        return round(self.start + share * (self.end - self.start), 2)
+
+
+def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
+    """Round numbers that cover [low, high], about `count` of them; the first is <= low and the last >= high."""
+    if not high > low:
+        pad = abs(low) * 0.1 or 1.0
+        low, high = low - pad, high + pad
+    raw = (high - low) / max(1, count - 1)
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= raw * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [index * step for index in range(first, last + 1)]
+
+
+def tick_text(value: float, step: float) -> str:
+    """A tick's number with as many decimals as the step needs."""
+    if value != 0 and (abs(value) >= 1e5 or step < 1e-4):
+        return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
+    decimals = max(0, math.ceil(-math.log10(step) - 1e-9))
+    if abs(step * 10**decimals - round(step * 10**decimals)) > 1e-6:
+        decimals += 1
+    return f"{value:.{decimals}f}"
+
+
+def text(x: float, y: float, words: str, css: str = "", anchor: str = "start") -> str:
+    """A text element; the words are escaped."""
+    return f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}" class="{css}">{escape(words)}</text>'
+
+
+def line(x1: float, y1: float, x2: float, y2: float, css: str) -> str:
+    """A straight line."""
+    return f'<line x1="{x1:g}" y1="{y1:g}" x2="{x2:g}" y2="{y2:g}" class="{css}"/>'
+
+
+def polyline(points: Iterable[tuple[float, float]], css: str) -> str:
+    """Points joined by lines."""
+    joined = " ".join(f"{x:g},{y:g}" for x, y in points)
+    return f'<polyline points="{joined}" class="{css}"/>' if joined else ""
+
+
+def marker(shape: str, x: float, y: float, css: str, size: float = 4.0) -> str:
+    """A dot, square or triangle, so that series differ in more than colour."""
+    if shape == "square":
+        return f'<rect x="{x - size:g}" y="{y - size:g}" width="{2 * size:g}" height="{2 * size:g}" class="{css}"/>'
+    if shape == "triangle":
+        points = f"{x:g},{y - size - 1:g} {x - size - 0.5:g},{y + size:g} {x + size + 0.5:g},{y + size:g}"
+        return f'<polygon points="{points}" class="{css}"/>'
+    return f'<circle cx="{x:g}" cy="{y:g}" r="{size:g}" class="{css}"/>'
+
+
+def frame(width: float, height: float, label: str, parts: Sequence[str], css: str = "") -> str:
+    """An inline SVG picture with its description for those who do not see it."""
+    body = "".join(parts)
+    return (
+        f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(label, quote=True)}" '
+        f'class="plot {css}">{body}</svg>'
+    )

@@ -1,0 +1,74 @@
+"""Several stages in order: each skipped where it is complete, then the joined metrics, the table and the page."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from ctx_distill import __version__
+from ctx_distill.errors import InputError
+from ctx_distill.pipeline.plan import Stage
+from ctx_distill.pipeline.run_folder import is_first_process, join_metrics, note_run
+from ctx_distill.pipeline.runner import StageRequest, run_stage
+from ctx_distill.pipeline.table import result_table
+
+
+def run_stages(stages: list[Stage], options: argparse.Namespace, overrides: list[str]) -> None:
+    """Run stages in order, in this process or, where a trainer starts several processes, one process a stage.
+
+    The caller holds the lock on the run folder.
+
+    Raises:
+        InputError: bad input, or an isolated stage that ended with an error.
+    """
+    ran = False
+    for stage in stages:
+        request = StageRequest(stage, options.data, options.run, options.preset, overrides, options.expert_source)
+        alone = len(stages) > 1 and (getattr(options, "isolated", False) or _several_devices(request))
+        if alone and not request.complete:
+            _run_alone(stage, options, overrides)
+        else:
+            ran |= not request.complete
+            run_stage(request, force=options.force)
+    if not is_first_process():
+        return
+    note_run(options.run, command="ctx-distill " + shlex.join(sys.argv[1:]), version=__version__)
+    metrics = join_metrics(options.run)
+    page = _write_page(options.run)
+    print(result_table(metrics))
+    print(f"\nresults: {options.run / 'metrics.json'}\npage:    {page}")
+
+
+def _several_devices(request: StageRequest) -> bool:
+    trainer: dict[str, Any] = request.config.get("trainer", {})
+    devices = str(trainer.get("devices", 1))
+    for argument in request.overrides:
+        if argument.startswith("--trainer.devices"):
+            devices = argument.partition("=")[2] or "auto"
+    if devices == "auto":
+        import torch
+
+        return torch.cuda.device_count() > 1
+    return devices != "1" or int(trainer.get("num_nodes", 1)) > 1
+
+
+def _run_alone(stage: Stage, options: argparse.Namespace, overrides: list[str]) -> None:
+    command = [sys.executable, "-m", "ctx_distill.cli", stage.name, "--data", str(options.data), "--run",
+               str(options.run), "--preset", options.preset]  # fmt: skip
+    if options.expert_source:
+        command += ["--expert", options.expert_source]
+    if options.force:
+        command.append("--force")
+    status = subprocess.call([*command, *overrides])
+    if status:
+        raise InputError(f"stage `{stage.name}` ended with status {status}; its own message stands above.")
+
+
+def _write_page(run: Path) -> Path:
+    from ctx_distill.page.page import build_page
+
+    return build_page(run)

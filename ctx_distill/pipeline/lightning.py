@@ -1,0 +1,53 @@
+"""LightningCLI in subclass mode, without subcommands: the pipeline decides what is run."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+import lightning as L
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from ctx_distill.data.datamodules import ManifestDataModule
+from ctx_distill.tasks.base import StageTask
+
+
+class StageCLI(LightningCLI):
+    """`model` is a `StageTask`, `data` a `ManifestDataModule`; both are chosen by `class_path`."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Seed everything from one value, workers included."""
+        parser.set_defaults({"seed_everything": 0})
+
+
+def build(arguments: list[str]) -> LightningCLI:
+    """Parse the layers and overrides, and instantiate trainer, task and data module.
+
+    Args:
+        arguments: LightningCLI arguments, `--config FILE` first.
+    """
+    quieten()
+    return StageCLI(
+        StageTask,
+        ManifestDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        run=False,
+        save_config_callback=None,
+        auto_configure_optimizers=False,
+        seed_everything_default=0,
+        args=arguments,
+        parser_kwargs={"parser_mode": "yaml"},
+    )
+
+
+def quieten() -> None:
+    """Leave only what a person can act on: Lightning's device lines and dataloader hints go."""
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
+    warnings.filterwarnings("ignore", message=".*number of training batches .* is smaller than the logging interval.*")
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    L.pytorch.utilities.rank_zero.log.setLevel(logging.ERROR)

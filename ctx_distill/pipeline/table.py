@@ -1,0 +1,48 @@
+"""The result table that a run prints at its end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+ROWS = (
+    ("X-ray expert", "expert.macro_auroc", "zero-shot macro AUROC on held-out X-rays", ".500"),
+    ("1 retrieval", "retrieval.jaccard_at_1", "findings Jaccard of the nearest X-ray", "retrieval.jaccard_random"),
+    ("1 retrieval", "retrieval.same_set_recall_at_10", "same findings set among the nearest 10", ""),
+    ("2 distillation", "distillation.macro_auroc", "student asked by the expert's text tower, CT val", ".500"),
+    ("3 alignment", "alignment.recall_at_5", "report to volume recall@5, CT val", "alignment.recall_at_5_random"),
+    ("4 zero-shot", "zero_shot.macro_auroc", "zero-shot macro AUROC, CT test", ".500"),
+    ("4 classifier", "classifier.macro_auroc", "supervised macro AUROC, CT test", ".500"),
+    ("4 report", "report.findings_f1", "findings F1 of generated reports, CT test", ""),
+    ("4 report", "report.bleu4", "BLEU-4 of generated reports, CT test", ""),
+)
+
+
+def look_up(metrics: dict[str, Any], path: str) -> Any:
+    """A value of the joined metrics by its dotted path; None where there is none."""
+    value: Any = metrics
+    for part in path.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+def show(value: Any) -> str:
+    """A metric as a person reads it: `.731 [.702, .760]`, or a dash where it is not defined."""
+    if isinstance(value, dict):
+        if value.get("value") is None:
+            return "-"
+        return f"{show(value['value'])} [{show(value['low'])}, {show(value['high'])}]"
+    return "-" if value is None else f"{value:.3f}"
+
+
+def result_table(metrics: dict[str, Any]) -> str:
+    """The table: stage, what was measured, value with its 95 % interval, chance level."""
+    lines = [("stage", "measured", "value [95 % interval]", "by chance")]
+    for stage, path, meaning, chance in ROWS:
+        if path.partition(".")[0] not in metrics:
+            continue
+        level = show(look_up(metrics, chance)) if "_" in chance else chance.replace(".500", "0.500")
+        lines.append((stage, meaning, show(look_up(metrics, path)), level))
+    widths = [max(len(line[column]) for line in lines) for column in range(4)]
+    rule = "  ".join("-" * width for width in widths)
+    rows = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return "\n".join(["", rows[0], rule, *rows[1:]])

@@ -1,0 +1,133 @@
+"""From CT reports to teacher targets: search, re-rank, weigh and mix the nearest X-rays (method, stage 1 and 2)."""
+
+from __future__ import annotations
+
+from typing import Literal, TypedDict
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ctx_distill.retrieval.store import XrayIndexArtefact
+from ctx_distill.types import InputError
+
+LookupMode = Literal["nearest", "mean", "softmax", "sample"]
+
+
+class Neighbours(TypedDict):
+    """A lookup's result.
+
+    Keys:
+        features: (B, D_v) unit rows: the teacher target.
+        positions: (B, k) int64, nearest (or best agreeing) first.
+        weights: (B, k), rows sum to 1: each neighbour's part in `features`.
+        similarity: (B, k) of key and query.
+    """
+
+    features: Tensor
+    positions: Tensor
+    weights: Tensor
+    similarity: Tensor
+
+
+class NeighbourLookup:
+    """Teacher targets of CT studies out of an X-ray index.
+
+    Args:
+        store: the index artefact.
+        k: neighbours a query.
+        mode: `nearest`: the first alone; `mean`: all alike; `softmax`: by softmax(similarity / temperature);
+            `sample`: one, drawn by that softmax.
+        temperature: of `softmax` and `sample`.
+        findings_rerank: take `candidates` neighbours and prefer those whose findings agree with the CT's (**ours**: a
+            finding that an X-ray shows must agree in sign); among equals, the nearer.
+        visible: (F,) bool, findings that an X-ray shows; default: all.
+        candidates: neighbours that the re-rank chooses from; default 8 k, at least 32.
+        shuffle_seed: control: each X-ray stands for another, random but fixed one of the pool. None: off.
+
+    Raises:
+        InputError: the pool is smaller than k, or a re-rank is asked of an index without findings.
+    """
+
+    def __init__(
+        self,
+        store: XrayIndexArtefact,
+        k: int = 8,
+        mode: LookupMode = "mean",
+        temperature: float = 0.07,
+        findings_rerank: bool = False,
+        visible: Tensor | None = None,
+        candidates: int | None = None,
+        shuffle_seed: int | None = None,
+    ) -> None:
+        if mode not in ("nearest", "mean", "softmax", "sample"):
+            raise ValueError(f"lookup mode is {mode!r}; expected nearest, mean, softmax or sample")
+        if temperature <= 0:
+            raise ValueError(f"lookup temperature is {temperature}; expected a positive number")
+        if not 1 <= k <= len(store):
+            raise InputError(f"{k} neighbours asked of an index of {len(store)} X-rays. Ask for 1 to {len(store)}.")
+        if findings_rerank and store.findings is None:
+            raise InputError(
+                f"{store.folder}: the findings re-rank needs the pool's findings, and this index was built without. "
+                "Build it again with findings, or switch the re-rank off."
+            )
+        self.store, self.k, self.mode, self.temperature = store, k, mode, temperature
+        self.findings_rerank, self.visible = findings_rerank, visible
+        self.candidates = min(len(store), max(k, candidates if candidates is not None else max(8 * k, 32)))
+        self.permutation: Tensor | None = None
+        if shuffle_seed is not None:
+            # One random cycle through the whole pool: no X-ray stands for itself.
+            order = torch.randperm(len(store), generator=torch.Generator().manual_seed(shuffle_seed))
+            self.permutation = torch.empty_like(order).scatter_(0, order, order.roll(1))
+
+    @torch.no_grad()
+    def __call__(
+        self, queries: Tensor, findings: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> Neighbours:
+        """Look up one batch.
+
+        Args:
+            queries: (B, D_k) unit rows: the reports in the key space.
+            findings: (B, F) the CT reports' findings (1, 0, -1 uncertain, NaN), in the index's order of names; the
+                re-rank needs them.
+            generator: of `sample`, on the CPU; default: torch's own.
+        """
+        similarity, positions = self.store.search(queries, self.candidates if self.findings_rerank else self.k)
+        if self.findings_rerank and self.store.findings is not None:
+            if findings is None:
+                raise ValueError("lookup with findings_rerank got no findings")
+            similarity, positions = self._rerank(similarity, positions, findings, self.store.findings)
+        weights = self._weights(similarity, generator)
+        if self.permutation is not None:
+            positions = self.permutation[positions.cpu()].to(positions.device)
+        mixed = (self.store.values(positions) * weights[..., None]).sum(dim=1)
+        return {
+            "features": F.normalize(mixed, dim=-1),
+            "positions": positions,
+            "weights": weights,
+            "similarity": similarity,
+        }
+
+    def _rerank(
+        self, similarity: Tensor, positions: Tensor, findings: Tensor, pool_findings: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        pool = pool_findings[positions.cpu()].to(positions.device)
+        own = findings.to(positions.device)[:, None]
+        # What a text does not mention counts as absent; what either is uncertain of is not compared.
+        differs = ((own == 1) != (pool == 1)) & (own != -1) & (pool != -1)
+        if self.visible is not None:
+            differs &= self.visible.to(positions.device)
+        # Neighbours come nearest first, so a stable sort by disagreement keeps the nearer one first among equals.
+        order = differs.sum(dim=-1).argsort(dim=1, stable=True)[:, : self.k]
+        return similarity.gather(1, order), positions.gather(1, order)
+
+    def _weights(self, similarity: Tensor, generator: torch.Generator | None) -> Tensor:
+        if self.mode == "mean":
+            return torch.full_like(similarity, 1 / similarity.shape[1])
+        if self.mode == "softmax":
+            return (similarity / self.temperature).softmax(dim=1)
+        chosen = torch.zeros(len(similarity), dtype=torch.int64)
+        if self.mode == "sample" and len(similarity):
+            probability = (similarity.cpu() / self.temperature).softmax(dim=1)
+            chosen = torch.multinomial(probability, 1, generator=generator)[:, 0]
+        return F.one_hot(chosen, similarity.shape[1]).to(similarity)

@@ -1,0 +1,156 @@
+"""What every stage's LightningModule promises to the pipeline."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+
+LAST = "last.ckpt"
+BEST = "best.ckpt"
+
+
+class StageTask(L.LightningModule):
+    """A stage: it runs under a trainer, leaves its artefact and tables in its folder, and returns its metrics."""
+
+    @abstractmethod
+    def run(self, trainer: L.Trainer, datamodule: L.LightningDataModule, folder: Path) -> dict[str, Any]:
+        """Run the stage.
+
+        Args:
+            trainer: set up for this stage; logs go to its loggers.
+            datamodule: the stage's data.
+            folder: the stage's folder; the artefact goes to `folder / "artefact"`.
+
+        Returns:
+            Metrics as JSON values; called on every rank, used on rank zero.
+        """
+
+
+class TrainedTask(StageTask):
+    """A stage that trains: resumes from its last checkpoint, and finishes with the chosen weights.
+
+    Args:
+        optimizer: makes the optimizer from parameter groups.
+        scheduler: makes a learning-rate schedule that is stepped once an optimiser step; None: linear warm-up, then
+            half a cosine down to zero at the last step.
+        warmup: share of the steps that the default schedule warms up.
+        select: which weights go on: those after the last epoch, or those with the lowest validation loss.
+    """
+
+    def __init__(
+        self,
+        optimizer: OptimizerCallable,
+        scheduler: LRSchedulerCallable | None,
+        warmup: float,
+        select: Literal["last", "best"],
+    ) -> None:
+        super().__init__()
+        self.warmup = warmup
+        self.make_optimizer = optimizer
+        self.make_scheduler = scheduler
+        self.select = select
+
+    @abstractmethod
+    def finish(self, trainer: L.Trainer, datamodule: L.LightningDataModule, folder: Path) -> dict[str, Any]:
+        """Write the artefact and return the metrics, after training."""
+
+    def run(self, trainer: L.Trainer, datamodule: L.LightningDataModule, folder: Path) -> dict[str, Any]:
+        """Train, from the last checkpoint where there is one, then finish."""
+        trainer.fit(self, datamodule=datamodule, ckpt_path=readable_checkpoint(folder), weights_only=True)
+        if trainer.interrupted:
+            raise KeyboardInterrupt
+        if self.select == "best":
+            self._load_best(folder)
+        self.eval()
+        return self.finish(trainer, datamodule, folder)
+
+    def _load_best(self, folder: Path) -> None:
+        path = folder / "checkpoints" / BEST
+        if path.is_file():
+            state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+            self.load_state_dict(state, strict=False)
+
+    def configure_callbacks(self) -> list[Callback]:
+        """A checkpoint after every epoch, and the one of lowest validation loss where there is a `val` split.
+
+        The monitored loss never sees labels in stages 1 to 3.
+        """
+        root = Path(self.trainer.default_root_dir) / "checkpoints"
+        last = ModelCheckpoint(root, LAST.removesuffix(".ckpt"), save_on_train_epoch_end=True,
+                               enable_version_counter=False)  # fmt: skip
+        manifest = getattr(getattr(self.trainer, "datamodule", None), "manifest", None)
+        if self.select == "last" or manifest is None or not len(manifest.split("val")):
+            return [last]
+        best = ModelCheckpoint(root, BEST.removesuffix(".ckpt"), monitor="val/loss", save_on_train_epoch_end=True,
+                               enable_version_counter=False)  # fmt: skip
+        return [best, last]
+
+    def configure_optimizers(self) -> Any:
+        """Optimizer with weight decay on matrices only, and the schedule stepped per step."""
+        optimizer = self.make_optimizer(decay_groups(self))  # type: ignore[arg-type]
+        if self.make_scheduler is None:
+            steps = max(2, int(self.trainer.estimated_stepping_batches))
+            rate = partial(warmup_cosine, steps=steps, warmup=max(1, round(self.warmup * steps)))
+            scheduler: Any = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+        else:
+            scheduler = self.make_scheduler(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def log_terms(self, terms: dict[str, Tensor], split: str, batch_size: int) -> None:
+        """Log named terms as `split/term`, averaged over the epoch and the ranks."""
+        for name, value in terms.items():
+            shown = name == "loss"
+            self.log(f"{split}/{name}", value, on_step=False, on_epoch=True, prog_bar=shown, sync_dist=True,
+                     batch_size=batch_size)  # fmt: skip
+
+
+def adamw(params: Any) -> torch.optim.Optimizer:
+    """The optimizer where a configuration names none."""
+    return torch.optim.AdamW(params, lr=1e-3, weight_decay=0.05)
+
+
+def warmup_cosine(step: int, steps: int, warmup: int) -> float:
+    """Factor of the learning rate: linear warm-up, then half a cosine to zero at the last step."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
+
+
+def last_values(trainer: L.Trainer) -> dict[str, Any]:
+    """The last logged value of every `train/` and `val/` term, as JSON values."""
+    values = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    return {name.replace("/", "_"): value if math.isfinite(value) else None for name, value in values.items()}
+
+
+def decay_groups(module: nn.Module) -> list[dict[str, Any]]:
+    """Trainable parameters in two groups: matrices, which decay, and vectors and scalars, which do not."""
+
+    def pick(matrices: bool) -> Iterator[Tensor]:
+        return (p for p in module.parameters() if p.requires_grad and (p.ndim > 1) == matrices)
+
+    groups = [{"params": list(pick(True))}, {"params": list(pick(False)), "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def readable_checkpoint(folder: Path) -> str | None:
+    """The stage's last checkpoint where it can be read; a torn one is passed over with a word."""
+    path = folder / "checkpoints" / LAST
+    if not path.is_file():
+        return None
+    try:
+        torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a torn zip raises whatever its layer finds
+        print(f"{path}: not readable ({type(error).__name__}); this stage starts again from its beginning")
+        return None
+    print(f"resuming from {path}")
+    return str(path)

@@ -1,0 +1,153 @@
+"""Stage 4: a supervised multi-label head on the CT encoder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+
+from ctx_distill.checkpoint import read_artefact, write_artefact
+from ctx_distill.data.augment import Augmentation
+from ctx_distill.data.datamodules import CTDataModule
+from ctx_distill.distributed import rank
+from ctx_distill.errors import InputError
+from ctx_distill.metrics.classification import classification_report
+from ctx_distill.models.dual_encoder import DualEncoder, check_volume_spec
+from ctx_distill.models.heads import FindingsHead
+from ctx_distill.tasks.base import TrainedTask, adamw, last_values
+from ctx_distill.tasks.predict import predict_rows, study_means, write_predictions
+from ctx_distill.types import CTBatch
+
+
+class ClassifierTask(TrainedTask):
+    """Linear probe or fine-tuning on the labels 1 and 0; -1 and blank are left out of the loss.
+
+    Args:
+        model: folder of the stage-3 artefact.
+        mode: `linear` keeps the encoder frozen and computes its features once; `finetune` trains it too.
+        encoder_lr_factor: the encoder's learning rate against the head's, under `finetune`.
+        augmentation: of the volumes, under `finetune`.
+        optimizer: see `TrainedTask`.
+        scheduler: see `TrainedTask`.
+        warmup: see `TrainedTask`.
+        select: see `TrainedTask`; the labels of `val` may choose here.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        mode: Literal["linear", "finetune"] = "linear",
+        augmentation: Augmentation = Augmentation(),
+        optimizer: OptimizerCallable = adamw,
+        scheduler: LRSchedulerCallable | None = None,
+        warmup: float = 0.05,
+        select: Literal["last", "best"] = "best",
+    ) -> None:
+        super().__init__(optimizer, scheduler, warmup, select)
+        self.source = Path(model)
+        self.encoder = DualEncoder.load(self.source).ct_encoder
+        self.mode, self.augmentation = mode, augmentation
+        self.encoder.requires_grad_(mode == "finetune")
+        self.head: FindingsHead | None = None
+        self.positive_weight: Tensor | None = None
+        self._features: dict[int, Tensor] = {}
+
+    def setup(self, stage: str) -> None:
+        """Size the head by the manifest's labels, and weigh positives by their rarity in `train`."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if self.head is not None or not isinstance(datamodule, CTDataModule):
+            return
+        check_volume_spec(self.source, datamodule.volume.to_config())
+        names = datamodule.manifest.finding_names
+        if not names:
+            raise InputError(f"{datamodule.manifest.path}: has no label:<finding> columns; the classifier needs them.")
+        self.head = FindingsHead(self.encoder.embed_dim, len(names))
+        labels = datamodule.manifest.split("train").labels()
+        positives, negatives = (labels == 1).sum(axis=0), (labels == 0).sum(axis=0)
+        ratio = torch.from_numpy((negatives + 1) / (positives + 1)).float()
+        self.positive_weight = ratio.clamp(1.0, 10.0)
+
+    def _pooled(self, batch: CTBatch, augment: bool) -> Tensor:
+        if self.mode == "finetune":
+            volume = self.augmentation(batch.volume) if augment else batch.volume
+            pooled: Tensor = self.encoder(volume).pooled
+            return pooled
+        rows = batch.row.tolist()
+        new = [index for index, row in enumerate(rows) if row not in self._features]
+        if new:
+            self.encoder.eval()
+            with torch.no_grad():
+                for index, feature in zip(new, self.encoder(batch.volume[new]).pooled, strict=True):
+                    self._features[rows[index]] = feature
+        return torch.stack([self._features[row] for row in rows])
+
+    def _logits(self, batch: CTBatch, augment: bool) -> Tensor:
+        assert self.head is not None
+        logits: Tensor = self.head(self._pooled(batch, augment))
+        return logits
+
+    def _loss(self, batch: CTBatch, augment: bool) -> Tensor:
+        assert batch.labels is not None
+        assert self.positive_weight is not None
+        known = (batch.labels == 0) | (batch.labels == 1)
+        target = torch.where(known, batch.labels, 0.0)
+        loss = F.binary_cross_entropy_with_logits(
+            self._logits(batch, augment), target, pos_weight=self.positive_weight.to(self.device), reduction="none"
+        )
+        return (loss * known).sum() / known.sum().clamp_min(1)
+
+    def training_step(self, batch: CTBatch, batch_idx: int) -> Tensor:
+        """Weighted binary cross-entropy."""
+        del batch_idx
+        loss = self._loss(batch, augment=True)
+        self.log_terms({"loss": loss}, "train", len(batch.row))
+        return loss
+
+    def validation_step(self, batch: CTBatch, batch_idx: int) -> None:
+        """The same without augmentation."""
+        del batch_idx
+        self.log_terms({"loss": self._loss(batch, augment=False)}, "val", len(batch.row))
+
+    def predict_step(self, batch: CTBatch, batch_idx: int) -> dict[str, Tensor]:
+        """Probabilities (B, F)."""
+        del batch_idx
+        return {"probability": self._logits(batch, augment=False).sigmoid(), "row": batch.row}
+
+    def run(self, trainer: L.Trainer, datamodule: L.LightningDataModule, folder: Path) -> dict[str, Any]:
+        """Train and score; without label columns the stage is left out, and says so."""
+        assert isinstance(datamodule, CTDataModule)
+        if not datamodule.manifest.finding_names:
+            reason = "the CT manifest has no label columns"
+            print(f"classifier: left out, {reason}")
+            return {"macro_auroc": None, "left_out": reason}
+        return super().run(trainer, datamodule, folder)
+
+    def finish(self, trainer: L.Trainer, datamodule: L.LightningDataModule, folder: Path) -> dict[str, Any]:
+        """Write the head and its predictions; score `test`."""
+        assert isinstance(datamodule, CTDataModule)
+        assert self.head is not None
+        names = list(datamodule.manifest.finding_names)
+        metrics = last_values(trainer)
+        if rank() == 0:
+            dual = read_artefact(self.source, "dual-encoder")
+            tensors = self.head.state_dict(prefix="head.")
+            if self.mode == "finetune":
+                tensors |= self.encoder.state_dict(prefix="encoder.")
+            config = {"findings": names, "mode": self.mode, "volume_spec": datamodule.volume.to_config()}
+            config["encoder"] = self.encoder.config()
+            write_artefact(folder / "artefact", "classifier", config, tensors, {"dual-encoder": dual.fingerprint})
+        test = datamodule.manifest.split("test")
+        if not len(test):
+            return {**metrics, "macro_auroc": None, "per_finding": {}}
+        found = predict_rows(trainer, self, datamodule.loader(test), list(test.frame.index))
+        studies, means = study_means(test, found["probability"].numpy())
+        if rank() == 0:
+            columns = {name: means[:, column] for column, name in enumerate(names)}
+            write_predictions(folder / "predictions.csv", studies, columns)
+        labels = studies[[f"label:{name}" for name in names]].to_numpy()
+        return metrics | classification_report(labels, means, names, studies["patient_id"].tolist())

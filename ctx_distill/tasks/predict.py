@@ -1,0 +1,65 @@
+"""Predictions of all ranks in manifest order, and the tables that stages write from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ctx_distill.data.manifest import Manifest
+from ctx_distill.distributed import gather_with_gradient
+from ctx_distill.files import write_text
+
+
+def predict_rows(trainer: L.Trainer, task: L.LightningModule, loader: Any, rows: Sequence[int]) -> dict[str, Tensor]:
+    """Run `predict_step` over a loader and join what all ranks found.
+
+    Args:
+        trainer: runs the loop.
+        task: its `predict_step` gives a dict of tensors with one row an image, `row` among them.
+        loader: of the images.
+        rows: the manifest rows that it covers, in the order wanted; an image seen twice by a sampler counts once.
+
+    Returns:
+        Each tensor (N, ...) in that order, on the CPU.
+    """
+    outputs = trainer.predict(task, dataloaders=loader) or []
+    joined = {
+        name: gather_with_gradient(torch.cat([output[name] for output in outputs]).to(task.device)).cpu()
+        for name in outputs[0]
+    }
+    found, first = np.unique(joined["row"].numpy(), return_index=True)
+    order = torch.from_numpy(first[np.searchsorted(found, np.asarray(rows))])
+    return {name: values[order] for name, values in joined.items()}
+
+
+def study_means(manifest: Manifest, values: NDArray[np.floating]) -> tuple[pd.DataFrame, NDArray[np.float64]]:
+    """Mean over the images of each study.
+
+    Args:
+        manifest: N rows.
+        values: (N, F), aligned with the rows.
+
+    Returns:
+        The first row of each study (study_id, patient_id, ...) in manifest order, and (S, F) means.
+    """
+    codes = manifest.study_codes()
+    unique, first, inverse = np.unique(codes, return_index=True, return_inverse=True)
+    sums = np.zeros((len(unique), values.shape[1]))
+    np.add.at(sums, inverse, values)
+    means = sums / np.bincount(inverse)[:, None]
+    order = np.argsort(first)
+    return manifest.frame.iloc[first[order]], means[order]
+
+
+def write_predictions(path: Path, studies: pd.DataFrame, probabilities: Mapping[str, NDArray[np.floating]]) -> None:
+    """Write `study_id` and a probability a finding, whole or not at all."""
+    table = pd.DataFrame({"study_id": studies["study_id"].to_numpy(), **probabilities})
+    write_text(path, table.to_csv(index=False, float_format="%.6f", lineterminator="\n"))

@@ -1,0 +1,150 @@
+"""Stage 4: a report decoder that reads the CT encoder's tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import pandas as pd
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+
+from ctx_distill.checkpoint import read_artefact
+from ctx_distill.data.datamodules import CTDataModule
+from ctx_distill.distributed import gather_objects, rank
+from ctx_distill.files import write_text
+from ctx_distill.metrics.generation import generation_report
+from ctx_distill.models.dual_encoder import DualEncoder, check_volume_spec
+from ctx_distill.models.report_decoder import ReportDecoder
+from ctx_distill.tasks.base import TrainedTask, adamw, last_values
+from ctx_distill.text.findings import load_vocabulary, vocabulary_for
+from ctx_distill.types import CTBatch
+
+
+class ReportTask(TrainedTask):
+    """A causal decoder with cross-attention to the frozen CT encoder's tokens.
+
+    Args:
+        model: folder of the stage-3 artefact.
+        source: a Hugging Face causal model that knows cross-attention; None trains a small one from scratch.
+        vocab_size: of the small decoder's WordPiece vocabulary, trained on the `train` reports.
+        hidden_size: of the small decoder.
+        layers: of the small decoder.
+        heads: of the small decoder.
+        max_length: longest report in tokens.
+        beams: of the beam search.
+        no_repeat: no group of this many tokens comes twice; 0 allows it.
+        vocabulary: findings for the clinical score where the manifest has no label columns.
+        optimizer: see `TrainedTask`.
+        scheduler: see `TrainedTask`.
+        warmup: see `TrainedTask`.
+        select: see `TrainedTask`.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        source: str | None = None,
+        vocab_size: int = 2000,
+        hidden_size: int = 128,
+        layers: int = 2,
+        heads: int = 4,
+        max_length: int = 128,
+        beams: int = 1,
+        no_repeat: int = 0,
+        vocabulary: str = "ct-rate",
+        optimizer: OptimizerCallable = adamw,
+        scheduler: LRSchedulerCallable | None = None,
+        warmup: float = 0.05,
+        select: Literal["last", "best"] = "best",
+    ) -> None:
+        super().__init__(optimizer, scheduler, warmup, select)
+        self.source = Path(model)
+        self.encoder = DualEncoder.load(self.source).ct_encoder.requires_grad_(False)
+        self.decoder_source = source
+        self.sizes = {"vocab_size": vocab_size, "hidden_size": hidden_size, "layers": layers, "heads": heads}
+        self.max_length, self.beams, self.no_repeat = max_length, beams, no_repeat
+        self.vocabulary = vocabulary
+        self.decoder: ReportDecoder | None = None
+        self._tokens: dict[int, Tensor] = {}
+
+    def setup(self, stage: str) -> None:
+        """Make the decoder; its vocabulary comes from the `train` reports alone."""
+        del stage
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if self.decoder is not None or not isinstance(datamodule, CTDataModule):
+            return
+        check_volume_spec(self.source, datamodule.volume.to_config())
+        if self.decoder_source is not None:
+            self.decoder = ReportDecoder.from_pretrained(self.decoder_source, self.encoder.embed_dim, self.max_length)
+            return
+        train = datamodule.training_rows()
+        texts = [train.report(row) for row in train.frame.index]
+        self.decoder = ReportDecoder.from_scratch(
+            texts, token_dim=self.encoder.embed_dim, max_length=self.max_length, **self.sizes
+        )
+
+    def _ct_tokens(self, batch: CTBatch) -> Tensor:
+        """(B, T, D_c), computed once a volume, since the encoder is frozen."""
+        rows = batch.row.tolist()
+        new = [index for index, row in enumerate(rows) if row not in self._tokens]
+        if new:
+            self.encoder.eval()
+            with torch.no_grad():
+                for index, tokens in zip(new, self.encoder(batch.volume[new]).tokens, strict=True):
+                    self._tokens[rows[index]] = tokens
+        return torch.stack([self._tokens[row] for row in rows])
+
+    def _loss(self, batch: CTBatch) -> Tensor:
+        assert self.decoder is not None
+        loss: Tensor = self.decoder.loss(self._ct_tokens(batch), batch.report)["total"]
+        return loss
+
+    def training_step(self, batch: CTBatch, batch_idx: int) -> Tensor:
+        """Cross-entropy of the next token."""
+        del batch_idx
+        loss = self._loss(batch)
+        self.log_terms({"loss": loss}, "train", len(batch.row))
+        return loss
+
+    def validation_step(self, batch: CTBatch, batch_idx: int) -> None:
+        """The same."""
+        del batch_idx
+        self.log_terms({"loss": self._loss(batch)}, "val", len(batch.row))
+
+    def predict_step(self, batch: CTBatch, batch_idx: int) -> dict[str, Any]:
+        """Generated reports of a batch."""
+        del batch_idx
+        assert self.decoder is not None
+        texts = self.decoder.generate(
+            self._ct_tokens(batch),
+            max_new_tokens=self.max_length,
+            num_beams=self.beams,
+            no_repeat_ngram_size=self.no_repeat,
+        )
+        return {"row": batch.row.tolist(), "text": texts}
+
+    def finish(self, trainer: L.Trainer, datamodule: L.LightningDataModule, folder: Path) -> dict[str, Any]:
+        """Write the decoder; write and score the reports of the `test` studies."""
+        assert isinstance(datamodule, CTDataModule)
+        assert self.decoder is not None
+        dual = read_artefact(self.source, "dual-encoder")
+        if rank() == 0:
+            self.decoder.save(folder / "artefact", {"dual-encoder": dual.fingerprint}, datamodule.volume.to_config())
+        metrics = last_values(trainer)
+        test = datamodule.with_text(datamodule.manifest.split("test"))
+        test = test.where(~test.frame["study_id"].duplicated().to_numpy())
+        outputs: list[Any] = trainer.predict(self, dataloaders=datamodule.loader(test)) or [] if len(test) else []
+        pairs = [pair for output in outputs for pair in zip(output["row"], output["text"], strict=True)]
+        generated = dict(gather_objects(pairs))
+        rows = [int(row) for row in test.frame.index]
+        references, hypotheses = [test.report(row) for row in rows], [generated[row] for row in rows]
+        table = pd.DataFrame({"study_id": test.frame["study_id"], "reference": references, "generated": hypotheses})
+        if rank() == 0:
+            write_text(folder / "reports.csv", table.to_csv(index=False, lineterminator="\n"))
+        names = datamodule.manifest.finding_names
+        vocabulary = vocabulary_for(names) if names else load_vocabulary(self.vocabulary)
+        patients = test.frame["patient_id"].tolist()
+        return metrics | {"studies": len(test)} | generation_report(references, hypotheses, patients, vocabulary)

@@ -1,0 +1,66 @@
+"""Stage 4: findings asked of the dual encoder with prompts, with no label seen in training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+from torch import Tensor
+
+from ctx_distill.data.datamodules import CTDataModule
+from ctx_distill.distributed import rank
+from ctx_distill.metrics.classification import classification_report
+from ctx_distill.models.dual_encoder import DualEncoder, check_volume_spec
+from ctx_distill.tasks.base import StageTask
+from ctx_distill.tasks.predict import predict_rows, study_means, write_predictions
+from ctx_distill.tasks.prompting import pair_probabilities, prompt_features
+from ctx_distill.text.findings import load_vocabulary
+from ctx_distill.types import CTBatch
+
+
+class ZeroShotTask(StageTask):
+    """Zero-shot findings of the CT `test` studies.
+
+    Args:
+        model: folder of the stage-3 artefact.
+        templates: one pair of prompts, or an ensemble.
+        vocabulary: findings to ask for where the manifest has no label columns.
+    """
+
+    def __init__(
+        self, model: str, templates: Literal["default", "ensemble"] = "ensemble", vocabulary: str = "ct-rate"
+    ) -> None:
+        super().__init__()
+        self.model = DualEncoder.load(Path(model))
+        self.source = model
+        self.templates, self.vocabulary = templates, vocabulary
+
+    def predict_step(self, batch: CTBatch, batch_idx: int) -> dict[str, Tensor]:
+        """Image features (B, D), unit rows."""
+        del batch_idx
+        return {"image": self.model.encode_volume(batch.volume)[0], "row": batch.row}
+
+    def run(self, trainer: L.Trainer, datamodule: L.LightningDataModule, folder: Path) -> dict[str, Any]:
+        """Ask, write `predictions.csv`, score where there are labels."""
+        assert isinstance(datamodule, CTDataModule)
+        check_volume_spec(Path(self.source), datamodule.volume.to_config())
+        test = datamodule.manifest.split("test")
+        if not len(test):
+            write_predictions(folder / "predictions.csv", test.frame, {})
+            return {"macro_auroc": None, "per_finding": {}, "studies": 0}
+        found = predict_rows(trainer, self, datamodule.loader(test), list(test.frame.index))
+        names = list(test.finding_names)
+        asked = names or [finding.name for finding in load_vocabulary(self.vocabulary).findings]
+        positive, negative = prompt_features(self.model.encode_text, asked, self.templates)
+        scale = float(self.model.logit_scale.exp())
+        scores = pair_probabilities(found["image"], positive.cpu(), negative.cpu(), scale)
+        studies, means = study_means(test, scores.numpy())
+        if rank() == 0:
+            columns = {name: means[:, column] for column, name in enumerate(asked)}
+            write_predictions(folder / "predictions.csv", studies, columns)
+        metrics: dict[str, Any] = {"macro_auroc": None, "per_finding": {}, "studies": len(studies)}
+        if names:
+            labels = studies[[f"label:{name}" for name in names]].to_numpy()
+            metrics |= classification_report(labels, means, names, studies["patient_id"].tolist())
+        return metrics

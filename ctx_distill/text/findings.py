@@ -1,0 +1,282 @@
+"""Findings of a free-text report: a vocabulary (YAML) and an extractor with assertion (present, absent, uncertain)."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+
+from ctx_distill.text.assertion import ABSENT, PRESENT, UNCERTAIN, PhraseIndex, Sentence, words
+from ctx_distill.text.report import split_sentences
+from ctx_distill.types import InputError
+
+_FOLDER = Path(__file__).with_name("vocabularies")
+_LISTS = ("synonyms", "normal", "exclude")
+_SENTENCE_CACHE = 65536
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One finding of a vocabulary.
+
+    Attributes:
+        name: as the label columns spell it.
+        synonyms: phrases that mention it. Without case, plurals tolerated; "..." stands for up to eight words.
+        normal: phrases that assert its absence ("the pleural spaces are clear").
+        exclude: phrases that hold a synonym and mean something else ("subcutaneous edema").
+        region: where it lies; None where not given.
+        visible_on_xray: whether a radiograph shows it; None where not given.
+    """
+
+    name: str
+    synonyms: tuple[str, ...]
+    normal: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    region: str | None = None
+    visible_on_xray: bool | None = None
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Findings to look for, in the order of the columns that `extract_many` gives.
+
+    Attributes:
+        name: of the vocabulary.
+        findings: at least one, with distinct names.
+        masks: phrases of findings that are not asked for; they hide what they contain ("pericardial effusion" hides
+            "effusion"), so that a part of a vocabulary reads a report as the whole does.
+    """
+
+    name: str
+    findings: tuple[Finding, ...]
+    masks: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> list[str]:
+        """The findings' names, in order."""
+        return [finding.name for finding in self.findings]
+
+    @functools.cached_property
+    def _index(self) -> PhraseIndex[tuple[int, bool]]:
+        """Phrases with (number of the finding, whether the phrase is a synonym rather than a normal phrase)."""
+        index: PhraseIndex[tuple[int, bool]] = PhraseIndex()
+        for number, finding in enumerate(self.findings):
+            for phrase in finding.synonyms:
+                index.add(phrase, (number, True))
+            for phrase in finding.normal:
+                index.add(phrase, (number, False))
+            for phrase in finding.exclude:
+                index.add(phrase, None)
+        for phrase in self.masks:
+            index.add(phrase, None)
+        return index
+
+    @functools.cached_property
+    def _sentences(self) -> dict[str, tuple[tuple[int, int], ...]]:
+        return {}
+
+    def _read(self, sentence: str) -> tuple[tuple[int, int], ...]:
+        """(number of the finding, assertion) of each mention in a sentence; remembered, since reports repeat."""
+        known = self._sentences.get(sentence)
+        if known is not None:
+            return known
+        parsed = Sentence(sentence)
+        result = []
+        for start, end, gapped, (number, synonym) in self._index.find(parsed.tokens):
+            if (gapped or not synonym) and parsed.interrupted(start, end):
+                continue
+            assertion = parsed.assertion(start, end)
+            if synonym and assertion is not None:
+                result.append((number, assertion))
+            elif assertion == PRESENT:  # a normal phrase, itself neither denied nor doubted
+                result.append((number, ABSENT))
+        if len(self._sentences) >= _SENTENCE_CACHE:
+            self._sentences.clear()
+        self._sentences[sentence] = tuple(result)
+        return self._sentences[sentence]
+
+
+_RANK = {PRESENT: 2, UNCERTAIN: 1, ABSENT: 0}
+
+
+def _extract(text: str, vocabulary: Vocabulary) -> dict[int, int]:
+    found: dict[int, int] = {}
+    for sentence in split_sentences(text):
+        for number, assertion in vocabulary._read(sentence):
+            if number not in found or _RANK[assertion] > _RANK[found[number]]:
+                found[number] = assertion
+    return found
+
+
+def extract(text: str, vocabulary: Vocabulary) -> dict[str, int]:
+    """Findings that a report speaks of.
+
+    Args:
+        text: a report, a section or a sentence.
+        vocabulary: what to look for.
+
+    Returns:
+        finding -> 1 present, 0 absent, -1 uncertain; a finding that is not mentioned has no key. Where mentions
+        disagree, present outranks uncertain, and uncertain absent, whatever their order (as CheXpert's labeler does).
+    """
+    found = _extract(text, vocabulary)
+    return {finding.name: found[i] for i, finding in enumerate(vocabulary.findings) if i in found}
+
+
+def extract_many(texts: Sequence[str], vocabulary: Vocabulary) -> NDArray[np.float32]:
+    """Findings of N reports: (N, F) float32 of 1 present, 0 absent, -1 uncertain, NaN not mentioned.
+
+    Args:
+        texts: N reports; "" gives a row of NaN.
+        vocabulary: F findings, the columns in their order.
+    """
+    result = np.full((len(texts), len(vocabulary.findings)), np.nan, dtype=np.float32)
+    for row, text in enumerate(texts):
+        for number, assertion in _extract(text, vocabulary).items():
+            result[row, number] = assertion
+    return result
+
+
+def findings_set(text: str, vocabulary: Vocabulary | None = None) -> frozenset[str]:
+    """Names of the findings that a report asserts; empty for a normal study.
+
+    Args:
+        text: a report.
+        vocabulary: what to look for; None is `load_vocabulary("ct-rate")`.
+    """
+    vocabulary = load_vocabulary("ct-rate") if vocabulary is None else vocabulary
+    return frozenset(name for name, value in extract(text, vocabulary).items() if value == PRESENT)
+
+
+def shipped_vocabularies() -> list[str]:
+    """Names that `load_vocabulary` knows, sorted."""
+    return sorted(path.stem.replace("_", "-") for path in _FOLDER.glob("*.yaml") if path.stem != "cues")
+
+
+def load_vocabulary(name_or_path: str | Path) -> Vocabulary:
+    """A shipped vocabulary by name ("ct-rate", "chexpert", "phantom") or one of the user's from a YAML file.
+
+    The file holds `name` and `findings`: a mapping from a finding to `synonyms` (default: its name), and optionally
+    `normal`, `exclude`, `region` and `visible_on_xray`; see `Finding`.
+
+    Raises:
+        InputError: no such vocabulary, an unreadable file, or one that does not have this form.
+    """
+    path = Path(name_or_path)
+    if path.suffix.lower() not in (".yaml", ".yml"):
+        path = _FOLDER / f"{str(name_or_path).lower().replace('-', '_')}.yaml"
+        if path.parent != _FOLDER or path.stem == "cues" or not path.is_file():
+            raise InputError(
+                f"vocabulary {str(name_or_path)!r} is not known; expected one of {', '.join(shipped_vocabularies())}, "
+                "or the path of a .yaml file: give one of these."
+            )
+    return _load(path.absolute())
+
+
+@functools.cache
+def _load(path: Path) -> Vocabulary:
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); expected a vocabulary in YAML: check the path.") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or error
+        raise InputError(f"{path}{line}: no valid YAML ({problem}); mend the file at this line.") from error
+    if not isinstance(raw, dict) or not isinstance(raw.get("findings"), dict) or not raw["findings"]:
+        raise InputError(f"{path}: found no mapping 'findings' with at least one finding; see ct_rate.yaml for the form.")
+    findings = tuple(_finding(path, name, body) for name, body in raw["findings"].items())
+    for name, count in Counter(finding.name.lower() for finding in findings).items():
+        if count > 1:
+            raise InputError(f"{path}: finding {name!r} stands {count} times (case does not count); keep one of them.")
+    return Vocabulary(str(raw.get("name", path.stem)), findings)
+
+
+def _finding(path: Path, name: object, body: Any) -> Finding:
+    where = f"{path}: finding {name!r}"
+    if not isinstance(name, str) or not words(name):
+        raise InputError(f"{where}: expected a name in words; quote it if YAML reads it as something else.")
+    body = {} if body is None else body
+    if not isinstance(body, dict):
+        raise InputError(f"{where}: found {body!r}, expected a mapping with 'synonyms'.")
+    unknown = sorted(str(key) for key in body if key not in (*_LISTS, "region", "visible_on_xray"))
+    if unknown:
+        raise InputError(
+            f"{where}: unknown key {unknown[0]!r}, expected {', '.join(_LISTS)}, region or visible_on_xray; "
+            "mend or remove it."
+        )
+    lists: dict[str, tuple[str, ...]] = {}
+    for key in _LISTS:
+        phrases = body.get(key) or []
+        if not isinstance(phrases, list):
+            raise InputError(f"{where}, {key}: found {phrases!r}, expected a list of phrases.")
+        for phrase in phrases:
+            if not isinstance(phrase, str) or not all(words(part) for part in phrase.split("...")):
+                raise InputError(
+                    f"{where}, {key}: found {phrase!r}, expected words (and '...' only between words); "
+                    "quote it if YAML reads it as something else."
+                )
+        lists[key] = tuple(phrases)
+    region, visible = body.get("region"), body.get("visible_on_xray")
+    if region is not None and not isinstance(region, str):
+        raise InputError(f"{where}, region: found {region!r}, expected a word such as 'pleura'.")
+    if visible is not None and not isinstance(visible, bool):
+        raise InputError(f"{where}, visible_on_xray: found {visible!r}, expected true or false.")
+    return Finding(name, lists["synonyms"] or (name,), lists["normal"], lists["exclude"], region, visible)
+
+
+def vocabulary_for(finding_names: Iterable[str]) -> Vocabulary:
+    """The vocabulary of a manifest's label names, put together from the shipped ones.
+
+    Args:
+        finding_names: F distinct names; their order and spelling are kept. Case and underscores do not matter for the
+            lookup. A name is taken from the shipped vocabulary that knows most of the names; one that none knows
+            becomes its own synonym.
+
+    Raises:
+        InputError: a name without a word, or one given twice.
+    """
+    names = tuple(finding_names)
+    for name, count in Counter(_key(name) for name in names).items():
+        if not name or count > 1:
+            raise InputError(f"finding names: {name!r} found {count} times, expected distinct names in words; rename.")
+    return _vocabulary_for(names)
+
+
+def _key(name: str) -> str:
+    return " ".join(words(name.replace("_", " ")))
+
+
+@functools.lru_cache(maxsize=64)
+def _vocabulary_for(names: tuple[str, ...]) -> Vocabulary:
+    shipped = [load_vocabulary(name) for name in shipped_vocabularies()]
+    known = [{_key(finding.name): finding for finding in vocabulary.findings} for vocabulary in shipped]
+    keys = [_key(name) for name in names]
+    # the sort is stable: among equals, the alphabet decides
+    order = sorted(range(len(shipped)), key=lambda i: -sum(key in known[i] for key in keys))
+    findings, used = [], set()
+    for name, key in zip(names, keys):
+        source = next((i for i in order if key in known[i]), None)
+        if source is None:
+            findings.append(Finding(name, (name.replace("_", " "),)))
+        else:
+            found = known[source][key]
+            used.add(source)
+            findings.append(replace(found, name=name, synonyms=(*found.synonyms, name.replace("_", " "))))
+    masks = [
+        phrase
+        for i in sorted(used)
+        for finding in shipped[i].findings
+        if _key(finding.name) not in keys
+        for phrase in (*finding.synonyms, *finding.exclude)
+        if "..." not in phrase
+    ]
+    return Vocabulary("+".join(shipped[i].name for i in sorted(used)) or "names", tuple(findings), tuple(masks))

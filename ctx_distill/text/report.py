@@ -1,0 +1,185 @@
+"""Reports as text: sections, sentences, random subsets of sentences, chunks that a text tower can read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+_NO_TEXT = {"", "not given", "not given.", "nan", "none", "n/a"}
+_ABBREVIATIONS = frozenset(
+    ["dr", "mr", "mrs", "ms", "prof", "st", "vs", "cf", "approx", "fig", "figs", "e.g", "i.e", "a.m", "p.m", "resp", "incl", "diam", "max", "etc", "ser", "im", "img"]
+)
+_UNITS = frozenset(["mm", "cm", "ml", "cc", "mg", "m", "kg", "hu", "sec", "min"])
+_BULLET = re.compile(r"^(?:[-*•·–]+|\(?\d{1,2}[.)])\s+")
+_LIST_NUMBER = re.compile(r"(?:(?<=[.;:!?]\s)|^)\(?\d{1,2}[.)]\s+(?=[^\W\d_])")
+_INLINE_MARK = re.compile(r'\s*(?:•|·|"+)\s*')
+_END = re.compile(r"[.!?]+[)\]'’]*(?=\s+\S)")
+_WRAPPED = 60
+"""A line at least this long that ends without punctuation was wrapped by a machine, so the sentence goes on."""
+
+
+class UniformSource(Protocol):
+    """What `sample_sentences` draws from: `random.Random` and `numpy.random.Generator` both fit."""
+
+    def random(self) -> float:
+        """A number in [0, 1)."""
+        ...
+
+
+def _lines(text: str) -> list[str]:
+    """Physical lines joined where a line break lies inside a sentence, parted at list marks and empty lines."""
+    parts: list[str] = []
+    previous = ""
+    for raw in text.splitlines():
+        line = raw.strip()
+        bulleted = _BULLET.match(line)
+        wrapped = line[:1].islower() or (len(previous) >= _WRAPPED and previous[-1:] not in ".!?:;")
+        if not line:
+            pass
+        elif parts and previous and not bulleted and wrapped:
+            parts[-1] += " " + line
+        else:
+            parts.append(line[bulleted.end() :] if bulleted else line)
+        previous = line
+    return parts
+
+
+def _ends_here(before: str, mark: str, after: str) -> bool:
+    """Whether `mark` at the end of `before` closes a sentence that `after` does not go on with."""
+    word = re.split(r"[\s(\[]", before)[-1].lower()
+    if mark.startswith("."):
+        if word in _ABBREVIATIONS or (word == "no" and after[:1].isdigit()):
+            return False
+        if after[:1].islower() and (word in _UNITS or len(word) == 1):
+            return False
+    elif mark.startswith("?") and after[:1].islower():
+        return False
+    return after[:1] not in ",;:)"
+
+
+def split_sentences(text: str) -> list[str]:
+    """Sentences of a report, in order, without list marks and without empty ones.
+
+    Decimal points, units with a period ("5 mm. in diameter"), abbreviations, numbered and bulleted lists, lines
+    wrapped by a machine, and the quote marks that CT-RATE puts between the items of an impression are understood.
+
+    Args:
+        text: a report or a section of one; may be empty.
+
+    Returns:
+        Sentences with single spaces and their own end marks.
+    """
+    sentences: list[str] = []
+    for line in _lines(text):
+        for item in _INLINE_MARK.split(line):
+            rest = " ".join(_LIST_NUMBER.sub("\n", item).split(" "))
+            for part in rest.split("\n"):
+                piece = " ".join(part.split())
+                start = 0
+                for match in _END.finditer(piece):
+                    if _ends_here(piece[start : match.start()], match.group(), piece[match.end() :].lstrip()):
+                        sentences.append(piece[start : match.end()].strip())
+                        start = match.end()
+                sentences.append(piece[start:].strip())
+    return [sentence for sentence in sentences if any(c.isalnum() for c in sentence)]
+
+
+def _section(text: object) -> str:
+    cleaned = " ".join(text.split()) if isinstance(text, str) else ""  # a blank cell of pandas is NaN, a float
+    if cleaned.lower() in _NO_TEXT:
+        return ""
+    return cleaned if cleaned[-1] in ".!?" else cleaned + "."
+
+
+def join_sections(findings: str | float | None, impression: str | float | None) -> str:
+    """The report of a study: findings, then impression, each ended by a period.
+
+    Args:
+        findings: the section's text; None, NaN, "" and CT-RATE's "Not given." mean that there is none.
+        impression: likewise. An impression equal to the findings is not repeated.
+
+    Returns:
+        One string without line breaks, "" where both are missing. A list in either section keeps its numbers, which
+        `split_sentences` understands.
+    """
+    first, second = _section(findings), _section(impression)
+    return first if first == second else " ".join(part for part in (first, second) if part)
+
+
+def sample_sentences(text: str, rng: UniformSource, minimum: int = 1) -> str:
+    """A random subset of a report's sentences in their order: the augmentation a text tower needs for short prompts.
+
+    The size of the subset is `minimum` with probability 3/8, the whole report with probability 1/4, and otherwise
+    uniform between the two; which sentences is uniform. So single sentences are frequent, and with them prompts such
+    as "Pleural effusion is present." look like what the tower was trained on (see stack-facts: towers trained on
+    whole reports only did badly on one-sentence prompts).
+
+    Args:
+        text: a report; returned as it is (with single spaces) where it has no more than `minimum` sentences.
+        rng: `random.Random` or `numpy.random.Generator`; only its `random()` is used.
+        minimum: smallest number of sentences, at least 1.
+
+    Raises:
+        ValueError: `minimum` below 1.
+    """
+    if minimum < 1:
+        raise ValueError(f"sample_sentences: minimum is {minimum}, expected 1 or more.")
+    sentences = split_sentences(text)
+    total = len(sentences)
+    if total <= minimum:
+        return " ".join(sentences)
+    draw = rng.random()
+    if draw < 0.375:
+        size = minimum
+    elif draw < 0.75:
+        size = minimum + int(rng.random() * (total - minimum + 1))
+    else:
+        size = total
+    keys = [rng.random() for _ in range(total)]
+    chosen = sorted(sorted(range(total), key=keys.__getitem__)[:size])
+    return " ".join(sentences[i] for i in chosen)
+
+
+def _longest_prefix(words: Sequence[str], fits: Callable[[str], bool]) -> int:
+    low, high = 1, len(words)  # one word is always taken, or packing would not end
+    while low < high:
+        middle = (low + high + 1) // 2
+        if fits(" ".join(words[:middle])):
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def pack_chunks(sentences: Sequence[str], fits: Callable[[str], bool]) -> list[str]:
+    """Packs sentences greedily, in order, into as few chunks as fit a text tower's context.
+
+    Args:
+        sentences: as `split_sentences` gives them.
+        fits: whether a text fits (for example: its token count is at most the context length).
+
+    Returns:
+        Chunks that each fit. A sentence that does not fit alone is broken between words; a single word that does not
+        fit is a chunk by itself, for the tokenizer to truncate.
+    """
+    chunks: list[str] = []
+    current = ""
+    for sentence in sentences:
+        joined = f"{current} {sentence}" if current else sentence
+        if fits(joined):
+            current = joined
+            continue
+        if current:
+            chunks.append(current)
+        current = sentence
+        while not fits(current):
+            words = current.split()
+            if len(words) < 2:
+                break
+            size = _longest_prefix(words, fits)
+            if size == len(words):
+                break
+            chunks.append(" ".join(words[:size]))
+            current = " ".join(words[size:])
+    return [*chunks, current] if current else chunks

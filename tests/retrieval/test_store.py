@@ -1,0 +1,223 @@
+"""The index artefact and the shards of a predict job."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ctx_distill.checkpoint import write_artefact
+from ctx_distill.retrieval.store import XrayIndexArtefact, merge_shards, write_index_artefact, write_shard
+from ctx_distill.types import InputError
+
+UPSTREAM = {"xray-expert": "e" * 64, "xray-manifest": "m" * 64}
+TEXTS = ["", 'Effusion, "small".\nNo nodule.', "NA", *(f"Report {i} – clear\r\nlungs" for i in range(27))]
+
+
+def unit(rows: int, dimension: int, seed: int) -> Tensor:
+    return F.normalize(torch.randn(rows, dimension, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+def items(rows: int) -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "study_id": [f"{i:03d}" for i in range(rows)],
+            "image_id": [f"im{i}" for i in range(rows)],
+            "patient_id": [f"{i // 2:02d}" for i in range(rows)],
+            "row": [2 * i for i in range(rows)],
+            "split": "train",
+        }
+    )
+
+
+def write(folder: Path, rows: int = 30, **options: object) -> XrayIndexArtefact:
+    arguments: dict[str, object] = {"upstream": UPSTREAM, "config": {"key": "text"}, **options}
+    return write_index_artefact(folder, unit(rows, 6, 0), unit(rows, 4, 1), items(rows), **arguments)  # type: ignore[arg-type]
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    findings = torch.randint(-1, 2, (30, 3)).float()
+    write(tmp_path / "artefact", texts=TEXTS, findings=findings, finding_names=["a", "b", "c"])
+    store = XrayIndexArtefact.open(tmp_path / "artefact", verify=True)
+    assert (len(store), store.key_dim, store.value_dim) == (30, 6, 4)
+    assert store.expert_fingerprint == UPSTREAM["xray-expert"]
+    assert store.config["key"] == "text"
+    assert store.config["finding_names"] == ["a", "b", "c"]
+    assert store.findings is not None
+    assert torch.equal(store.findings, findings)
+    assert store.items.columns.tolist() == [
+        "position", "study_id", "image_id", "patient_id", "row", "split", "report",
+    ]  # fmt: skip
+    assert store.items.drop(columns=["position", "report"]).equals(items(30))
+    assert store.items["position"].tolist() == list(range(30))
+    assert store.items["report"].tolist() == TEXTS
+    positions = torch.tensor([[3, 0], [29, 3]])
+    assert torch.equal(store.values(positions), unit(30, 4, 1)[positions])
+    assert store.values(torch.zeros(0, 2, dtype=torch.int64)).shape == (0, 2, 4)
+    assert store.search(unit(30, 6, 0), 1)[1][:, 0].tolist() == list(range(30))
+
+
+def test_values_are_mapped_and_may_be_half(tmp_path: Path) -> None:
+    store = write(tmp_path / "artefact", value_type="float16")
+    assert store.features.dtype == torch.float16
+    assert str(tmp_path / "artefact" / "model.safetensors") in Path("/proc/self/maps").read_text()
+    values = store.values(torch.arange(30))
+    assert values.dtype == torch.float32
+    assert torch.allclose(values, unit(30, 4, 1), atol=1e-3)
+
+
+def test_the_fingerprint_covers_content_and_origin(tmp_path: Path) -> None:
+    first, again = write(tmp_path / "a"), write(tmp_path / "b")
+    other_items = items(30).assign(row=lambda table: table["row"] + 1)
+    others = [
+        write(tmp_path / "c", upstream={**UPSTREAM, "xray-expert": "f" * 64}),
+        write(tmp_path / "d", texts=["x"] * 30),
+        write(tmp_path / "e", config={"key": "image"}),
+        write_index_artefact(tmp_path / "f", unit(30, 6, 0), unit(30, 4, 2), items(30), UPSTREAM, {"key": "text"}),
+        write_index_artefact(tmp_path / "g", unit(30, 6, 0), unit(30, 4, 1), other_items, UPSTREAM, {"key": "text"}),
+    ]
+    assert first.fingerprint == again.fingerprint
+    assert len({first.fingerprint, *(other.fingerprint for other in others)}) == 6
+
+
+def test_parts_that_do_not_fit_are_errors(tmp_path: Path) -> None:
+    keys, values = unit(30, 6, 0), unit(30, 4, 1)
+    with pytest.raises(ValueError, match="30 keys but"):
+        write_index_artefact(tmp_path / "a", keys, values[:29], items(30), UPSTREAM, {})
+    with pytest.raises(ValueError, match="lack patient_id, split"):
+        write_index_artefact(tmp_path / "a", keys, values, items(30).drop(columns=["patient_id", "split"]), {}, {})
+    with pytest.raises(ValueError, match="needs the xray-expert fingerprint"):
+        write_index_artefact(tmp_path / "a", keys, values, items(30), {}, {})
+    values[7, 2] = float("inf")
+    with pytest.raises(InputError, match="value 7 of the X-ray index is not finite"):
+        write_index_artefact(tmp_path / "a", keys, values, items(30), UPSTREAM, {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def _remove(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
+
+
+def _cut(name: str) -> Callable[[Path], None]:
+    def cut(folder: Path) -> None:
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[: len(content) // 2])
+
+    return cut
+
+
+def _swap_index(folder: Path) -> None:
+    write(folder.parent / "other", rows=12)
+    (folder / "index.faiss").write_bytes((folder.parent / "other" / "index.faiss").read_bytes())
+
+
+def _swap_weights(folder: Path) -> None:
+    write(folder.parent / "other", rows=12)
+    (folder / "model.safetensors").write_bytes((folder.parent / "other" / "model.safetensors").read_bytes())
+
+
+def _swap_table_line(folder: Path) -> None:
+    lines = (folder / "items.csv").read_text().splitlines(keepends=True)
+    (folder / "items.csv").write_text("".join([*lines[:3], lines[4], lines[3], *lines[5:]]))
+
+
+def _no_expert(folder: Path) -> None:
+    record = json.loads((folder / "artefact.json").read_text())
+    (folder / "artefact.json").write_text(json.dumps({**record, "upstream": {}}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_remove("artefact.json"), "no xray-index artefact here"),
+        (_remove("items.csv"), r"items.csv: missing .* Run stage 1"),
+        (_remove("index.faiss"), "index.faiss: missing"),
+        (_remove("model.safetensors"), "model.safetensors: missing"),
+        (_cut("items.csv"), "items.csv: changed since"),
+        (_cut("index.faiss"), "not a readable FAISS index"),
+        (_cut("model.safetensors"), "model.safetensors: not the features"),
+        (_swap_index, r"do not fit together \(artefact.json 30 x 6, .* index.faiss 12 x 6"),
+        (_swap_weights, "do not fit together"),
+        (_swap_table_line, "items.csv: changed since"),
+        (_no_expert, "does not name its xray-expert"),
+    ],
+)
+def test_damage_is_refused(tmp_path: Path, damage: Callable[[Path], None], message: str) -> None:
+    write(tmp_path / "artefact")
+    damage(tmp_path / "artefact")
+    with pytest.raises(InputError, match=message):
+        XrayIndexArtefact.open(tmp_path / "artefact")
+
+
+def test_a_flipped_bit_is_found_when_asked(tmp_path: Path) -> None:
+    write(tmp_path / "artefact")
+    path = tmp_path / "artefact" / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(bytes(content))
+    with pytest.raises(InputError, match="does not agree with the artefact's fingerprint"):
+        XrayIndexArtefact.open(tmp_path / "artefact", verify=True)
+
+
+def test_another_kind_and_other_tensors_are_refused(tmp_path: Path) -> None:
+    write_artefact(tmp_path / "other", "ct-encoder", {}, {"x": torch.ones(1)})
+    with pytest.raises(InputError, match="holds a ct-encoder artefact"):
+        XrayIndexArtefact.open(tmp_path / "other")
+
+
+def shards(folder: Path, parts: list[list[int]]) -> None:
+    """Keys and values hold their row's number, so that a wrong order shows."""
+    for rank, rows in enumerate(parts):
+        row = torch.tensor(rows, dtype=torch.int64)
+        keys, values = row[:, None].float().expand(-1, 3), -row[:, None].float().expand(-1, 2)
+        write_shard(folder, rank, len(parts), keys, values, row)
+
+
+def test_merge_restores_the_order_asked_for(tmp_path: Path) -> None:
+    shards(tmp_path, [[4, 0, 20], [], [7, 2]])
+    wanted = [2, 4, 0, 20, 7]
+    merged = merge_shards(tmp_path, wanted)
+    assert merged["row"].tolist() == wanted
+    assert np.array_equal(merged["keys"], np.array(wanted)[:, None].repeat(3, 1))
+    assert np.array_equal(merged["values"], -np.array(wanted)[:, None].repeat(2, 1))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"shard-{rank:05d}.safetensors" for rank in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ([[0, 1], [1, 2]], r"1 doubled \(first: row 1\)"),
+        ([[0], [2]], r"1 missing \(first: row 1\)"),
+        ([[0, 1], [2, 9]], r"1 not expected \(first: row 9\)"),
+    ],
+)
+def test_every_row_must_be_there_exactly_once(tmp_path: Path, parts: list[list[int]], message: str) -> None:
+    shards(tmp_path, parts)
+    with pytest.raises(InputError, match=message):
+        merge_shards(tmp_path, [0, 1, 2])
+
+
+def test_missing_left_over_and_torn_shards(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"holds shards of ranks \[\]"):
+        merge_shards(tmp_path, [0])
+    shards(tmp_path, [[0], [1], [2]])
+    (tmp_path / "shard-00001.safetensors").unlink()
+    with pytest.raises(InputError, match=r"ranks \[0, 2\] of runs with \[3\] ranks; expected every rank of one run"):
+        merge_shards(tmp_path, [0, 2])
+    shards(tmp_path, [[0], [1]])
+    with pytest.raises(InputError, match=r"runs with \[2, 3\] ranks"):
+        merge_shards(tmp_path, [0, 1])
+    (tmp_path / "shard-00002.safetensors").unlink()
+    assert merge_shards(tmp_path, [1, 0])["row"].tolist() == [1, 0]
+    with pytest.raises(InputError, match="rows asked for twice"):
+        merge_shards(tmp_path, [1, 0, 1])
+    (tmp_path / "shard-00000.safetensors").write_bytes(b"torn")
+    with pytest.raises(InputError, match=r"shard-00000.safetensors: not a readable shard"):
+        merge_shards(tmp_path, [0, 1])
