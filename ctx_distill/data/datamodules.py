@@ -32,6 +32,8 @@ class ManifestDataModule(L.LightningDataModule):
     """
 
     collate: Collate[Any]
+    manifest: Manifest
+    text: Literal["required", "optional"] = "optional"
 
     def __init__(self, batch_size: int, eval_batch_size: int, num_workers: int, cache_gb: float, seed: int) -> None:
         super().__init__()
@@ -42,6 +44,16 @@ class ManifestDataModule(L.LightningDataModule):
     def describe(self) -> dict[str, Any]:
         """Facts of the data for `run.json`."""
         return {}
+
+    def with_text(self, manifest: Manifest) -> Manifest:
+        """The rows that have findings or an impression, where the stage needs text; else all."""
+        if self.text == "optional":
+            return manifest
+        return manifest.where(np.array([bool(manifest.report(row)) for row in manifest.frame.index], dtype=bool))
+
+    def training_rows(self) -> Manifest:
+        """The rows that this stage trains on."""
+        return self.with_text(self.manifest.split("train"))
 
     def dataset(self, manifest: Manifest) -> ManifestDataset:
         """A dataset over (part of) the manifest."""
@@ -60,6 +72,15 @@ class ManifestDataModule(L.LightningDataModule):
             persistent_workers=self.num_workers > 0,
             collate_fn=self.collate,
         )
+
+    def train_dataloader(self) -> DataLoader[Item]:
+        """Shuffled `train` rows."""
+        return self.loader(self.training_rows(), train=True)
+
+    def val_dataloader(self) -> DataLoader[Item] | list[DataLoader[Item]]:
+        """`val` rows in order; none where the manifest has none."""
+        val = self.with_text(self.manifest.split("val"))
+        return self.loader(val) if len(val) else []
 
 
 class CTDataModule(ManifestDataModule):
@@ -104,16 +125,6 @@ class CTDataModule(ManifestDataModule):
                 f"{ct_manifest}: no `train` row has findings or an impression; this stage learns from them."
             )
 
-    def with_text(self, manifest: Manifest) -> Manifest:
-        """The rows that have findings or an impression, where the stage needs text; else all."""
-        if self.text == "optional":
-            return manifest
-        return manifest.where(np.array([bool(manifest.report(row)) for row in manifest.frame.index], dtype=bool))
-
-    def training_rows(self) -> Manifest:
-        """The rows that this stage trains on."""
-        return self.with_text(self.manifest.split("train"))
-
     def describe(self) -> dict[str, Any]:
         """The CT manifest and the volume spec."""
         return {"ct": describe_manifest(self.manifest), "volume_spec": self.volume.to_config()}
@@ -121,15 +132,6 @@ class CTDataModule(ManifestDataModule):
     def dataset(self, manifest: Manifest) -> ManifestDataset:
         """CT volumes of (part of) the manifest."""
         return ct_dataset(manifest, self.volume, self.cache, self.with_labels)
-
-    def train_dataloader(self) -> DataLoader[Item]:
-        """Shuffled `train` rows."""
-        return self.loader(self.training_rows(), train=True)
-
-    def val_dataloader(self) -> DataLoader[Item] | list[DataLoader[Item]]:
-        """`val` rows in order; none where the manifest has none."""
-        val = self.with_text(self.manifest.split("val"))
-        return self.loader(val) if len(val) else []
 
 
 class XrayDataModule(ManifestDataModule):
@@ -186,15 +188,6 @@ class XrayDataModule(ManifestDataModule):
         if self.preprocess is None:
             raise InputError("XrayDataModule: no task has set `preprocess`; use it with the expert or the index task.")
         return xray_dataset(manifest, self.preprocess, self.cache, self.preprocess_key)
-
-    def train_dataloader(self) -> DataLoader[Item]:
-        """Shuffled `train` rows."""
-        return self.loader(self.manifest.split("train"), train=True)
-
-    def val_dataloader(self) -> DataLoader[Item] | list[DataLoader[Item]]:
-        """`val` rows in order; none where the manifest has none."""
-        val = self.manifest.split("val")
-        return self.loader(val) if len(val) else []
 
 
 def describe_manifest(manifest: Manifest) -> dict[str, Any]:

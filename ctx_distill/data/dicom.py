@@ -86,13 +86,19 @@ def _series(folder: Path) -> dict[str, list[tuple[Path, Any]]]:
 
 def _checked(path: Path, header: Any) -> _Slice:
     if int(header.get("NumberOfFrames") or 1) > 1:
-        raise InputError(f"{path}: multi-frame DICOM ({header.NumberOfFrames} frames); expected one slice a file, convert it")
+        raise InputError(
+            f"{path}: multi-frame DICOM ({header.NumberOfFrames} frames); expected one slice a file, convert it"
+        )
     if int(header.get("SamplesPerPixel") or 1) != 1:
-        raise InputError(f"{path}: {header.SamplesPerPixel} samples a pixel (colour); expected a CT slice, remove the file")
+        raise InputError(
+            f"{path}: {header.SamplesPerPixel} samples a pixel (colour); expected a CT slice, remove the file"
+        )
     for name, count in (("ImagePositionPatient", 3), ("ImageOrientationPatient", 6), ("PixelSpacing", 2)):
         value = header.get(name)
         if value is None or len(value) != count or not np.isfinite(np.array(value, dtype=np.float64)).all():
-            raise InputError(f"{path}: {name} is {value}; expected {count} numbers, the slice cannot be placed without it")
+            raise InputError(
+                f"{path}: {name} is {value}; expected {count} numbers, the slice cannot be placed without it"
+            )
     return _Slice(path, np.array(header.ImagePositionPatient, dtype=np.float64), header)
 
 
@@ -124,13 +130,17 @@ def _ordered(
     _check_gaps(folder, slices, positions, normal)
     drift = np.abs(positions - positions[0] - np.arange(len(slices))[:, None] * slice_step).max()
     if drift > max(1.0, 0.5 * float(np.linalg.norm(slice_step))):
-        raise InputError(f"{folder}: slices stray {drift:.1f} mm from a straight line; expected one scan, split the folder")
+        raise InputError(
+            f"{folder}: slices stray {drift:.1f} mm from a straight line; expected one scan, split the folder"
+        )
     # PixelSpacing is (between rows, between columns); the first three cosines run along a row, from column to column.
     between_rows, between_columns = (float(v) for v in first.PixelSpacing)
     return slices, along_column * between_rows, along_row * between_columns, slice_step
 
 
-def _check_gaps(folder: Path, slices: list[_Slice], positions: NDArray[np.float64], normal: NDArray[np.float64]) -> None:
+def _check_gaps(
+    folder: Path, slices: list[_Slice], positions: NDArray[np.float64], normal: NDArray[np.float64]
+) -> None:
     gaps = np.diff(positions @ normal)
     usual = float(np.median(gaps))
     wrong = np.flatnonzero(np.abs(gaps - usual) > _GAP_RELATIVE * usual + _GAP_MM)
@@ -140,9 +150,12 @@ def _check_gaps(folder: Path, slices: list[_Slice], positions: NDArray[np.float6
     at = int(doubled[0]) if len(doubled) else int(wrong[0])
     between = f"{slices[at].path.name} and {slices[at + 1].path.name}"
     if gaps[at] <= _GAP_MM:
-        what = f"{between} lie at the same position ({len(doubled)} such pairs); remove doubled slices or split the series"
+        what = (
+            f"{between} lie at the same position ({len(doubled)} such pairs); remove doubled slices or split the series"
+        )
     elif usual > _GAP_MM and abs(gaps[at] / usual - round(gaps[at] / usual)) < 0.1 and gaps[at] > 1.5 * usual:
-        what = f"{round(gaps[at] / usual) - 1} slice(s) missing between {between} (slices are {usual:g} mm apart); restore them"
+        missing = round(gaps[at] / usual) - 1
+        what = f"{missing} slice(s) missing between {between} (slices are {usual:g} mm apart); restore them"
     else:
         what = f"uneven spacing: {gaps[at]:g} mm between {between}, {usual:g} mm elsewhere; resample it or split the series"
     raise InputError(f"{folder}: {what}")

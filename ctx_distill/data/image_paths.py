@@ -29,7 +29,7 @@ def path_fault(image_path: str) -> tuple[str, str] | None:
         return "a NUL character", "expected a path relative to the manifest's folder"
     if image_path.startswith(("/", "\\", "~")) or _WINDOWS_OR_URL.match(image_path):
         return f"the absolute path {image_path!r}", "paths are relative to the manifest's folder, cut the front off"
-    if os.path.normpath(image_path).split(os.sep)[0] == "..":
+    if Path(os.path.normpath(image_path)).parts[0] == "..":
         return f"{image_path!r}, which leaves the manifest's folder", "put the manifest above its images"
     return None
 

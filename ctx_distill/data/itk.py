@@ -37,7 +37,9 @@ def read_itk(path: Path) -> tuple[NDArray[Any], NDArray[np.float64]]:
     try:
         reader.ReadImageInformation()
     except RuntimeError as error:
-        raise InputError(f"{path}: the header cannot be read ({reason(error)}); the file is damaged, copy it again") from error
+        raise InputError(
+            f"{path}: the header cannot be read ({reason(error)}); the file is damaged, copy it again"
+        ) from error
     if unapplied := _UNAPPLIED.search(header):
         told = unapplied.group(0).decode("latin-1").strip()
         raise InputError(f"{path}: {told}; expected HU without a further map, write the file with true values")
@@ -59,7 +61,9 @@ def read_itk(path: Path) -> tuple[NDArray[Any], NDArray[np.float64]]:
     try:
         image = reader.Execute()
     except RuntimeError as error:
-        raise InputError(f"{path}: the voxels cannot be read ({reason(error)}); truncated or damaged, copy it again") from error
+        raise InputError(
+            f"{path}: the voxels cannot be read ({reason(error)}); truncated or damaged, copy it again"
+        ) from error
     voxels: NDArray[Any] = sitk.GetArrayFromImage(image).reshape(shape[::-1])
     return voxels, _affine(image)
 
@@ -98,5 +102,7 @@ def _stored_bytes(path: Path, header: bytes) -> int | None:
         return None
     data = path.parent / name
     if not data.is_file():
-        raise InputError(f"{path}: its voxels are said to be in {name!r}, which does not exist; put it beside the header")
+        raise InputError(
+            f"{path}: its voxels are said to be in {name!r}, which does not exist; put it beside the header"
+        )
     return data.stat().st_size

@@ -75,7 +75,8 @@ class Manifest:
 
     def report(self, row: int) -> str:
         """Findings and impression of a row in one string, white space made single; "" where there is no text."""
-        return " ".join(f"{self.frame.at[row, 'findings']} {self.frame.at[row, 'impression']}".split())
+        findings, impression = str(self.frame.at[row, "findings"]), str(self.frame.at[row, "impression"])
+        return " ".join(f"{findings} {impression}".split())
 
     def labels(self) -> NDArray[np.float32]:
         """(N, F) float32 in the order of the frame and of `finding_names`: 1, 0, -1 (uncertain) or NaN (blank)."""
@@ -182,9 +183,8 @@ def _check_rows(table: Table, frame: pd.DataFrame) -> None:
             problems.add(row, "image_path", *fault)
     _check_unique_images(table, frame, problems)
     _check_one_value(table, frame, "study_id", "patient_id", problems, "a study belongs to one patient, correct an id")
-    _check_one_value(
-        table, frame, "patient_id", "split", problems, "put all images of a patient in one split, or the test is no test"
-    )
+    remedy = "put all images of a patient in one split, or the test is no test"
+    _check_one_value(table, frame, "patient_id", "split", problems, remedy)
     problems.raise_if_any()
 
 
@@ -201,9 +201,7 @@ def _check_unique_images(table: Table, frame: pd.DataFrame, problems: Problems) 
             first[value] = row
 
 
-def _check_one_value(
-    table: Table, frame: pd.DataFrame, key: str, column: str, problems: Problems, remedy: str
-) -> None:
+def _check_one_value(table: Table, frame: pd.DataFrame, key: str, column: str, problems: Problems, remedy: str) -> None:
     """Each `key` has one `column` value; a key that has more is named once, at the row where the second appears."""
     first: dict[str, tuple[str, int]] = {}
     told: set[str] = set()

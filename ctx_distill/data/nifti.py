@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 
 import nibabel as nib
 import numpy as np
+from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 
 from ctx_distill.data._sizes import check_size
@@ -61,17 +62,18 @@ def _header(path: Path, stream: BinaryIO) -> Any:
     start = stream.read(4)
     size = int.from_bytes(start, "little") if len(start) == 4 else 0
     swapped = int.from_bytes(start, "big") if len(start) == 4 else 0
-    kind = {348: nib.Nifti1Header, 540: nib.Nifti2Header}.get(size) or {
-        348: nib.Nifti1Header, 540: nib.Nifti2Header
-    }.get(swapped)  # fmt: skip
+    kinds = {348: nib.Nifti1Header, 540: nib.Nifti2Header}
+    kind = kinds.get(size) or kinds.get(swapped)
     if kind is None:
-        raise InputError(f"{path}: begins with {start!r}; expected a NIfTI header, the file is of another kind or damaged")
-    rest = stream.read((size if size in (348, 540) else swapped) - 4)
+        raise InputError(
+            f"{path}: begins with {start!r}; expected a NIfTI header, the file is of another kind or damaged"
+        )
+    rest = stream.read((size if size in kinds else swapped) - 4)
     try:
         header = kind.from_fileobj(io.BytesIO(start + rest), check=False)
         magic = bytes(header["magic"])[:2]
         header.get_data_dtype(), header.get_data_shape()
-    except (ValueError, KeyError, TypeError, OverflowError, nib.spatialimages.HeaderDataError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, HeaderDataError) as error:
         raise InputError(f"{path}: the NIfTI header cannot be read ({error}); write the file again") from error
     if magic != b"n+":
         raise InputError(
@@ -84,8 +86,10 @@ def _header(path: Path, stream: BinaryIO) -> Any:
 def _scaling(path: Path, header: Any) -> tuple[float, float]:
     try:
         slope, intercept = header.get_slope_inter()
-    except nib.spatialimages.HeaderDataError as error:
-        raise InputError(f"{path}: slope and intercept cannot be used ({error}); repair scl_slope, scl_inter") from error
+    except HeaderDataError as error:
+        raise InputError(
+            f"{path}: slope and intercept cannot be used ({error}); repair scl_slope, scl_inter"
+        ) from error
     # (None, None) is the standard's "slope 0: do not scale".
     return (1.0 if slope is None else float(slope)), (0.0 if intercept is None else float(intercept))
 
@@ -93,10 +97,12 @@ def _scaling(path: Path, header: Any) -> tuple[float, float]:
 def _affine(path: Path, header: Any) -> NDArray[np.float64]:
     """Array index (k, j, i) to LPS mm."""
     if int(header["sform_code"]) == 0 and int(header["qform_code"]) == 0:
-        log.warning("%s: no sform and no qform; its orientation is a guess (index grows to Left, Anterior, Superior)", path)
+        log.warning(
+            "%s: no sform and no qform; its orientation is a guess (index grows to Left, Anterior, Superior)", path
+        )
     try:
         ras = np.asarray(header.get_best_affine(), dtype=np.float64)
-    except (ValueError, nib.spatialimages.HeaderDataError) as error:
+    except (ValueError, HeaderDataError) as error:
         raise InputError(f"{path}: the qform cannot be used ({error}); repair the header") from error
     unit = int(header["xyzt_units"]) & 7
     if unit not in _MM_PER_UNIT:
@@ -118,7 +124,7 @@ def _skip(path: Path, stream: BinaryIO, count: int) -> None:
 
 
 def _fill(path: Path, stream: BinaryIO, raw: NDArray[np.uint8], told: str) -> None:
-    view, done = memoryview(raw), 0
+    view, done = memoryview(raw.data), 0
     while done < len(view):
         if isinstance(stream, _Inflate):
             piece = stream.read(min(len(view) - done, _CHUNK))
@@ -139,7 +145,9 @@ def _finish(path: Path, stream: Any) -> None:
     while piece := stream.read(_CHUNK):
         surplus += len(piece)
         if surplus > _SURPLUS:
-            raise InputError(f"{path}: goes on after the voxels that its header declares; the header is wrong or damaged")
+            raise InputError(
+                f"{path}: goes on after the voxels that its header declares; the header is wrong or damaged"
+            )
 
 
 def _scaled(voxels: NDArray[Any], slope: float, intercept: float) -> NDArray[Any]:
@@ -150,7 +158,7 @@ def _scaled(voxels: NDArray[Any], slope: float, intercept: float) -> NDArray[Any
         low, high = int(voxels.min()) + int(intercept), int(voxels.max()) + int(intercept)
         if low >= -32768 and high <= 32767:  # whole HU that fit: half the memory of float32, and exact
             shifted = np.add(voxels, int(intercept), dtype=np.int32 if voxels.dtype.itemsize < 4 else np.int64)
-            return shifted.astype(np.int16)
+            return np.asarray(shifted, dtype=np.int16)
     scaled = voxels.astype(np.float32)
     scaled *= np.float32(slope)
     scaled += np.float32(intercept)
@@ -181,7 +189,9 @@ class _Inflate:
             except zlib.error as error:
                 raise InputError(f"{self._path}: the gzip data are damaged ({error}); copy the file again") from error
             if not piece and not self._pending and not self._inflater.eof:
-                raise InputError(f"{self._path}: the gzip stream ends in the middle; the file is truncated, copy it again")
+                raise InputError(
+                    f"{self._path}: the gzip stream ends in the middle; the file is truncated, copy it again"
+                )
             self._pending = self._inflater.unconsumed_tail
             pieces.append(piece)
             count -= len(piece)

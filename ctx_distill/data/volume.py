@@ -73,9 +73,13 @@ def read_volume(path: Path) -> Volume:
                 f"{path}: unknown suffix; expected {', '.join(SUFFIXES)} or a folder of DICOM slices, convert the file"
             )
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error}); check the file and its rights") from error
+        raise InputError(
+            f"{path}: cannot be read ({error.strerror or error}); check the file and its rights"
+        ) from error
     except MemoryError as error:
-        raise InputError(f"{path}: too large for this machine's memory; expected a CT volume, check the file") from error
+        raise InputError(
+            f"{path}: too large for this machine's memory; expected a CT volume, check the file"
+        ) from error
     _check_affine(path, affine)
     return Volume(_compact(path, voxels), affine, path)
 

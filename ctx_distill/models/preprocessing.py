@@ -83,9 +83,7 @@ class ImagePreprocessing:
         if self.size[0] == self.size[1]:
             edge = self.short_edge or self.size[0]
             long_edge = int(edge * max(height, width) / min(height, width))  # truncated, as torchvision does
-            return self._crop_or_pad(
-                self._resample(x, (edge, long_edge) if height <= width else (long_edge, edge))
-            )
+            return self._crop_or_pad(self._resample(x, (edge, long_edge) if height <= width else (long_edge, edge)))
         ratio = min(height / self.size[0], width / self.size[1])
         return self._crop_or_pad(self._resample(x, (round(height / ratio), round(width / ratio))))
 

@@ -145,8 +145,6 @@ class TextTower(nn.Module, ABC):
         return pooled / count[:, None]
 
 
-
-
 def load_text_tower(folder: Path) -> TextTower:
     """Build a tower from what `save_files` wrote; its weights are random until they are loaded.
 
@@ -155,10 +153,12 @@ def load_text_tower(folder: Path) -> TextTower:
     """
     path = folder / TOWER_FILE
     if not path.is_file():
-        raise InputError(f"{path}: not found, expected the text tower of an artefact. Run the stage that makes it again.")
+        raise InputError(
+            f"{path}: not found, expected the text tower of an artefact. Run the stage that makes it again."
+        )
     config = json.loads(path.read_text())
     if config["kind"] == "open_clip":
-        from ctx_distill.models.experts.open_clip_expert import OpenClipTextTower
+        from ctx_distill.models.experts.open_clip_text import OpenClipTextTower
 
         return OpenClipTextTower.build(config, folder)
     from ctx_distill.models.experts.transformers_expert import TransformersTextTower

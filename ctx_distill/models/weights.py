@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import logging
@@ -289,8 +290,6 @@ def convert_torchxrayvision(path: Path, out: Path, sha256: str = XRV_ALL_SHA256)
             " https://github.com/mlmed/torchxrayvision and give its path."
         )
     data = path.read_bytes()
-    import hashlib
-
     found = hashlib.sha256(data).hexdigest()
     if found != sha256.lower():
         raise InputError(

@@ -26,7 +26,7 @@ LUNG_WINDOW = (-1350.0, 150.0)
 SOFT_WINDOW = (-160.0, 240.0)
 AIR = -1024.0
 COARSE_MM = 4.0
-MAX_PIXELS = 340
+MAX_PIXELS = 400
 JPEG_QUALITY = 84
 
 # Patient axis (0 Left, 1 Posterior, 2 Superior; the affine's) and direction of a picture's columns and rows, and the

@@ -52,7 +52,12 @@ def write_cohort(out: Path, ct: int, xray: int, seed: int, workers: int | None =
         InputError: bad numbers, a folder that holds another cohort or other data, or that another process writes.
     """
     out = Path(out)
-    for name, number, least in (("ct", ct, 1), ("xray", xray, 1), ("seed", seed, 0), ("workers", workers or 1, 1)):
+    for name, number, least in (
+        ("ct", ct, 1),
+        ("xray", xray, 1),
+        ("seed", seed, 0),
+        ("workers", 1 if workers is None else workers, 1),
+    ):
         if number < least:
             raise InputError(f"--{name} {number}: expected {least} or more. Give a larger number.")
     if out.exists() and not out.is_dir():

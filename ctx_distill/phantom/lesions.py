@@ -164,12 +164,12 @@ def _atelectasis(canvas: Canvas, person: Person, finding: Finding, _upright: boo
     s, sign = person.scale, _signs(finding)[0]
     dome = person.dome_left if sign > 0 else person.dome_right
     for rank in range(2 + int(finding.extent > 0.5)):
-        slope = float(rng.uniform(0.05, 0.35)) * sign * float(rng.choice([-1, 1]))
+        slope = float(rng.uniform(0.02, 0.2)) * sign * float(rng.choice([-1, 1]))
         length = 1 / np.hypot(1, slope)
         axes = np.array([[length, 0, -slope * length], [0, 1, 0], [slope * length, 0, length]])
         centre = (dome + (10 + 15 * rank) * s, float(rng.uniform(-10, 35)) * s, sign * float(rng.uniform(68, 82)) * s)
         thick = (4.5 + 3 * finding.extent) * s
-        canvas.ellipsoid(centre, (thick, (40 + 16 * finding.extent) * s, 48 * s), 25.0, axes, within_lung=True)
+        canvas.ellipsoid(centre, (thick, (40 + 16 * finding.extent) * s, 46 * s), -90.0, axes, within_lung=True)
     wedge = (dome - 2 * s, 52 * s, sign * 44 * s)
     canvas.ellipsoid(wedge, ((30 + 12 * finding.extent) * s, 26 * s, 22 * s), 35.0, within_lung=True)
 

@@ -39,8 +39,8 @@ def radiograph(person: Person, findings: list[Finding], rng: np.random.Generator
     fine = 1.15 * pixel
     deep = 2 * (person.cage_depth + person.wall) + 70 * s
     grid = Grid(
-        shape=(int(tall / fine) + 12, int(deep / 5.0), int(wide / fine) + 12),
-        spacing=(fine, 5.0, fine),
+        shape=(int(tall / fine) + 12, int(deep / 6.0), int(wide / fine) + 12),
+        spacing=(fine, 6.0, fine),
         centre=(
             0.5 * (person.lung_top + person.lung_base) + float(rng.normal(8, 5)) * s,
             6.0,

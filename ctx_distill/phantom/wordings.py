@@ -77,7 +77,7 @@ CT: dict[str, list[str]] = {
         "There is {grade} centrilobular emphysema, {pattern}.",
         "Emphysematous change of both lungs, {grade}, with flattening of the diaphragm.",
         "Both lungs are hyperinflated with {grade} emphysema.",
-        "Multiple air-filled spaces without walls in both lungs, in keeping with {grade} emphysema.",
+        "Multiple air-filled spaces with imperceptible walls in both lungs, in keeping with {grade} emphysema.",
     ],
     "pulmonary fibrosis": [
         "Subpleural reticular changes in both lower lobes, in keeping with {grade} pulmonary fibrosis.",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import warnings
 
-import lightning as L
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from ctx_distill.data.datamodules import ManifestDataModule
@@ -50,4 +49,3 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", message=".*number of training batches .* is smaller than the logging interval.*")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", category=FutureWarning)
-    L.pytorch.utilities.rank_zero.log.setLevel(logging.ERROR)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,16 +22,46 @@ from ctx_distill.losses.contrastive import contrastive_loss
 from ctx_distill.losses.robust import identification_quality
 from ctx_distill.metrics.retrieval import recall_at_k
 from ctx_distill.models.ct_encoder import CTEncoder
-from ctx_distill.models.dual_encoder import DualEncoder, load_ct_encoder, projection_head
-from ctx_distill.models.text_encoder import TextEncoder
-from ctx_distill.models.xray_expert import XrayExpert, open_expert
+from ctx_distill.models.dual_encoder import DualEncoder, load_ct_encoder
+from ctx_distill.models.heads import ProjectionHead
+from ctx_distill.models.text_encoder import BertTextEncoder, ExpertTextEncoder, TextEncoder
+from ctx_distill.models.xray_expert import open_expert
 from ctx_distill.retrieval.lookup import NeighbourLookup
 from ctx_distill.retrieval.store import XrayIndexArtefact
-from ctx_distill.tasks.base import TrainedTask, adamw, last_values
+from ctx_distill.tasks.base import LARGEST_LOGIT_SCALE, TrainedTask, adamw, last_values
 from ctx_distill.tasks.false_negatives import FalseNegatives, RobustSettings
 from ctx_distill.tasks.predict import predict_rows
 from ctx_distill.text.report import sample_sentences
 from ctx_distill.types import CTBatch
+
+
+@dataclass(frozen=True)
+class TextSettings:
+    """The report tower.
+
+    Attributes:
+        tower: `expert`: a copy of the X-ray expert's text tower, in whose space the student already lies; `bert`: any
+            BERT-like folder or hub repository; `scratch`: a small BERT whose WordPiece vocabulary is trained on the
+            manifest's `train` reports.
+        trainable: whether it learns.
+        source: of `bert`.
+        revision: pinned commit of a hub source.
+        width: of `scratch`.
+        layers: of `scratch`.
+        vocab_size: of `scratch`.
+        context_length: tokens of `bert` and `scratch`.
+        projection_dim: width of the joint space; None keeps the text tower's own.
+    """
+
+    tower: Literal["expert", "bert", "scratch"] = "expert"
+    trainable: bool = True
+    source: str | None = None
+    revision: str | None = None
+    width: int = 128
+    layers: int = 2
+    vocab_size: int = 2000
+    context_length: int = 256
+    projection_dim: int | None = None
 
 
 class AlignmentTask(TrainedTask):
@@ -38,7 +70,7 @@ class AlignmentTask(TrainedTask):
     Args:
         expert: folder or hub name of the X-ray expert: its frozen text tower gives the evidence.
         index: folder of the stage-1 artefact.
-        text_encoder: the report tower.
+        text: the report tower.
         student: folder of the stage-2 artefact; None starts from `encoder` as it is.
         encoder: the CT encoder where there is no student.
         expert_revision: pinned commit of a hub expert.
@@ -57,7 +89,7 @@ class AlignmentTask(TrainedTask):
         self,
         expert: str,
         index: str,
-        text_encoder: TextEncoder,
+        text: TextSettings = TextSettings(),
         student: str | None = None,
         encoder: CTEncoder | None = None,
         expert_revision: str | None = None,
@@ -83,36 +115,65 @@ class AlignmentTask(TrainedTask):
         self.lookup = NeighbourLookup(store, min(neighbours, len(store)), "mean")
         self.student_spec: str | None = None
         self.upstream = {"xray-expert": teacher.fingerprint(), "xray-index": store.fingerprint}
-        image_projection = None
+        projection = None
         if student is not None:
-            encoder, image_projection = self._take_student(student, teacher, store)
+            encoder, projection = self._take_student(student)
         elif encoder is None:
             raise InputError("stage 3 got neither a student nor an encoder. Run make stage-2, or give `encoder`.")
-        if image_projection is None or image_projection.out_features != text_encoder.embed_dim:
-            image_projection = projection_head(encoder.embed_dim, text_encoder.embed_dim)
-        self.model = DualEncoder(
-            encoder, text_encoder, image_projection=image_projection, logit_scale=teacher.logit_scale or 14.3
-        )
+        self.ct_encoder, self.image_projection = encoder, projection
+        self.text = text
+        self.scale = teacher.logit_scale or 1 / 0.07
+        self.text_source = (expert, expert_revision)
+        self.model: DualEncoder | None = None
         self.robust, self.subset_share = robust, subset_share
         self.augmentation, self.chunk = augmentation, chunk
         self.false_negatives: FalseNegatives | None = None
         self._quality = {"hits": 0.0, "suspected": 0.0, "actual": 0.0}
 
-    def _take_student(self, student: str, teacher: XrayExpert, store: XrayIndexArtefact) -> tuple[CTEncoder, Any]:
+    def _take_student(self, student: str) -> tuple[CTEncoder, ProjectionHead]:
         """Encoder and projection of a stage-2 artefact, after checking what it was made from."""
-        taken = load_ct_encoder(Path(student))
-        for what, name, own in (
-            ("expert", "xray-expert", teacher.fingerprint()),
-            ("index", "xray-index", store.fingerprint),
-        ):
+        encoder, projection, artefact = load_ct_encoder(Path(student))
+        for what, name in (("expert", "xray-expert"), ("index", "xray-index")):
             require_same(
-                f"the {what} given to stage 3", own,
-                f"the {what} that the student {student} was distilled from", taken.artefact.upstream[name],
+                f"the {what} given to stage 3", self.upstream[name],
+                f"the {what} that the student {student} was distilled from", artefact.upstream[name],
                 "Run make stage-2 again, or give the one that it was distilled from.",
             )  # fmt: skip
-        self.student_spec = hash_json(taken.volume_spec)
-        self.upstream["ct-encoder"] = taken.artefact.fingerprint
-        return taken.encoder, taken.projection
+        self.student_spec = hash_json(artefact.config["volume_spec"])
+        self.upstream["ct-encoder"] = artefact.fingerprint
+        return encoder, projection
+
+    def run(self, trainer: L.Trainer, datamodule: L.LightningDataModule, folder: Path) -> dict[str, Any]:
+        """Join the two encoders, then train."""
+        assert isinstance(datamodule, CTDataModule)
+        text_encoder = self._text_encoder(datamodule)
+        space = self.text.projection_dim or text_encoder.embed_dim
+        projection = self.image_projection
+        if projection is not None and projection.config["out_dim"] != space:
+            projection = None
+        self.model = DualEncoder(self.ct_encoder, text_encoder, self.text.projection_dim, projection, self.scale)
+        return super().run(trainer, datamodule, folder)
+
+    def _text_encoder(self, datamodule: CTDataModule) -> TextEncoder:
+        text = self.text
+        if text.tower == "expert":
+            return ExpertTextEncoder.from_expert(*self.text_source, trainable=text.trainable)
+        if text.tower == "bert":
+            if text.source is None:
+                raise InputError("stage 3: text.tower is bert, but text.source names no folder or hf-hub: repository.")
+            return BertTextEncoder.from_pretrained(text.source, text.revision, text.context_length, text.trainable)
+        train = datamodule.training_rows()
+        reports = [train.report(row) for row in train.frame.index]
+        with tempfile.TemporaryDirectory() as scratch:
+            return BertTextEncoder.from_scratch(
+                reports, Path(scratch), text.vocab_size, text.width, text.layers, text.context_length
+            )
+
+    @property
+    def dual(self) -> DualEncoder:
+        """The dual encoder, once `run` has joined it."""
+        assert self.model is not None
+        return self.model
 
     def setup(self, stage: str) -> None:
         """Check the volume spec; fix the false negatives' evidence on the training studies."""
@@ -148,11 +209,11 @@ class AlignmentTask(TrainedTask):
     def training_step(self, batch: CTBatch, batch_idx: int) -> Tensor:
         """InfoNCE with corrected targets over the global batch."""
         del batch_idx
-        image, _ = self.model.encode_volume(self.augmentation(batch.volume))
-        text = self.model.encode_text(self._views(batch))
+        image, _ = self.dual.encode_volume(self.augmentation(batch.volume))
+        text = self.dual.encode_text(self._views(batch))
         study = gather_with_gradient(batch.study)
         image, text = gather_with_gradient(image), gather_with_gradient(text)
-        scale = self.model.logit_scale.exp()
+        scale = self.dual.logit_scale.exp()
         if self.false_negatives is None:
             terms = contrastive_loss(image, text, scale, study=study, chunk=self.chunk)
         else:
@@ -193,29 +254,30 @@ class AlignmentTask(TrainedTask):
     def validation_step(self, batch: CTBatch, batch_idx: int) -> None:
         """Plain InfoNCE on whole reports, without augmentation."""
         del batch_idx
-        image, _ = self.model.encode_volume(batch.volume)
-        text = self.model.encode_text(batch.report)
+        image, _ = self.dual.encode_volume(batch.volume)
+        text = self.dual.encode_text(batch.report)
         image, text = gather_with_gradient(image), gather_with_gradient(text)
         study = gather_with_gradient(batch.study)
-        terms = contrastive_loss(image, text, self.model.logit_scale.exp(), study=study)
+        terms = contrastive_loss(image, text, self.dual.logit_scale.exp(), study=study)
         self.log_terms({"loss": terms["total"]}, "val", len(batch.row))
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Hold the temperature within CLIP's bounds: the scale stays in [1, 100]."""
         del outputs, batch, batch_idx
-        self.model.clamp_logit_scale()
+        with torch.no_grad():
+            self.dual.logit_scale.clamp_(0.0, LARGEST_LOGIT_SCALE)
 
     def predict_step(self, batch: CTBatch, batch_idx: int) -> dict[str, Tensor]:
         """Image and report features of a batch, both (B, D), unit rows."""
         del batch_idx
-        image, _ = self.model.encode_volume(batch.volume)
-        return {"image": image, "text": self.model.encode_text(batch.report), "row": batch.row}
+        image, _ = self.dual.encode_volume(batch.volume)
+        return {"image": image, "text": self.dual.encode_text(batch.report), "row": batch.row}
 
     def finish(self, trainer: L.Trainer, datamodule: L.LightningDataModule, folder: Path) -> dict[str, Any]:
         """Write the dual encoder; report-to-volume recall on CT `val`."""
         assert isinstance(datamodule, CTDataModule)
         if rank() == 0:
-            self.model.save(folder / "artefact", self.upstream, datamodule.volume.to_config())
+            self.dual.save(folder / "artefact", self.upstream, datamodule.volume.to_config())
         metrics = last_values(trainer)
         if self.false_negatives is not None:
             metrics["thresholds"] = self.false_negatives.thresholds
@@ -225,4 +287,5 @@ class AlignmentTask(TrainedTask):
             similarity = (found["text"] @ found["image"].T).numpy()
             codes = val.study_codes()
             metrics |= recall_at_k(similarity, codes, codes, ks=(1, 5, 10))
+            metrics["recall_at_5_random"] = min(1.0, 5 / len(val))
         return metrics

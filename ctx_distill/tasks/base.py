@@ -15,8 +15,13 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
+from ctx_distill.checkpoint import Artefact, hash_json, require_same
+from ctx_distill.data.datamodules import CTDataModule
+
 LAST = "last.ckpt"
 BEST = "best.ckpt"
+LARGEST_LOGIT_SCALE = math.log(100)
+"""CLIP's bound of the learnt temperature (Radford et al. 2021)."""
 
 
 class StageTask(L.LightningModule):
@@ -112,6 +117,19 @@ class TrainedTask(StageTask):
             shown = name == "loss"
             self.log(f"{split}/{name}", value, on_step=False, on_epoch=True, prog_bar=shown, sync_dist=True,
                      batch_size=batch_size)  # fmt: skip
+
+
+def check_volume_spec(artefact: Artefact, datamodule: CTDataModule) -> None:
+    """Check that volumes are brought to what an encoder was trained on.
+
+    Raises:
+        InputError: another spacing, shape or window; the message names both.
+    """
+    require_same(
+        "the volume spec of this stage", hash_json(datamodule.volume.to_config()),
+        f"the volume spec that {artefact.folder} was trained with", hash_json(artefact.config["volume_spec"]),
+        f"Set data.init_args.volume to {artefact.config['volume_spec']}.",
+    )  # fmt: skip
 
 
 def adamw(params: Any) -> torch.optim.Optimizer:

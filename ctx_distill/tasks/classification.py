@@ -11,15 +11,15 @@ import torch.nn.functional as F
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from ctx_distill.checkpoint import read_artefact, write_artefact
+from ctx_distill.checkpoint import write_artefact
 from ctx_distill.data.augment import Augmentation
 from ctx_distill.data.datamodules import CTDataModule
 from ctx_distill.distributed import rank
 from ctx_distill.errors import InputError
 from ctx_distill.metrics.classification import classification_report
-from ctx_distill.models.dual_encoder import DualEncoder, check_volume_spec
+from ctx_distill.models.dual_encoder import DualEncoder
 from ctx_distill.models.heads import FindingsHead
-from ctx_distill.tasks.base import TrainedTask, adamw, last_values
+from ctx_distill.tasks.base import TrainedTask, adamw, check_volume_spec, last_values
 from ctx_distill.tasks.predict import predict_rows, study_means, write_predictions
 from ctx_distill.types import CTBatch
 
@@ -49,8 +49,8 @@ class ClassifierTask(TrainedTask):
         select: Literal["last", "best"] = "best",
     ) -> None:
         super().__init__(optimizer, scheduler, warmup, select)
-        self.source = Path(model)
-        self.encoder = DualEncoder.load(self.source).ct_encoder
+        dual, self.artefact = DualEncoder.load(Path(model))
+        self.encoder = dual.ct_encoder
         self.mode, self.augmentation = mode, augmentation
         self.encoder.requires_grad_(mode == "finetune")
         self.head: FindingsHead | None = None
@@ -62,7 +62,7 @@ class ClassifierTask(TrainedTask):
         datamodule = getattr(self.trainer, "datamodule", None)
         if self.head is not None or not isinstance(datamodule, CTDataModule):
             return
-        check_volume_spec(self.source, datamodule.volume.to_config())
+        check_volume_spec(self.artefact, datamodule)
         names = datamodule.manifest.finding_names
         if not names:
             raise InputError(f"{datamodule.manifest.path}: has no label:<finding> columns; the classifier needs them.")
@@ -134,13 +134,14 @@ class ClassifierTask(TrainedTask):
         names = list(datamodule.manifest.finding_names)
         metrics = last_values(trainer)
         if rank() == 0:
-            dual = read_artefact(self.source, "dual-encoder")
             tensors = self.head.state_dict(prefix="head.")
             if self.mode == "finetune":
                 tensors |= self.encoder.state_dict(prefix="encoder.")
             config = {"findings": names, "mode": self.mode, "volume_spec": datamodule.volume.to_config()}
             config["encoder"] = self.encoder.config()
-            write_artefact(folder / "artefact", "classifier", config, tensors, {"dual-encoder": dual.fingerprint})
+            write_artefact(
+                folder / "artefact", "classifier", config, tensors, {"dual-encoder": self.artefact.fingerprint}
+            )
         test = datamodule.manifest.split("test")
         if not len(test):
             return {**metrics, "macro_auroc": None, "per_finding": {}}

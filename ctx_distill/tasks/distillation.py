@@ -20,7 +20,8 @@ from ctx_distill.errors import InputError
 from ctx_distill.losses.distillation import distillation_loss
 from ctx_distill.metrics.classification import classification_report
 from ctx_distill.models.ct_encoder import CTEncoder
-from ctx_distill.models.dual_encoder import projection_head, save_ct_encoder
+from ctx_distill.models.dual_encoder import save_ct_encoder
+from ctx_distill.models.heads import ProjectionHead
 from ctx_distill.models.xray_expert import XrayExpert, open_expert
 from ctx_distill.retrieval.lookup import LookupMode, NeighbourLookup
 from ctx_distill.retrieval.store import XrayIndexArtefact
@@ -100,7 +101,7 @@ class DistillationTask(TrainedTask):
         self.store = store
         self.lookup = NeighbourLookup(store, min(neighbours.k, len(store)), neighbours.mode, neighbours.temperature)
         self.encoder = encoder
-        self.projection = projection_head(encoder.embed_dim, store.value_dim)
+        self.projection = ProjectionHead(encoder.embed_dim, store.value_dim)
         self.weights = {"pair": weights.pair, "relation": weights.relation}
         scale = teacher.logit_scale
         if tau is None and scale is None:
@@ -169,8 +170,8 @@ class DistillationTask(TrainedTask):
                 folder / "artefact",
                 self.encoder,
                 self.projection,
-                datamodule.volume.to_config(),
                 {"xray-expert": self.teacher.fingerprint(), "xray-index": self.store.fingerprint},
+                datamodule.volume.to_config(),
             )
         metrics: dict[str, Any] = last_values(trainer)
         metrics["tau"] = self.tau

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,14 +12,13 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from ctx_distill.checkpoint import read_artefact
 from ctx_distill.data.datamodules import CTDataModule
 from ctx_distill.distributed import gather_objects, rank
 from ctx_distill.files import write_text
 from ctx_distill.metrics.generation import generation_report
-from ctx_distill.models.dual_encoder import DualEncoder, check_volume_spec
+from ctx_distill.models.dual_encoder import DualEncoder
 from ctx_distill.models.report_decoder import ReportDecoder
-from ctx_distill.tasks.base import TrainedTask, adamw, last_values
+from ctx_distill.tasks.base import TrainedTask, adamw, check_volume_spec, last_values
 from ctx_distill.text.findings import load_vocabulary, vocabulary_for
 from ctx_distill.types import CTBatch
 
@@ -29,10 +29,11 @@ class ReportTask(TrainedTask):
     Args:
         model: folder of the stage-3 artefact.
         source: a Hugging Face causal model that knows cross-attention; None trains a small one from scratch.
+        revision: pinned commit of a hub source.
         vocab_size: of the small decoder's WordPiece vocabulary, trained on the `train` reports.
-        hidden_size: of the small decoder.
+        width: of the small decoder, a multiple of 32.
         layers: of the small decoder.
-        heads: of the small decoder.
+        dropout: of the small decoder.
         max_length: longest report in tokens.
         beams: of the beam search.
         no_repeat: no group of this many tokens comes twice; 0 allows it.
@@ -47,10 +48,11 @@ class ReportTask(TrainedTask):
         self,
         model: str,
         source: str | None = None,
+        revision: str | None = None,
         vocab_size: int = 2000,
-        hidden_size: int = 128,
+        width: int = 128,
         layers: int = 2,
-        heads: int = 4,
+        dropout: float = 0.1,
         max_length: int = 128,
         beams: int = 1,
         no_repeat: int = 0,
@@ -61,30 +63,35 @@ class ReportTask(TrainedTask):
         select: Literal["last", "best"] = "best",
     ) -> None:
         super().__init__(optimizer, scheduler, warmup, select)
-        self.source = Path(model)
-        self.encoder = DualEncoder.load(self.source).ct_encoder.requires_grad_(False)
-        self.decoder_source = source
-        self.sizes = {"vocab_size": vocab_size, "hidden_size": hidden_size, "layers": layers, "heads": heads}
+        dual, self.artefact = DualEncoder.load(Path(model))
+        self.encoder = dual.ct_encoder.requires_grad_(False)
+        self.decoder_source, self.decoder_revision = source, revision
+        self.sizes: dict[str, Any] = {"vocab_size": vocab_size, "width": width, "layers": layers, "dropout": dropout}
         self.max_length, self.beams, self.no_repeat = max_length, beams, no_repeat
         self.vocabulary = vocabulary
         self.decoder: ReportDecoder | None = None
         self._tokens: dict[int, Tensor] = {}
 
-    def setup(self, stage: str) -> None:
-        """Make the decoder; its vocabulary comes from the `train` reports alone."""
-        del stage
-        datamodule = getattr(self.trainer, "datamodule", None)
-        if self.decoder is not None or not isinstance(datamodule, CTDataModule):
-            return
-        check_volume_spec(self.source, datamodule.volume.to_config())
-        if self.decoder_source is not None:
-            self.decoder = ReportDecoder.from_pretrained(self.decoder_source, self.encoder.embed_dim, self.max_length)
-            return
+    def run(self, trainer: L.Trainer, datamodule: L.LightningDataModule, folder: Path) -> dict[str, Any]:
+        """Make the decoder; its vocabulary comes from the `train` reports alone. Then train."""
+        assert isinstance(datamodule, CTDataModule)
+        check_volume_spec(self.artefact, datamodule)
+        width = self.encoder.embed_dim
         train = datamodule.training_rows()
-        texts = [train.report(row) for row in train.frame.index]
-        self.decoder = ReportDecoder.from_scratch(
-            texts, token_dim=self.encoder.embed_dim, max_length=self.max_length, **self.sizes
-        )
+        with torch.no_grad():
+            volume = datamodule.dataset(train)[0].tensor[None]
+            places = self.encoder(volume).tokens.shape[1]
+        if self.decoder_source is not None:
+            self.decoder = ReportDecoder.from_pretrained(
+                self.decoder_source, width, places, self.decoder_revision, self.max_length
+            )
+        else:
+            texts = [train.report(row) for row in train.frame.index]
+            with tempfile.TemporaryDirectory() as scratch:
+                self.decoder = ReportDecoder.from_scratch(
+                    texts, Path(scratch), width, places, max_length=self.max_length, **self.sizes
+                )
+        return super().run(trainer, datamodule, folder)
 
     def _ct_tokens(self, batch: CTBatch) -> Tensor:
         """(B, T, D_c), computed once a volume, since the encoder is frozen."""
@@ -99,7 +106,7 @@ class ReportTask(TrainedTask):
 
     def _loss(self, batch: CTBatch) -> Tensor:
         assert self.decoder is not None
-        loss: Tensor = self.decoder.loss(self._ct_tokens(batch), batch.report)["total"]
+        loss: Tensor = self.decoder(self._ct_tokens(batch), **self.decoder.tokenize(batch.report))["lm"]
         return loss
 
     def training_step(self, batch: CTBatch, batch_idx: int) -> Tensor:
@@ -130,9 +137,8 @@ class ReportTask(TrainedTask):
         """Write the decoder; write and score the reports of the `test` studies."""
         assert isinstance(datamodule, CTDataModule)
         assert self.decoder is not None
-        dual = read_artefact(self.source, "dual-encoder")
         if rank() == 0:
-            self.decoder.save(folder / "artefact", {"dual-encoder": dual.fingerprint}, datamodule.volume.to_config())
+            self.decoder.save(folder / "artefact", {"dual-encoder": self.artefact.fingerprint})
         metrics = last_values(trainer)
         test = datamodule.with_text(datamodule.manifest.split("test"))
         test = test.where(~test.frame["study_id"].duplicated().to_numpy())

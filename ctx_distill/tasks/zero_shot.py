@@ -11,8 +11,8 @@ from torch import Tensor
 from ctx_distill.data.datamodules import CTDataModule
 from ctx_distill.distributed import rank
 from ctx_distill.metrics.classification import classification_report
-from ctx_distill.models.dual_encoder import DualEncoder, check_volume_spec
-from ctx_distill.tasks.base import StageTask
+from ctx_distill.models.dual_encoder import DualEncoder
+from ctx_distill.tasks.base import StageTask, check_volume_spec
 from ctx_distill.tasks.predict import predict_rows, study_means, write_predictions
 from ctx_distill.tasks.prompting import pair_probabilities, prompt_features
 from ctx_distill.text.findings import load_vocabulary
@@ -32,8 +32,7 @@ class ZeroShotTask(StageTask):
         self, model: str, templates: Literal["default", "ensemble"] = "ensemble", vocabulary: str = "ct-rate"
     ) -> None:
         super().__init__()
-        self.model = DualEncoder.load(Path(model))
-        self.source = model
+        self.model, self.artefact = DualEncoder.load(Path(model))
         self.templates, self.vocabulary = templates, vocabulary
 
     def predict_step(self, batch: CTBatch, batch_idx: int) -> dict[str, Tensor]:
@@ -44,7 +43,7 @@ class ZeroShotTask(StageTask):
     def run(self, trainer: L.Trainer, datamodule: L.LightningDataModule, folder: Path) -> dict[str, Any]:
         """Ask, write `predictions.csv`, score where there are labels."""
         assert isinstance(datamodule, CTDataModule)
-        check_volume_spec(Path(self.source), datamodule.volume.to_config())
+        check_volume_spec(self.artefact, datamodule)
         test = datamodule.manifest.split("test")
         if not len(test):
             write_predictions(folder / "predictions.csv", test.frame, {})

@@ -24,8 +24,30 @@ _TOKEN = re.compile(r"[^\W_]+(?:\.\d+)?|[,;:?()]")
 _GAP = "..."
 _GAP_WORDS = 8
 _BREAKS = frozenset(",;:?()")
-_COPULAS = frozenset(["is", "are", "was", "were", "has", "have", "had", "show", "appear", "remain", "demonstrate", "contain"])
-_AUXILIARIES = frozenset(["is", "are", "was", "were", "has", "have", "had", "been", "be", "can", "could", "do", "did", "doe", "also", "clearly", "definitely"])
+_COPULAS = frozenset(
+    ["is", "are", "was", "were", "has", "have", "had", "show", "appear", "remain", "demonstrate", "contain"]
+)
+_AUXILIARIES = frozenset(
+    [
+        "is",
+        "are",
+        "was",
+        "were",
+        "has",
+        "have",
+        "had",
+        "been",
+        "be",
+        "can",
+        "could",
+        "do",
+        "did",
+        "doe",
+        "also",
+        "clearly",
+        "definitely",
+    ]
+)
 _CUES_FILE = Path(__file__).with_name("vocabularies") / "cues.yaml"
 
 

@@ -192,7 +192,9 @@ def _load(path: Path) -> Vocabulary:
         problem = getattr(error, "problem", None) or error
         raise InputError(f"{path}{line}: no valid YAML ({problem}); mend the file at this line.") from error
     if not isinstance(raw, dict) or not isinstance(raw.get("findings"), dict) or not raw["findings"]:
-        raise InputError(f"{path}: found no mapping 'findings' with at least one finding; see ct_rate.yaml for the form.")
+        raise InputError(
+            f"{path}: found no mapping 'findings' with at least one finding; see ct_rate.yaml for the form."
+        )
     findings = tuple(_finding(path, name, body) for name, body in raw["findings"].items())
     for name, count in Counter(finding.name.lower() for finding in findings).items():
         if count > 1:

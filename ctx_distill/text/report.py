@@ -7,13 +7,14 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 _NO_TEXT = {"", "not given", "not given.", "nan", "none", "n/a"}
-_ABBREVIATIONS = frozenset(
-    ["dr", "mr", "mrs", "ms", "prof", "st", "vs", "cf", "approx", "fig", "figs", "e.g", "i.e", "a.m", "p.m", "resp", "incl", "diam", "max", "etc", "ser", "im", "img"]
+_ABBREVIATION = re.compile(
+    r"dr|mr|mrs|ms|prof|st|vs|cf|approx|figs?|e\.g|i\.e|a\.m|p\.m|resp|incl|diam|max|etc|ser|im|img"
 )
-_UNITS = frozenset(["mm", "cm", "ml", "cc", "mg", "m", "kg", "hu", "sec", "min"])
+_UNIT = re.compile(r"mm|cm|ml|cc|mg|m|kg|hu|sec|min")
 _BULLET = re.compile(r"^(?:[-*•·–]+|\(?\d{1,2}[.)])\s+")
 _LIST_NUMBER = re.compile(r"(?:(?<=[.;:!?]\s)|^)\(?\d{1,2}[.)]\s+(?=[^\W\d_])")
-_INLINE_MARK = re.compile(r'\s*(?:•|·|"+)\s*')
+# CT-RATE parts the items of an impression by stray quote marks; a quoted word ("tree-in-bud") parts nothing
+_INLINE_MARK = re.compile(r"""\s*[•·]\s*|\s*"{2,}\s*|(?<=[.!?])\s*"\s*|\s"\s(?=[A-Z0-9])|^"\s*|\s*"$""")
 _END = re.compile(r"[.!?]+[)\]'’]*(?=\s+\S)")
 _WRAPPED = 60
 """A line at least this long that ends without punctuation was wrapped by a machine, so the sentence goes on."""
@@ -49,9 +50,9 @@ def _ends_here(before: str, mark: str, after: str) -> bool:
     """Whether `mark` at the end of `before` closes a sentence that `after` does not go on with."""
     word = re.split(r"[\s(\[]", before)[-1].lower()
     if mark.startswith("."):
-        if word in _ABBREVIATIONS or (word == "no" and after[:1].isdigit()):
+        if _ABBREVIATION.fullmatch(word) or (word == "no" and after[:1].isdigit()):
             return False
-        if after[:1].islower() and (word in _UNITS or len(word) == 1):
+        if after[:1].islower() and (_UNIT.fullmatch(word) or len(word) == 1):
             return False
     elif mark.startswith("?") and after[:1].islower():
         return False
@@ -72,7 +73,7 @@ def split_sentences(text: str) -> list[str]:
     """
     sentences: list[str] = []
     for line in _lines(text):
-        for item in _INLINE_MARK.split(line):
+        for item in _INLINE_MARK.split(line.replace("“", '"').replace("”", '"')):
             rest = " ".join(_LIST_NUMBER.sub("\n", item).split(" "))
             for part in rest.split("\n"):
                 piece = " ".join(part.split())
@@ -86,22 +87,22 @@ def split_sentences(text: str) -> list[str]:
 
 
 def _section(text: object) -> str:
-    cleaned = " ".join(text.split()) if isinstance(text, str) else ""  # a blank cell of pandas is NaN, a float
-    if cleaned.lower() in _NO_TEXT:
+    if not isinstance(text, str) or text.strip().lower() in _NO_TEXT:  # a blank cell of pandas is NaN, a float
         return ""
-    return cleaned if cleaned[-1] in ".!?" else cleaned + "."
+    # by sentences, so that the items of a list stay apart when their line breaks go
+    return " ".join(item if item.rstrip(")]'’")[-1:] in tuple(".!?") else item + "." for item in split_sentences(text))
 
 
 def join_sections(findings: str | float | None, impression: str | float | None) -> str:
-    """The report of a study: findings, then impression, each ended by a period.
+    """The report of a study: findings, then impression, sentence by sentence, each ended by a mark.
 
     Args:
         findings: the section's text; None, NaN, "" and CT-RATE's "Not given." mean that there is none.
         impression: likewise. An impression equal to the findings is not repeated.
 
     Returns:
-        One string without line breaks, "" where both are missing. A list in either section keeps its numbers, which
-        `split_sentences` understands.
+        One string without line breaks and list marks, "" where both are missing; `split_sentences` parts it again
+        into the sentences of its sections.
     """
     first, second = _section(findings), _section(impression)
     return first if first == second else " ".join(part for part in (first, second) if part)

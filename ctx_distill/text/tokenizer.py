@@ -11,6 +11,9 @@ from ctx_distill.errors import InputError
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 """In this order, so their ids are 0 to 4 in every vocabulary."""
 
+_WORD = r"\d+(?:[.,]\d+)*|[^\W\d_]+(?:-[^\W\d_]+)*|[^\w\s]|_"
+"""Numbers with their decimals, words with their hyphens, and single marks: so that decoding gives "8.5 mm" back."""
+
 
 def train_wordpiece(texts: Iterable[str], vocab_size: int, out_folder: Path, context_length: int) -> Any:
     """Train a lower-case WordPiece tokenizer and save it where AutoTokenizer and open_clip find it.
@@ -29,7 +32,7 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int, out_folder: Path, con
     Raises:
         InputError: there are no texts, or `vocab_size` leaves no room beside the special tokens.
     """
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
     corpus = [text for text in texts if text.strip()]
     if not corpus:
@@ -39,14 +42,27 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int, out_folder: Path, con
         )
     if vocab_size <= len(SPECIAL_TOKENS):
         raise InputError(f"tokenizer: vocab_size is {vocab_size}, expected more than {len(SPECIAL_TOKENS)}.")
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]", max_input_chars_per_word=100))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=True)
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size, min_frequency=1, special_tokens=list(SPECIAL_TOKENS), show_progress=False
+    normalizer = normalizers.BertNormalizer(lowercase=True)
+    split = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(_WORD), behavior="isolated")]
     )
-    tokenizer.train_from_iterator(corpus, trainer)
+
+    def blank(vocabulary: dict[str, int]) -> Any:
+        tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=100))
+        tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, split
+        tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=True)
+        return tokenizer
+
+    # The trainer numbers the inner characters ("##a") in the order of a randomly seeded hash map and breaks ties by
+    # number, so equal runs would differ. Given as special tokens they have their numbers beforehand.
+    characters = sorted({c for text in corpus for c in normalizer.normalize_str(text) if not c.isspace()})
+    fixed = [*SPECIAL_TOKENS, *(f"##{c}" for c in characters)]
+    trained = blank({})
+    trained.train_from_iterator(
+        corpus,
+        trainers.WordPieceTrainer(vocab_size=vocab_size, min_frequency=1, special_tokens=fixed, show_progress=False),
+    )
+    tokenizer = blank(trained.get_vocab())
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )

@@ -6,23 +6,25 @@ import copy
 import json
 import logging
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ctx_distill.files import write_json
+from ctx_distill.models.experts.open_clip_text import CONFIG_FILE, OpenClipTextTower, open_tokenizer
 from ctx_distill.models.preprocessing import ImagePreprocessing
-from ctx_distill.models.text_tower import TextTower, tokenizer_hash, write_tower_config
+from ctx_distill.models.text_tower import tokenizer_hash
 from ctx_distill.models.weights import OPEN_CLIP_PICKLE, find_text_config, hash_weights
 from ctx_distill.models.xray_expert import XrayExpert
 from ctx_distill.types import InputError
 
 logger = logging.getLogger(__name__)
 
-CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
 _WEIGHT_NAMES = (WEIGHTS_FILE, "open_clip_pytorch_model.safetensors", "model.safetensors", OPEN_CLIP_PICKLE)
 _PREPROCESS_DEFAULTS: dict[str, Any] = {
@@ -32,105 +34,6 @@ _PREPROCESS_DEFAULTS: dict[str, Any] = {
     "resize_mode": "shortest",
     "fill_color": 0,
 }
-
-
-class OpenClipTextTower(TextTower):
-    """open_clip's own text transformer, or its wrapper of a Hugging Face encoder."""
-
-    def __init__(self, module: nn.Module, embed_dim: int, text_cfg: dict[str, Any], quick_gelu: bool, tokenizer: Any):
-        """Take over a built tower.
-
-        Args:
-            module: `open_clip.transformer.TextTransformer` or `open_clip.hf_model.HFTextEncoder`.
-            embed_dim: D_t.
-            text_cfg: open_clip's configuration of it.
-            quick_gelu: as in the model's configuration.
-            tokenizer: a Hugging Face tokenizer, or open_clip's `SimpleTokenizer`.
-        """
-        super().__init__()
-        self.module = module
-        self._text_cfg = dict(text_cfg)
-        self._quick_gelu = quick_gelu
-        self.tokenizer = tokenizer
-        self.output_dim = embed_dim
-        self._hugging_face = hasattr(module, "config")
-        self.context_length = int(text_cfg.get("context_length", 77))
-        self.vocab_size = int(module.vocab_size)
-        if self._hugging_face:
-            self.hidden_dim = int(module.config.hidden_size)
-            self.pad_id = int(module.config.pad_token_id)
-            self.bidirectional = not getattr(module.config, "is_decoder", False)
-        else:
-            self.hidden_dim = int(module.width)
-            self.pad_id = int(module.pad_id)
-            self.bidirectional = module.attn_mask is None
-        self.mask_id = getattr(tokenizer, "mask_token_id", None)
-
-    @classmethod
-    def build(cls, config: dict[str, Any], folder: Path) -> OpenClipTextTower:
-        """A tower with random weights from what `save_files` wrote."""
-        from open_clip.model import _build_text_tower
-
-        text_cfg = dict(config["text_cfg"])
-        if text_cfg.get("hf_model_name"):
-            text_cfg["hf_model_name"] = str(folder / "text")
-        module = _build_text_tower(config["embed_dim"], text_cfg, config["quick_gelu"])
-        tokenizer = _open_tokenizer(folder, text_cfg)
-        return cls(module, config["embed_dim"], config["text_cfg"], config["quick_gelu"], tokenizer)
-
-    def save_files(self, folder: Path) -> None:
-        """Write configuration and tokenizer."""
-        text_cfg = {**self._text_cfg, "hf_model_pretrained": False}
-        if self._hugging_face:
-            text_cfg["hf_model_name"] = "text"
-            self.module.config.save_pretrained(folder / "text")
-        if hasattr(self.tokenizer, "save_pretrained"):
-            self.tokenizer.save_pretrained(folder)
-            text_cfg["hf_tokenizer_name"] = "."
-        write_tower_config(
-            folder,
-            {"kind": "open_clip", "embed_dim": self.output_dim, "text_cfg": text_cfg, "quick_gelu": self._quick_gelu},
-        )
-
-    def count(self, text: str) -> int:
-        """Number of tokens of a text, marks included, without truncation."""
-        if hasattr(self.tokenizer, "encode") and not hasattr(self.tokenizer, "backend_tokenizer"):
-            return len(self.tokenizer.encode(text)) + 2
-        return super().count(text)
-
-    def tokenize(self, texts: Sequence[str]) -> Tensor:
-        """Token ids (B, L), cut at the context length; L is the context length except where padding is masked out."""
-        if hasattr(self.tokenizer, "backend_tokenizer"):
-            out = self.tokenizer(
-                [" ".join(text.split()) for text in texts], max_length=self.context_length, truncation=True,
-                padding="longest" if self._hugging_face else "max_length", return_tensors="pt",
-            )  # fmt: skip
-            ids: Tensor = out["input_ids"]
-        else:
-            ids = self.tokenizer(list(texts), context_length=self.context_length)
-        return ids.to(self.device)
-
-    def hidden(self, input_ids: Tensor) -> Tensor:
-        """Token states (B, L, W) of token ids (B, L)."""
-        if self._hugging_face:
-            mask = (input_ids != self.pad_id).long()
-            states: Tensor = self.module.transformer(input_ids=input_ids, attention_mask=mask).last_hidden_state
-            return states
-        length = input_ids.shape[1]  # learned positions, and the class token after the last of them: pad to the full
-        if length < self.context_length:
-            input_ids = nn.functional.pad(input_ids, (0, self.context_length - length), value=self.pad_id)
-        before = self.module.output_tokens
-        self.module.output_tokens = True
-        try:
-            _, states = self.module(input_ids)
-        finally:
-            self.module.output_tokens = before
-        return states[:, :length]
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """Embeddings (B, D_t), not normalised, of token ids (B, L)."""
-        features: Tensor = self.module(input_ids)
-        return features
 
 
 class OpenClipExpert(XrayExpert):
@@ -151,7 +54,7 @@ class OpenClipExpert(XrayExpert):
         _load_weights(model, weights)
         text_cfg = model_cfg["text_cfg"]
         tower = OpenClipTextTower(
-            model.text, model_cfg["embed_dim"], text_cfg, quick_gelu, _open_tokenizer(folder, text_cfg)
+            model.text, model_cfg["embed_dim"], text_cfg, quick_gelu, open_tokenizer(folder, text_cfg)
         )
         super().__init__(
             folder,
@@ -237,30 +140,6 @@ def _load_weights(model: nn.Module, path: Path) -> None:
         raise InputError(f"{path}: does not fit {path.parent / CONFIG_FILE}: {str(error)[:400]}") from error
 
 
-def _open_tokenizer(folder: Path, text_cfg: dict[str, Any]) -> Any:
-    name = text_cfg.get("hf_tokenizer_name")
-    files = (folder / "tokenizer.json").is_file() or (folder / "vocab.txt").is_file()
-    if not name and not files:
-        from open_clip.tokenizer import SimpleTokenizer
-
-        return SimpleTokenizer(context_length=int(text_cfg.get("context_length", 77)))
-    from transformers import AutoTokenizer
-
-    mode = text_cfg.get("tokenizer_mode")
-    if mode:
-        raise InputError(f"{folder / CONFIG_FILE}: tokenizer_mode {mode!r} is not supported; expected none.")
-    places = [folder] if files else [folder / name, folder / name.split("/")[-1]]
-    place = next((p for p in places if (p / "tokenizer.json").is_file() or (p / "vocab.txt").is_file()), None)
-    try:
-        return AutoTokenizer.from_pretrained(str(place) if place else name)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{folder}: no tokenizer. Looked for tokenizer.json or vocab.txt here and in {name!r}, and in the cache of"
-            f" huggingface_hub ({str(error).splitlines()[0]}). Place tokenizer.json and tokenizer_config.json in the"
-            " folder, or fetch the repository with `ctx-distill weights fetch`."
-        ) from error
-
-
 def _preprocessing(cfg: dict[str, Any], image_size: Any) -> ImagePreprocessing:
     values = {**_PREPROCESS_DEFAULTS, **{key: value for key, value in cfg.items() if value is not None}}
     size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
@@ -275,12 +154,18 @@ def _preprocessing(cfg: dict[str, Any], image_size: Any) -> ImagePreprocessing:
     )
 
 
+def expert_preprocessing(config: dict[str, Any]) -> Callable[[NDArray[np.float32]], Tensor]:
+    """The preprocessing of a configuration that `make_expert_folder` gave: a radiograph (H, W) to (C, h, w)."""
+    prepare = _preprocessing(config["preprocess_cfg"], config["model_cfg"]["vision_cfg"]["image_size"])
+    return lambda image: prepare(torch.as_tensor(image, dtype=torch.float32)[None])[0]
+
+
 def make_expert_folder(
     out: Path,
     texts: Sequence[str],
     image_size: int = 96,
     embed_dim: int = 128,
-    vision: Literal["regnet", "resnet", "vit"] | dict[str, Any] = "resnet",
+    vision: Literal["regnet", "resnet", "resnet50", "vit"] | dict[str, Any] = "resnet",
     text_width: int = 128,
     text_layers: int = 2,
     context_length: int = 64,
@@ -299,7 +184,8 @@ def make_expert_folder(
         texts: reports that the WordPiece vocabulary is trained on.
         image_size: height and width of the input in pixels.
         embed_dim: D_e, of image and text.
-        vision: `regnet` (timm regnety_002), `resnet` (CLIP's ResNet, one block a stage, 16 channels wide), `vit`
+        vision: `regnet` (timm regnety_002), `resnet` (CLIP's ResNet, one block a stage, 16 channels wide), `resnet50`
+            (CLIP's own), `vit`
             (patches of 1/8 of the image), or open_clip's vision_cfg.
         text_width: width of the text transformer, a multiple of 32.
         text_layers: its layers.
@@ -321,6 +207,7 @@ def make_expert_folder(
     presets: dict[str, dict[str, Any]] = {
         "regnet": {"timm_model_name": "regnety_002", "timm_pool": "avg", "timm_proj": "linear"},
         "resnet": {"layers": [1, 1, 1, 1], "width": 16, "head_width": 64, "patch_size": None},
+        "resnet50": {"layers": [3, 4, 6, 3], "width": 64, "head_width": 64, "patch_size": None},
         "vit": {"layers": 4, "width": 128, "head_width": 32, "patch_size": image_size // 8, "pool_type": "avg"},
     }
     vision_cfg = {"image_size": image_size, **(presets[vision] if isinstance(vision, str) else vision)}

@@ -1,0 +1,191 @@
+"""Scores of generated reports: BLEU-1 to 4 (sacrebleu), ROUGE-L (rouge-score), agreement of extracted findings.
+
+BLEU is the corpus score over lower-cased text in mteval-v13a tokens (sacrebleu's "13a": punctuation is a token), one
+reference, without smoothing, in [0, 1]. BLEU-n is the geometric mean of the precisions of 1 to n words. The
+COCO-caption tools, which most papers use, drop punctuation first: figures of the two are close, not equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ctx_distill.metrics.bootstrap import Groups, Interval, interval, resample_counts
+from ctx_distill.text.findings import Vocabulary, extract_many
+
+Floats = NDArray[np.float64]
+_ORDER = 4
+_KEYS = tuple(f"bleu{order}" for order in range(1, _ORDER + 1))
+
+
+def _check(references: Sequence[str], hypotheses: Sequence[str]) -> None:
+    if len(references) != len(hypotheses):
+        raise ValueError(f"{len(references)} references and {len(hypotheses)} hypotheses, expected as many.")
+
+
+def bleu_statistics(references: Sequence[str], hypotheses: Sequence[str]) -> Floats:
+    """The counts of which corpus BLEU is made: (N, 10).
+
+    Columns: matching 1- to 4-grams, all 1- to 4-grams, words of the hypothesis, words of the reference. They add up
+    over reports, so that the bootstrap needs them only once.
+    """
+    from sacrebleu.metrics import BLEU
+
+    _check(references, hypotheses)
+    scorer = BLEU(lowercase=True, tokenize="13a", smooth_method="none", effective_order=True)
+    rows = np.zeros((len(references), 2 * _ORDER + 2))
+    for row, (reference, hypothesis) in enumerate(zip(references, hypotheses)):
+        score = scorer.sentence_score(hypothesis, [reference])
+        rows[row] = [*score.counts, *score.totals, score.sys_len, score.ref_len]
+    return rows
+
+
+def _bleu(statistics: Floats) -> Floats:
+    """BLEU-1 to 4 of summed statistics: (..., 10) -> (..., 4), 0 where a precision is 0."""
+    matches, totals = statistics[..., :_ORDER], statistics[..., _ORDER : 2 * _ORDER]
+    length, reference = statistics[..., 2 * _ORDER, None], statistics[..., 2 * _ORDER + 1, None]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        logs = np.where(matches > 0, np.log(matches / totals), -np.inf)
+        brevity = np.where(length > 0, np.minimum(0.0, 1 - reference / length), -np.inf)
+    result: Floats = np.exp(np.cumsum(logs, axis=-1) / np.arange(1, _ORDER + 1) + brevity)
+    return result
+
+
+def bleu(references: Sequence[str], hypotheses: Sequence[str]) -> dict[str, float | None]:
+    """Corpus BLEU-1 to 4 in [0, 1] (see the module's head for tokens and smoothing).
+
+    Args:
+        references: N true reports.
+        hypotheses: N generated reports; "" is allowed and counts against the length.
+
+    Returns:
+        `bleu1` to `bleu4`; None for an empty corpus, 0 where no n-gram matches.
+
+    Raises:
+        ValueError: as many references as hypotheses are not given.
+    """
+    statistics = bleu_statistics(references, hypotheses)
+    if not len(statistics):
+        return dict.fromkeys(_KEYS)
+    return {key: float(value) for key, value in zip(_KEYS, _bleu(statistics.sum(0)))}
+
+
+def rouge_l(references: Sequence[str], hypotheses: Sequence[str]) -> float | None:
+    """Mean F of ROUGE-L (rouge-score, no stemming) over N reports; None for an empty corpus.
+
+    Raises:
+        ValueError: as many references as hypotheses are not given.
+    """
+    from rouge_score.rouge_scorer import RougeScorer
+
+    _check(references, hypotheses)
+    if not references:
+        return None
+    scorer = RougeScorer(["rougeL"], use_stemmer=False)
+    pairs = zip(references, hypotheses)
+    return float(np.mean([scorer.score(true, said)["rougeL"].fmeasure for true, said in pairs]))
+
+
+def _ratio(numerator: Floats, denominator: Floats) -> Floats:
+    return np.where(denominator > 0, numerator / np.maximum(denominator, 1), np.nan)
+
+
+def _number(value: Any) -> float | None:
+    return None if np.isnan(value) else float(value)
+
+
+def _findings_counts(references: Sequence[str], hypotheses: Sequence[str], vocabulary: Vocabulary) -> Floats:
+    """True positives, false positives, false negatives of present findings: (3, N, F)."""
+    _check(references, hypotheses)
+    true, said = extract_many(references, vocabulary) == 1, extract_many(hypotheses, vocabulary) == 1
+    return np.stack([true & said, ~true & said, true & ~said]).astype(np.float64)
+
+
+def _scores(counts: Floats) -> dict[str, float | None]:
+    hits, extra, missed = counts.sum(1)  # (F,) each
+    stated = (hits + missed) > 0
+    macro = _ratio(2 * hits, 2 * hits + extra + missed)[stated]
+    total_hits, total_extra, total_missed = hits.sum(), extra.sum(), missed.sum()
+    return {
+        "precision": _number(_ratio(total_hits, total_hits + total_extra)),
+        "recall": _number(_ratio(total_hits, total_hits + total_missed)),
+        "f1": _number(_ratio(2 * total_hits, 2 * total_hits + total_extra + total_missed)),
+        "macro_f1": float(macro.mean()) if stated.any() else None,
+    }
+
+
+def findings_scores(
+    references: Sequence[str], hypotheses: Sequence[str], vocabulary: Vocabulary
+) -> dict[str, float | None]:
+    """Clinical agreement: the findings that generated reports assert against those that true reports assert.
+
+    Both sides go through `ctx_distill.text.findings.extract_many`; what is uncertain or absent is not asserted.
+
+    Args:
+        references: N true reports.
+        hypotheses: N generated reports; "" asserts nothing.
+        vocabulary: F findings.
+
+    Returns:
+        `precision`, `recall`, `f1` over all pairs of report and finding (micro), and `macro_f1`, the mean F1 over the
+        findings that a reference asserts. None where the denominator is 0 (no finding asserted).
+
+    Raises:
+        ValueError: as many references as hypotheses are not given.
+    """
+    return _scores(_findings_counts(references, hypotheses, vocabulary))
+
+
+def generation_report(
+    references: Sequence[str],
+    hypotheses: Sequence[str],
+    patients: Groups,
+    vocabulary: Vocabulary,
+    seed: int = 0,
+    n: int = 1000,
+) -> dict[str, Any]:
+    """All scores of generated reports.
+
+    Args:
+        references: N true reports.
+        hypotheses: N generated reports.
+        patients: N patient ids, the unit of resampling.
+        vocabulary: for the findings.
+        seed: of the bootstrap.
+        n: replicates.
+
+    Returns:
+        `bleu1` to `bleu4`, `rouge_l`, `findings_precision`, `findings_recall`, `findings_f1` (micro),
+        `findings_macro_f1`, `reports`, `empty` (how many generated reports are empty). `bleu4` and `findings_f1` come
+        with intervals (value, low, high). None where a score is not defined, as all are for an empty corpus.
+
+    Raises:
+        ValueError: lengths that differ.
+    """
+    _check(references, hypotheses)
+    if len(patients) != len(references):
+        raise ValueError(f"{len(references)} references and {len(patients)} patients, expected as many.")
+    counts = _findings_counts(references, hypotheses, vocabulary)
+    findings = _scores(counts)
+    statistics = bleu_statistics(references, hypotheses)
+    scores: dict[str, Any] = dict.fromkeys(_KEYS)
+    f1 = Interval(None)
+    if len(references):
+        scores = {key: float(value) for key, value in zip(_KEYS, _bleu(statistics.sum(0)))}
+        weights = resample_counts(patients, n, seed).astype(np.float64)
+        scores["bleu4"] = interval(scores["bleu4"], _bleu(weights @ statistics)[:, -1]).as_json()
+        hits, extra, missed = (weights @ counts.sum(2).T).T
+        f1 = interval(findings["f1"], _ratio(2 * hits, 2 * hits + extra + missed))
+    return {
+        **scores,
+        "rouge_l": rouge_l(references, hypotheses),
+        "findings_precision": findings["precision"],
+        "findings_recall": findings["recall"],
+        "findings_f1": f1.as_json(),
+        "findings_macro_f1": findings["macro_f1"],
+        "reports": len(references),
+        "empty": sum(not hypothesis.strip() for hypothesis in hypotheses),
+    }

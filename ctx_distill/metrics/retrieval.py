@@ -1,0 +1,204 @@
+"""How good a retrieval is: findings Jaccard, same-set recall, and recall and rank of image-text retrieval."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ctx_distill.metrics.bootstrap import Groups, bootstrap_mean
+
+Floats = NDArray[np.float64]
+_BLOCK = 4_000_000
+"""Cells of a query-by-pool matrix that are held at once."""
+
+
+def common_labels(
+    names_a: Sequence[str], labels_a: ArrayLike, names_b: Sequence[str], labels_b: ArrayLike
+) -> tuple[list[str], Floats, Floats]:
+    """The label columns that two manifests share (without regard to case), in the order of the first.
+
+    Args:
+        names_a: F_a findings of `labels_a`.
+        labels_a: (N, F_a).
+        names_b: F_b findings of `labels_b`.
+        labels_b: (M, F_b).
+
+    Returns:
+        (F common names as the first spells them, (N, F), (M, F)); F may be 0.
+    """
+    a, b = np.asarray(labels_a, dtype=np.float64), np.asarray(labels_b, dtype=np.float64)
+    where = {name.strip().lower(): i for i, name in enumerate(names_b)}
+    pairs = [(i, where[key]) for i, name in enumerate(names_a) if (key := name.strip().lower()) in where]
+    return [names_a[i] for i, _ in pairs], a[:, [i for i, _ in pairs]], b[:, [j for _, j in pairs]]
+
+
+def _present(labels: ArrayLike) -> Floats:
+    array = np.asarray(labels, dtype=np.float64)
+    if array.ndim != 2:
+        raise ValueError(f"labels have shape {array.shape}, expected (N, F).")
+    present: Floats = (array == 1).astype(np.float64)  # -1 and NaN are not 1
+    return present
+
+
+def _jaccard(a: Floats, b: Floats) -> Floats:
+    both = a @ b.T
+    union = a.sum(1)[:, None] + b.sum(1)[None, :] - both
+    result: Floats = np.where(union > 0, both / np.maximum(union, 1), 1.0)
+    return result
+
+
+def findings_jaccard(a: ArrayLike, b: ArrayLike) -> Floats:
+    """|A n B| / |A u B| of the sets of present findings of every pair: (N, M) in [0, 1]; two empty sets give 1.
+
+    Args:
+        a: (N, F) of 1, 0, -1 or NaN; only 1 is present.
+        b: (M, F), the same findings in the same order (see `common_labels`).
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    x, y = _present(a), _present(b)
+    if x.shape[1] != y.shape[1]:
+        raise ValueError(f"labels of {x.shape[1]} and {y.shape[1]} findings; expected the same findings in one order.")
+    return _jaccard(x, y)
+
+
+def _random_hit(same: Floats, pool: int, k: int) -> Floats:
+    """1 - C(M-m, k) / C(M, k): the chance that k of M drawn without replacement hold one of the m alike."""
+    missed = np.ones(len(same))
+    for i in range(min(k, pool)):
+        missed *= np.clip(pool - same - i, 0, None) / (pool - i)
+    hit: Floats = 1 - missed
+    return hit
+
+
+def retrieval_quality(
+    query_labels: ArrayLike,
+    pool_labels: ArrayLike,
+    nearest: ArrayLike,
+    patients: Groups,
+    seed: int = 0,
+    n: int = 1000,
+    ks: Sequence[int] = (1, 5, 10),
+) -> dict[str, Any]:
+    """Whether the retrieved items show what the queries show, beside what chance gives.
+
+    Args:
+        query_labels: (N, F) labels of the queries (CT val and test studies).
+        pool_labels: (M, F) labels of the index, the same findings.
+        nearest: (N, k) rows of the pool, best first; -1 (FAISS: no such neighbour) only behind the first column.
+        patients: N patient ids of the queries.
+        seed: of the bootstrap.
+        n: replicates.
+        ks: ranks for the recall.
+
+    Returns:
+        `jaccard_at_1` (mean findings Jaccard of query and first neighbour; value, low, high), `jaccard_random` (the
+        exact mean over all N x M pairs), both also `_without_normals` (queries without a present finding left out);
+        `recall_at_k` and `recall_at_k_random` for k in `ks` (share of queries with an item of exactly their set of
+        findings among the first k; None where fewer than k neighbours were retrieved), `same_set_in_pool` (share of
+        queries for which there is such an item at all), `queries`, `queries_without_normals`, `pool`.
+
+    Raises:
+        ValueError: shapes that do not fit, an empty pool, or a neighbour outside the pool.
+    """
+    queries, pool = _present(query_labels), _present(pool_labels)
+    neighbours = np.asarray(nearest, dtype=np.int64)
+    count = len(queries)
+    if queries.shape[1] != pool.shape[1] or neighbours.ndim != 2 or len(neighbours) != count or len(patients) != count:
+        raise ValueError(
+            f"retrieval_quality: query labels {queries.shape}, pool labels {pool.shape}, nearest {neighbours.shape}, "
+            f"{len(patients)} patients; expected (N, F), (M, F), (N, k), N."
+        )
+    if not len(pool) or neighbours.shape[1] < 1:
+        raise ValueError("retrieval_quality: the pool or the list of neighbours is empty.")
+    if count and (neighbours.max() >= len(pool) or neighbours.min() < -1 or neighbours[:, 0].min() < 0):
+        raise ValueError(f"retrieval_quality: a neighbour lies outside the pool of {len(pool)} rows.")
+
+    random, same = np.empty(count), np.empty(count)
+    at_one, hits = np.empty(count), np.zeros(neighbours.shape, dtype=bool)
+    step = max(1, _BLOCK // len(pool))
+    for start in range(0, count, step):
+        rows = slice(start, start + step)
+        jaccard = _jaccard(queries[rows], pool)
+        alike = jaccard == 1.0
+        random[rows], same[rows] = jaccard.mean(1), alike.sum(1)
+        near = neighbours[rows]
+        at_one[rows] = np.take_along_axis(jaccard, near[:, :1], 1)[:, 0]
+        hits[rows] = np.take_along_axis(alike, np.maximum(near, 0), 1) & (near >= 0)
+
+    abnormal = queries.sum(1) > 0
+    ids = np.asarray(patients)
+
+    def mean(values: Floats) -> float | None:
+        return float(values.mean()) if len(values) else None
+
+    result: dict[str, Any] = {
+        "jaccard_at_1": bootstrap_mean(at_one, ids, n, seed).as_json(),
+        "jaccard_random": mean(random),
+        "jaccard_at_1_without_normals": bootstrap_mean(at_one[abnormal], ids[abnormal], n, seed).as_json(),
+        "jaccard_random_without_normals": mean(random[abnormal]),
+    }
+    for k in ks:
+        enough = neighbours.shape[1] >= min(k, len(pool))
+        result[f"recall_at_{k}"] = mean(np.any(hits[:, :k], axis=1).astype(np.float64)) if enough else None
+        result[f"recall_at_{k}_random"] = mean(_random_hit(same, len(pool), k))
+    result["same_set_in_pool"] = mean((same > 0).astype(np.float64))
+    return {**result, "queries": count, "queries_without_normals": int(abnormal.sum()), "pool": len(pool)}
+
+
+def best_ranks(similarity: ArrayLike, query_studies: Groups, candidate_studies: Groups) -> Floats:
+    """The rank of each query's best positive, 1 the best: (N,), NaN for a query without a positive.
+
+    Candidates of the query's own study are all positives (images and reports of one study are duplicates): they do
+    not push each other down. Ties count against the query, so a constant similarity gives the worst rank.
+
+    Args:
+        similarity: (N, M), larger is nearer.
+        query_studies: N study ids.
+        candidate_studies: M study ids.
+
+    Raises:
+        ValueError: shapes that do not fit, or NaN.
+    """
+    scores = np.asarray(similarity, dtype=np.float64)
+    queries, candidates = np.asarray(query_studies), np.asarray(candidate_studies)
+    if scores.shape != (len(queries), len(candidates)):
+        raise ValueError(f"similarity is {scores.shape}, expected ({len(queries)}, {len(candidates)}).")
+    if np.isnan(scores).any():
+        raise ValueError("similarity holds NaN: the embeddings are not numbers.")
+    ranks = np.full(len(queries), np.nan)
+    for i, row in enumerate(scores):
+        positive = candidates == queries[i]
+        if positive.any():
+            ranks[i] = 1 + int((row[~positive] >= row[positive].max()).sum())
+    return ranks
+
+
+def recall_at_k(
+    similarity: ArrayLike,
+    query_studies: Groups,
+    candidate_studies: Groups,
+    ks: Sequence[int] = (1, 5, 10, 50, 100),
+) -> dict[str, float | int | None]:
+    """Recall and median rank of image-to-text or text-to-image retrieval.
+
+    Args:
+        similarity: (N, M).
+        query_studies: N study ids.
+        candidate_studies: M study ids; duplicates of a study are all positives (see `best_ranks`).
+        ks: ranks.
+
+    Returns:
+        `recall_at_k` for k in `ks` and `median_rank`, over the queries that have a positive (None where none has),
+        and `queries`, how many those are.
+    """
+    ranks = best_ranks(similarity, query_studies, candidate_studies)
+    ranks = ranks[~np.isnan(ranks)]
+    result: dict[str, float | int | None] = {
+        f"recall_at_{k}": float((ranks <= k).mean()) if len(ranks) else None for k in ks
+    }
+    return {**result, "median_rank": float(np.median(ranks)) if len(ranks) else None, "queries": len(ranks)}

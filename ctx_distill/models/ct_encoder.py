@@ -1,0 +1,239 @@
+"""CT encoders out of MONAI: a pooled vector and a grid of tokens of each volume, without batch norm."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from ctx_distill.types import EncoderOutput, InputError
+
+
+class CTEncoder(nn.Module, ABC):
+    """f in h = f(V): (B, 1, D, H, W) to a pooled embedding (B, D_c) and tokens (B, T, D_c).
+
+    A subclass stores its arguments under `init_args` (plain JSON values), which is all that is needed to build it again.
+
+    Attributes:
+        embed_dim: D_c.
+        init_args: arguments of the constructor.
+    """
+
+    embed_dim: int
+    init_args: dict[str, Any]
+
+    @abstractmethod
+    def forward(self, volume: Tensor) -> EncoderOutput:
+        """Encode volumes (B, 1, D, H, W) scaled as the volume spec says; tokens in D, H, W order."""
+
+    def layers(self) -> list[list[nn.Module]]:
+        """The modules by depth, the input's first: what layer-wise learning-rate decay goes by."""
+        return [[self]]
+
+    def config(self) -> dict[str, Any]:
+        """`class_path` and `init_args` as plain JSON values, for `build_ct_encoder`."""
+        return {"class_path": f"{type(self).__module__}.{type(self).__qualname__}", "init_args": dict(self.init_args)}
+
+
+def build_ct_encoder(config: Mapping[str, Any]) -> CTEncoder:
+    """Build an encoder with random weights from `CTEncoder.config()`.
+
+    Only a subclass of `CTEncoder` is built, and only modules of this package or already imported ones are looked in, so
+    an artefact's configuration cannot import anything else.
+
+    Raises:
+        InputError: the class is not found, is no `CTEncoder`, or refuses the arguments.
+    """
+    path = str(config.get("class_path", ""))
+    module_name, _, name = path.rpartition(".")
+    if module_name.startswith("ctx_distill."):
+        try:
+            importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            raise InputError(f"CT encoder {path!r}: no module {module_name}.") from error
+    found = getattr(sys.modules.get(module_name), name, None)
+    if not (isinstance(found, type) and issubclass(found, CTEncoder)) or inspect.isabstract(found):
+        raise InputError(
+            f"CT encoder {path!r}: not a CTEncoder. Expected ctx_distill.models.ct_encoder.ResNet3D or ViT3D, or a"
+            " subclass of CTEncoder whose module is imported before."
+        )
+    try:
+        return found(**dict(config.get("init_args", {})))
+    except TypeError as error:
+        raise InputError(f"CT encoder {path}: arguments do not fit ({error}).") from error
+
+
+def _check_volume(volume: Tensor, name: str) -> None:
+    if volume.ndim != 5 or volume.shape[1] != 1:
+        raise InputError(f"{name}: volume of shape {tuple(volume.shape)}, expected (B, 1, D, H, W).")
+
+
+def _group_norm(module: nn.Module, groups: int) -> None:
+    """Put group norm in place of every batch norm: MONAI's ResNet hands its `norm` to the stem alone."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.modules.batchnorm._BatchNorm):
+            setattr(module, name, nn.GroupNorm(groups, child.num_features))
+        else:
+            _group_norm(child, groups)
+
+
+_RESNETS: dict[str, tuple[str, list[int], int]] = {
+    "small": ("basic", [1, 1, 1, 1], 16),
+    "resnet10": ("basic", [1, 1, 1, 1], 64),
+    "resnet18": ("basic", [2, 2, 2, 2], 64),
+    "resnet34": ("basic", [3, 4, 6, 3], 64),
+    "resnet50": ("bottleneck", [3, 4, 6, 3], 64),
+}
+
+
+class ResNet3D(CTEncoder):
+    """MONAI's 3D ResNet with group norm (He et al. 2016; Wu and He 2018), mean-pooled.
+
+    The grid is the input divided by stem_stride * (2 with max_pool) * 4 * last_stride along each axis, rounded up.
+    """
+
+    def __init__(
+        self,
+        variant: Literal["small", "resnet10", "resnet18", "resnet34", "resnet50"] = "small",
+        base_width: int | None = None,
+        stem_kernel: int = 7,
+        stem_stride: int = 2,
+        max_pool: bool = True,
+        last_stride: Literal[1, 2] = 1,
+        groups: int = 8,
+    ) -> None:
+        """Build it.
+
+        Args:
+            variant: blocks and default width; `small` is for CPUs.
+            base_width: channels of the first stage; each later stage has twice as many. None for the variant's.
+            stem_kernel: edge of the first convolution, odd.
+            stem_stride: its stride.
+            max_pool: whether to halve the grid again after the stem.
+            last_stride: stride of the last stage; 1 leaves a grid twice as fine for the decoder.
+            groups: of every group norm; must divide base_width.
+
+        Raises:
+            InputError: groups does not divide base_width.
+        """
+        super().__init__()
+        from monai.networks.nets import ResNet
+
+        block, depths, width = _RESNETS[variant]
+        width = base_width or width
+        if width % groups:
+            raise InputError(f"ResNet3D: base_width {width} is not a multiple of groups {groups}.")
+        net = ResNet(
+            block, depths, [width, 2 * width, 4 * width, 8 * width], spatial_dims=3, n_input_channels=1,
+            conv1_t_size=stem_kernel, conv1_t_stride=stem_stride, no_max_pool=not max_pool, feed_forward=False,
+            norm="batch", bias_downsample=False,
+        )  # fmt: skip
+        _group_norm(net, groups)
+        if last_stride == 1:
+            for module in net.layer4.modules():
+                if isinstance(module, nn.Conv3d):
+                    module.stride = (1, 1, 1)
+        self.stem = nn.Sequential(net.conv1, net.bn1, net.act, net.maxpool if max_pool else nn.Identity())
+        self.stages = nn.ModuleList([net.layer1, net.layer2, net.layer3, net.layer4])
+        self.embed_dim = 8 * width * (4 if block == "bottleneck" else 1)
+        self.init_args = {
+            "variant": variant,
+            "base_width": width,
+            "stem_kernel": stem_kernel,
+            "stem_stride": stem_stride,
+            "max_pool": max_pool,
+            "last_stride": last_stride,
+            "groups": groups,
+        }
+
+    def forward(self, volume: Tensor) -> EncoderOutput:
+        """Encode volumes (B, 1, D, H, W) of any size; tokens in D, H, W order."""
+        _check_volume(volume, "ResNet3D")
+        x = self.stem(volume)
+        for stage in self.stages:
+            x = stage(x)
+        tokens = x.flatten(2).transpose(1, 2)
+        return EncoderOutput(pooled=tokens.mean(dim=1), tokens=tokens)
+
+    def layers(self) -> list[list[nn.Module]]:
+        """Stem, then each residual block."""
+        stages: list[Any] = list(self.stages)
+        return [[self.stem], *([block] for stage in stages for block in stage)]
+
+
+_VITS: dict[str, tuple[int, int, int]] = {"small": (128, 4, 4), "vit_s": (384, 12, 6), "vit_b": (768, 12, 12)}
+
+
+class ViT3D(CTEncoder):
+    """MONAI's 3D vision transformer (Dosovitskiy et al. 2021) with layer norm; the mean of the tokens is the pooled."""
+
+    def __init__(
+        self,
+        img_size: Sequence[int],
+        patch_size: Sequence[int] = (8, 8, 8),
+        variant: Literal["small", "vit_s", "vit_b"] = "small",
+        dropout: float = 0.0,
+    ) -> None:
+        """Build it.
+
+        Args:
+            img_size: (D, H, W) of every volume.
+            patch_size: (D, H, W) of a token; must divide img_size.
+            variant: width, depth and heads: `small` (128, 4, 4) for CPUs, `vit_s` (384, 12, 6), `vit_b` (768, 12, 12).
+            dropout: rate.
+
+        Raises:
+            InputError: patch_size does not divide img_size.
+        """
+        super().__init__()
+        size, patch = tuple(int(n) for n in img_size), tuple(int(n) for n in patch_size)
+        if len(size) != 3 or len(patch) != 3 or any(n % p for n, p in zip(size, patch)):
+            raise InputError(
+                f"ViT3D: img_size {size} is not a multiple of patch_size {patch}; expected (D, H, W) each."
+            )
+        from monai.networks.nets import ViT
+
+        width, depth, heads = _VITS[variant]
+        net = ViT(
+            in_channels=1, img_size=size, patch_size=patch, hidden_size=width, mlp_dim=4 * width, num_layers=depth,
+            num_heads=heads, proj_type="conv", pos_embed_type="learnable", classification=False, dropout_rate=dropout,
+            spatial_dims=3, qkv_bias=True,
+        )  # fmt: skip
+        self.patch_embedding, self.blocks, self.norm = net.patch_embedding, net.blocks, net.norm
+        self.embed_dim = width
+        self._img_size = size
+        self.init_args = {
+            "img_size": list(size),
+            "patch_size": list(patch),
+            "variant": variant,
+            "dropout": dropout,
+        }
+
+    def forward(self, volume: Tensor) -> EncoderOutput:
+        """Encode volumes (B, 1, D, H, W) of exactly the size that it was built for; tokens in D, H, W order.
+
+        Raises:
+            InputError: the volumes have another size.
+        """
+        _check_volume(volume, "ViT3D")
+        if tuple(volume.shape[2:]) != self._img_size:
+            raise InputError(
+                f"ViT3D: volume of {tuple(volume.shape[2:])} voxels, built for {self._img_size}. Set img_size to the"
+                " volume spec's shape, or the shape to it."
+            )
+        x = self.patch_embedding(volume)
+        for block in self.blocks:
+            x = block(x)
+        tokens = self.norm(x)
+        return EncoderOutput(pooled=tokens.mean(dim=1), tokens=tokens)
+
+    def layers(self) -> list[list[nn.Module]]:
+        """Patch embedding, then each block, the final norm with the last."""
+        blocks: list[list[nn.Module]] = [[block] for block in self.blocks]
+        blocks[-1].append(self.norm)
+        return [[self.patch_embedding], *blocks]

@@ -1,0 +1,64 @@
+"""Heads on a CT encoder: projections into an embedding space, and findings."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor, nn
+
+
+class ProjectionHead(nn.Module):
+    """P_d and P_a: (B, D_in) to (B, D_out), one linear layer or two with GELU between; not normalised.
+
+    Attributes:
+        config: plain JSON values to build it again.
+    """
+
+    def __init__(
+        self, in_dim: int, out_dim: int, kind: Literal["linear", "mlp"] = "linear", hidden_dim: int = 0
+    ) -> None:
+        """Build it.
+
+        Args:
+            in_dim: D_in.
+            out_dim: D_out.
+            kind: linear, or mlp with layer norm in front.
+            hidden_dim: of the mlp; 0 for the larger of both dimensions.
+        """
+        super().__init__()
+        hidden_dim = hidden_dim or max(in_dim, out_dim)
+        self.config = {"in_dim": in_dim, "out_dim": out_dim, "kind": kind, "hidden_dim": hidden_dim}
+        self.net: nn.Module
+        if kind == "linear":
+            self.net = nn.Linear(in_dim, out_dim)
+        else:
+            self.net = nn.Sequential(
+                nn.LayerNorm(in_dim), nn.Linear(in_dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, out_dim)
+            )
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, D_in) to (B, D_out)."""
+        out: Tensor = self.net(features)
+        return out
+
+
+class FindingsHead(nn.Module):
+    """Layer norm and one linear layer to a logit a finding: the linear probe and the head of fine-tuning."""
+
+    def __init__(self, in_dim: int, num_findings: int) -> None:
+        """Build it.
+
+        Args:
+            in_dim: D_c.
+            num_findings: F.
+        """
+        super().__init__()
+        self.norm = nn.LayerNorm(in_dim)
+        self.linear = nn.Linear(in_dim, num_findings)
+        nn.init.zeros_(self.linear.bias)
+        nn.init.normal_(self.linear.weight, std=0.01)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """(B, D_c) to logits (B, F)."""
+        logits: Tensor = self.linear(self.norm(pooled))
+        return logits

@@ -1,0 +1,180 @@
+"""What the numbers of a run mean: the headline tiles, the results table, and everything that was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ctx_distill.page.gather import STAGES, Metric, Run, to_metric
+
+_AUROC = "share of (with, without) pairs of studies in the right order, mean over the findings"
+# Key of a metric -> its name, what it means, its level by chance: a number, or the key of a metric, or None.
+CATALOGUE: dict[str, tuple[str, str, float | str | None]] = {
+    "expert.macro_auroc": ("Macro AUROC", f"zero-shot on held-out X-rays: {_AUROC}", 0.5),
+    "expert.recall_at_5": ("Recall@5", "the right report among the 5 nearest to an X-ray", "expert.recall_at_5_random"),
+    "retrieval.jaccard_at_1": (
+        "Findings Jaccard@1",
+        "findings that a CT and its first retrieved X-ray share, of those that either has",
+        "retrieval.jaccard_random",
+    ),
+    "retrieval.jaccard_at_1_without_normals": (
+        "… without normal studies",
+        "the same over CTs with at least one finding",
+        "retrieval.jaccard_random_without_normals",
+    ),
+    "retrieval.same_set_recall_at_1": (
+        "Same-set recall@1",
+        "the first retrieved X-ray has exactly the CT's findings",
+        "retrieval.same_set_recall_at_1_random",
+    ),
+    "retrieval.same_set_recall_at_5": (
+        "Same-set recall@5",
+        "one of the first 5 has exactly the CT's findings",
+        "retrieval.same_set_recall_at_5_random",
+    ),
+    "retrieval.same_set_recall_at_10": (
+        "Same-set recall@10",
+        "one of the first 10 has exactly the CT's findings",
+        "retrieval.same_set_recall_at_10_random",
+    ),
+    "distillation.macro_auroc": ("Macro AUROC", f"the student asked by the expert's text tower: {_AUROC}", 0.5),
+    "alignment.recall_at_1": ("Recall@1", "the right CT is nearest to a report", "alignment.recall_at_1_random"),
+    "alignment.recall_at_5": (
+        "Recall@5",
+        "the right CT is among the 5 nearest to a report",
+        "alignment.recall_at_5_random",
+    ),
+    "alignment.recall_at_10": (
+        "Recall@10",
+        "the right CT is among the 10 nearest to a report",
+        "alignment.recall_at_10_random",
+    ),
+    "zero_shot.macro_auroc": ("Macro AUROC", f"by prompts alone, no label seen: {_AUROC}", 0.5),
+    "classifier.macro_auroc": ("Macro AUROC", f"with a head trained on labels: {_AUROC}", 0.5),
+    "report.findings_f1": ("Findings F1", "findings of the generated report against those of the true one", None),
+    "report.bleu4": ("BLEU-4", "word sequences of up to 4 shared with the true report", None),
+    "report.rouge_l": ("ROUGE-L", "longest common word sequence with the true report", None),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the results table; `chance` is None where there is no such level."""
+
+    stage: str
+    name: str
+    metric: Metric
+    meaning: str
+    chance: Metric | None
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A headline number: its metric, or None with the reason in `note`."""
+
+    title: str
+    metric: Metric | None
+    note: str
+
+
+def result_rows(run: Run) -> list[Row]:
+    """The results table: the metrics of the catalogue that the run has, in the order of the stages."""
+    names = {key: name for _, key, name in STAGES}
+    rows = []
+    for key, (name, meaning, chance) in CATALOGUE.items():
+        metric = run.metric(key)
+        if metric is None:
+            continue
+        level = run.metric(chance) if isinstance(chance, str) else Metric(chance) if chance is not None else None
+        rows.append(Row(names[key.partition(".")[0]], name, metric, meaning, level))
+    return rows
+
+
+def all_metrics(run: Run) -> list[tuple[str, Metric]]:
+    """Everything that was measured, by dotted key, per-finding values aside."""
+    found = []
+    for _, key, _ in STAGES:
+        values = {name: value for name, value in run.metrics.get(key, {}).items() if name != "left_out"}
+        found.extend((path, metric) for path, metric in _flatten(key, values) if ".per_finding." not in path)
+    return found
+
+
+def _flatten(prefix: str, values: Mapping[str, Any]) -> Iterator[tuple[str, Metric]]:
+    for name, value in values.items():
+        metric = to_metric(value)
+        if metric is not None:
+            yield f"{prefix}.{name}", metric
+        elif isinstance(value, Mapping):
+            yield from _flatten(f"{prefix}.{name}", value)
+
+
+def per_finding(run: Run, stage: str) -> dict[str, Metric]:
+    """AUROC by finding of a stage (`zero_shot` or `classifier`); {} where there is none."""
+    values = run.metrics.get(stage, {}).get("per_finding")
+    found: dict[str, Metric] = {}
+    if isinstance(values, Mapping):
+        for name, value in values.items():
+            inner = value.get("auroc") if isinstance(value, Mapping) and "value" not in value else value
+            metric = to_metric(inner)
+            if metric is not None:
+                found[str(name)] = metric
+    return found
+
+
+def tiles(run: Run) -> list[Tile]:
+    """The four headline numbers, each with its level by chance, or with the reason why it is not there."""
+    jaccard, random = run.metric("retrieval.jaccard_at_1"), run.metric("retrieval.jaccard_random")
+    against = ""
+    if jaccard and random and jaccard.value is not None and random.value:
+        against = f"random X-ray {random.value:.3f}, so {jaccard.value / random.value:.1f} times as much"
+    f1, bleu = run.metric("report.findings_f1"), run.metric("report.bleu4")
+    bleu_words = f"BLEU-4 {bleu.value:.3f}" if bleu and bleu.value is not None else ""
+    report = Tile("Generated reports, findings F1", f1, bleu_words)
+    if (f1 is None or f1.value is None) and bleu_words:
+        report = Tile("Generated reports, BLEU-4", bleu, "findings F1 is not defined here")
+    drawn = [
+        Tile("Zero-shot, macro AUROC", run.metric("zero_shot.macro_auroc"), "chance 0.5"),
+        Tile("Retrieval, findings Jaccard@1", jaccard, against),
+        Tile("Classifier, macro AUROC", run.metric("classifier.macro_auroc"), "chance 0.5"),
+        report,
+    ]
+    folders = ("zero_shot", "index", "classifier", "report")
+    return [
+        tile if tile.metric and tile.metric.value is not None else Tile(tile.title, None, _why_missing(run, folder))
+        for tile, folder in zip(drawn, folders, strict=True)
+    ]
+
+
+def has_labels(run: Run) -> bool | None:
+    """Whether the CT manifest has label columns; None where the manifest is not there."""
+    return bool(run.ct.finding_names) if run.ct is not None else None
+
+
+def _why_missing(run: Run, folder: str) -> str:
+    if has_labels(run) is False and folder != "report":
+        return "left out: no label columns"
+    state = run.states.get(folder, "not run")
+    return {"done": "not defined for this cohort", "under way": "under way"}.get(state, "not run yet")
+
+
+def missing_parts(run: Run) -> list[str]:
+    """Sentences about what this page leaves out and why."""
+    told = []
+    if run.ct is None:
+        told.append("The CT manifest could not be read: studies, pictures and ROC curves were left out.")
+    elif not run.ct.finding_names:
+        told.append("This cohort has no label columns: label-based scores were left out.")
+    elif run.xray is not None and not run.xray.finding_names:
+        told.append("The X-ray manifest has no label columns: the findings of retrieved X-rays were not compared.")
+    for folder, _, name in STAGES:
+        state = run.states.get(folder, "not run")
+        if folder == "classifier" and has_labels(run) is False:
+            continue
+        if folder == "expert" and state == "not run" and any(s == "done" for s in run.states.values()):
+            continue  # A pretrained expert was named: nothing was to be trained.
+        if state == "not run":
+            told.append(f"{name}: this stage has not run yet.")
+        elif state == "under way":
+            told.append(f"{name}: this stage is under way or broke off.")
+    return [*told, *run.notes]

@@ -1,0 +1,48 @@
+"""Fixtures that many tests share: a small embedded cohort, and a run of the whole pipeline on it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+TINY = Path(__file__).parent / "conf" / "tiny.yaml"
+REAL_MINI = Path(__file__).parents[2] / "shared" / "data" / "real_mini"
+
+
+@pytest.fixture(scope="session")
+def tiny_preset() -> Path:
+    """A preset under which every stage takes seconds."""
+    return TINY
+
+
+@pytest.fixture(scope="session")
+def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 phantom CT studies and 48 X-ray studies; do not write into it."""
+    from ctx_distill.phantom.cohort import write_cohort
+
+    folder = tmp_path_factory.mktemp("cohort")
+    write_cohort(folder, ct=24, xray=48, seed=5, workers=2)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finished_run(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of `ctx-distill all` on the cohort under the tiny preset; do not write into it."""
+    from ctx_distill.cli import main
+
+    run = tmp_path_factory.mktemp("runs") / "tiny"
+    assert main(["all", "--data", str(cohort), "--run", str(run), "--preset", str(TINY)]) == 0
+    return run
+
+
+@pytest.fixture(scope="session")
+def real_mini() -> Path:
+    """Real CTs and radiographs beside the project, where they are."""
+    if not REAL_MINI.is_dir():
+        pytest.skip(f"the real scans are not here (looked for {REAL_MINI.relative_to(Path(__file__).parents[2])})")
+    return REAL_MINI
