@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ctx_distill.types import InputError
+from ctx_distill.errors import InputError
 
 SHOWN = 10
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from ctx_distill.types import InputError
+from ctx_distill.errors import InputError
 
 MAX_VOXELS = 4_000_000_000
 # Deflate cannot shrink by more than 1032 : 1 (zlib's technical details), so a file tells how much it can hold at most.

@@ -31,7 +31,7 @@ class ManifestDataModule(L.LightningDataModule):
         seed: of the shuffle.
     """
 
-    collate: Collate[Any]
+    collate: Collate
     manifest: Manifest
     text: Literal["required", "optional"] = "optional"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -17,8 +16,6 @@ from ctx_distill.data.manifest import Manifest
 from ctx_distill.data.radiograph import read_radiograph
 from ctx_distill.data.transforms import VolumeSpec, load_ct
 from ctx_distill.types import CTBatch, XrayBatch
-
-Batch = TypeVar("Batch", CTBatch, XrayBatch)
 
 
 @dataclass
@@ -86,21 +83,25 @@ def xray_dataset(
     )
 
 
-class Collate(Generic[Batch]):
-    """Stacks items into a batch of a type; a class so that worker processes can be sent it."""
+class Collate:
+    """Stacks items into a batch of a type; a class so that worker processes can be sent it.
 
-    def __init__(self, batch: type[Batch]) -> None:
+    Args:
+        batch: the type.
+    """
+
+    def __init__(self, batch: type[CTBatch] | type[XrayBatch]) -> None:
         self.batch = batch
 
-    def __call__(self, items: Sequence[Item]) -> Batch:
+    def __call__(self, items: Sequence[Item]) -> CTBatch | XrayBatch:
         tensor = torch.stack([item.tensor for item in items])
         study = torch.tensor([item.study for item in items])
         row = torch.tensor([item.row for item in items])
         report = [item.report for item in items]
         if self.batch is XrayBatch:
-            return XrayBatch(tensor, study, row, report)  # type: ignore[return-value]
+            return XrayBatch(tensor, study, row, report)
         labels = [item.labels for item in items if item.labels is not None]
-        return CTBatch(tensor, study, row, report, torch.stack(labels) if labels else None)  # type: ignore[return-value]
+        return CTBatch(tensor, study, row, report, torch.stack(labels) if labels else None)
 
 
 class EpochShuffle(Sampler[int]):

@@ -1,7 +1,7 @@
 """A folder of DICOM slices as one volume: pick the series, order by position, and refuse gaps.
 
-The geometry is computed here, from every slice's own position, because ITK's series reader spaces slices by the first two
-alone and drops a gantry tilt. The pixels are decoded, and Rescale applied (once), by ITK's GDCM reader.
+The geometry is computed here, from every slice's own position, because ITK's series reader spaces slices by
+the first two alone and drops a gantry tilt. The pixels are decoded, and Rescale applied (once), by ITK's GDCM reader.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from ctx_distill.data._sizes import check_size
 from ctx_distill.data.itk import reason
-from ctx_distill.types import InputError
+from ctx_distill.errors import InputError
 
 log = logging.getLogger(__name__)
 
@@ -115,8 +115,8 @@ def _ordered(
                                  "expected one geometry a series, split the folder")  # fmt: skip
         if (item.header.Rows, item.header.Columns) != (first.Rows, first.Columns):
             raise InputError(
-                f"{item.path}: {item.header.Rows} x {item.header.Columns} pixels, and {first.Rows} x {first.Columns} in "
-                f"{slices[0].path.name}; expected one size a series, split the folder"
+                f"{item.path}: {item.header.Rows} x {item.header.Columns} pixels, and {first.Rows} x {first.Columns} "
+                f"in {slices[0].path.name}; expected one size a series, split the folder"
             )
     if len(slices) < 2:
         raise InputError(f"{folder}: one slice; expected a volume of two or more slices")
@@ -157,7 +157,7 @@ def _check_gaps(
         missing = round(gaps[at] / usual) - 1
         what = f"{missing} slice(s) missing between {between} (slices are {usual:g} mm apart); restore them"
     else:
-        what = f"uneven spacing: {gaps[at]:g} mm between {between}, {usual:g} mm elsewhere; resample it or split the series"
+        what = f"uneven spacing: {gaps[at]:g} mm between {between}, {usual:g} mm elsewhere; split or resample it"
     raise InputError(f"{folder}: {what}")
 
 
@@ -176,8 +176,8 @@ def _pixels(folder: Path, slices: list[_Slice], shape: tuple[int, int, int]) -> 
         image = reader.Execute()
     except RuntimeError as error:
         raise InputError(
-            f"{folder}: the pixels cannot be decoded ({reason(error)}); damaged, or of a transfer syntax that GDCM does "
-            "not read, decompress it (for example gdcmconv --raw)"
+            f"{folder}: the pixels cannot be decoded ({reason(error)}); damaged, or of a transfer syntax that GDCM "
+            "does not read, decompress it (for example gdcmconv --raw)"
         ) from error
     finally:
         sitk.ProcessObject.SetGlobalWarningDisplay(warn)

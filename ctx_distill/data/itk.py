@@ -12,7 +12,7 @@ import SimpleITK as sitk
 from numpy.typing import NDArray
 
 from ctx_distill.data._sizes import check_size
-from ctx_distill.types import InputError
+from ctx_distill.errors import InputError
 
 log = logging.getLogger(__name__)
 
@@ -20,9 +20,8 @@ _HEADER_BYTES = 1 << 16
 _DATA_FILE = re.compile(rb"^\s*(?:ElementDataFile\s*=|data ?file:)\s*(.+?)\s*$", re.IGNORECASE | re.MULTILINE)
 _COMPRESSED = re.compile(rb"^\s*(?:CompressedData\s*=\s*True|encoding:\s*(?:gz|gzip|bz2|bzip2))", re.IGNORECASE | re.M)
 # MetaImage can hold a linear map to the true values, and ITK's reader leaves it unapplied without a word.
-_UNAPPLIED = re.compile(
-    rb"^\s*ElementToIntensityFunction(?:Slope\s*=\s*(?!1(?:\.0*)?\s*$)|Offset\s*=\s*(?![-+]?0(?:\.0*)?\s*$))(.*)$", re.M
-)
+_UNAPPLIED = re.compile(rb"^\s*ElementToIntensityFunction(Slope|Offset)\s*=\s*(\S+)\s*$", re.MULTILINE)
+_NEUTRAL = {b"Slope": 1.0, b"Offset": 0.0}
 _ITEM_BYTES = {
     sitk.sitkInt8: 1, sitk.sitkUInt8: 1, sitk.sitkInt16: 2, sitk.sitkUInt16: 2, sitk.sitkInt32: 4, sitk.sitkUInt32: 4,
     sitk.sitkInt64: 8, sitk.sitkUInt64: 8, sitk.sitkFloat32: 4, sitk.sitkFloat64: 8,
@@ -40,14 +39,15 @@ def read_itk(path: Path) -> tuple[NDArray[Any], NDArray[np.float64]]:
         raise InputError(
             f"{path}: the header cannot be read ({reason(error)}); the file is damaged, copy it again"
         ) from error
-    if unapplied := _UNAPPLIED.search(header):
-        told = unapplied.group(0).decode("latin-1").strip()
-        raise InputError(f"{path}: {told}; expected HU without a further map, write the file with true values")
+    for name, value in _UNAPPLIED.findall(header):
+        if _number(value) != _NEUTRAL[name]:
+            told = f"ElementToIntensityFunction{name.decode()} = {value.decode('latin-1')}"
+            raise InputError(f"{path}: {told}; expected HU without a further map, write the file with true values")
     kind = reader.GetPixelID()
     if reader.GetNumberOfComponents() != 1 or kind not in _ITEM_BYTES:
         raise InputError(
-            f"{path}: {reader.GetNumberOfComponents()} numbers a voxel ({sitk.GetPixelIDValueAsString(kind)}); expected "
-            "one in HU, colour or complex volumes are not CT"
+            f"{path}: {reader.GetNumberOfComponents()} numbers a voxel ({sitk.GetPixelIDValueAsString(kind)}); "
+            "expected one in HU, colour or complex volumes are not CT"
         )
     shape = tuple(int(n) for n in reader.GetSize())
     while len(shape) > 3 and shape[-1] == 1:
@@ -72,6 +72,13 @@ def reason(error: BaseException) -> str:
     """ITK's own words out of its many lines of file names and line numbers."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1][:200] if lines else type(error).__name__
+
+
+def _number(text: bytes) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def _affine(image: Any) -> NDArray[np.float64]:

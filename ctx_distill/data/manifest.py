@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ctx_distill.data._problems import Problems, shorten
 from ctx_distill.data.image_paths import file_faults, path_fault
 from ctx_distill.data.tables import Table, read_table
-from ctx_distill.types import InputError
+from ctx_distill.errors import InputError
 
 SPLITS = ("train", "val", "test")
 REQUIRED = ("study_id", "patient_id", "split", "image_path", "findings", "impression")

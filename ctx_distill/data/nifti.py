@@ -18,7 +18,7 @@ from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 
 from ctx_distill.data._sizes import check_size
-from ctx_distill.types import InputError
+from ctx_distill.errors import InputError
 
 log = logging.getLogger(__name__)
 
@@ -134,7 +134,7 @@ def _fill(path: Path, stream: BinaryIO, raw: NDArray[np.uint8], told: str) -> No
             got = stream.readinto(view[done:])  # type: ignore[attr-defined]
         if not got:
             raise InputError(
-                f"{path}: ends after {done} of {len(view)} bytes of voxels ({told}); the file is truncated, copy it again"
+                f"{path}: ends after {done} of {len(view)} bytes of voxels ({told}); truncated, copy it again"
             )
         done += got
 

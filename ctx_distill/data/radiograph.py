@@ -1,4 +1,4 @@
-"""Reading a radiograph: PNG, JPEG or DICOM to one channel in [0, 1], bright where the film is bright (bone, not air)."""
+"""Reading a radiograph: PNG, JPEG or DICOM to one channel in [0, 1], bright where the film is bright."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pydicom
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ctx_distill.types import InputError
+from ctx_distill.errors import InputError
 
 MAX_PIXELS = 100_000_000
 """A film at 0.1 mm has some 18 million; more than this is a mistake or a decompression bomb."""

@@ -200,9 +200,10 @@ def _oblique(
 
 def _smooth(crop: Tensor, axis: int, sigma: float) -> Tensor:
     kernel = _gaussian(sigma)
-    radius = len(kernel) // 2
-    line = torch.arange(crop.shape[axis])
+    radius, length = len(kernel) // 2, crop.shape[axis]
+    ends = [crop.narrow(axis, at, 1) for at in (0, length - 1)]
+    padded = torch.cat([ends[0]] * radius + [crop] + [ends[1]] * radius, dim=axis)  # the border is repeated outwards
     out = torch.zeros_like(crop)
-    for offset, weight in zip(range(-radius, radius + 1), kernel.tolist()):
-        out.add_(crop.index_select(axis, (line + offset).clamp(0, len(line) - 1)), alpha=weight)
+    for at, weight in enumerate(kernel.tolist()):
+        out.add_(padded.narrow(axis, at, length), alpha=weight)
     return out

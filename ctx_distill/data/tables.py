@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ctx_distill.data._problems import Problems, shorten
-from ctx_distill.types import InputError
+from ctx_distill.errors import InputError
 
 # A report of a long stay can be more than the csv module's 128 KiB; a megabyte in one cell is a lost quotation mark.
 _FIELD_LIMIT = 1 << 20

@@ -1,4 +1,4 @@
-"""From a scan on its own grid to the tensor a model takes: orientation, spacing, size and window, each a value of the spec.
+"""From a scan on its own grid to the tensor a model takes: orientation, spacing, size, window.
 
 The scan's physical centre lies on the tensor's centre. What the tensor reaches beyond the scan is air.
 """
@@ -20,7 +20,7 @@ from torch import Tensor
 from ctx_distill.data._sizes import MAX_VOXELS
 from ctx_distill.data.resample import resample
 from ctx_distill.data.volume import Volume, read_volume
-from ctx_distill.types import InputError
+from ctx_distill.errors import InputError
 
 AIR_HU = -1024.0
 """The value beyond the scan."""

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ctx_distill.data.dicom import read_dicom_folder
 from ctx_distill.data.itk import read_itk
 from ctx_distill.data.nifti import read_nifti
-from ctx_distill.types import InputError
+from ctx_distill.errors import InputError
 
 VoxelArray = NDArray[np.int16] | NDArray[np.float32]
 

@@ -259,7 +259,7 @@ def _tensors(module: Any, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _read_pickled_module(data: bytes) -> dict[str, Any]:
+def _read_pickled_module(path: Path, data: bytes) -> dict[str, Any]:
     import torch
 
     try:
@@ -267,8 +267,15 @@ def _read_pickled_module(data: bytes) -> dict[str, Any]:
     except pickle.UnpicklingError:  # a whole module, as torchxrayvision releases them
         inert = types.ModuleType("ctx_distill_inert_pickle")
         vars(inert).update(vars(pickle), Unpickler=_InertUnpickler, load=lambda f, **k: _InertUnpickler(f, **k).load())
-        value = torch.load(io.BytesIO(data), map_location="cpu", pickle_module=inert, weights_only=False)
-    return dict(value) if isinstance(value, dict) else _tensors(value)
+        try:
+            value = torch.load(io.BytesIO(data), map_location="cpu", pickle_module=inert, weights_only=False)
+        except Exception as error:  # whatever an odd pickle trips over, now that nothing in it can run
+            raise InputError(f"{path}: not a checkpoint of torch ({type(error).__name__}: {error}).") from error
+    if isinstance(value, dict):
+        return value
+    if not isinstance(getattr(value, "_modules", None), dict):
+        raise InputError(f"{path}: holds a {type(value).__name__}, expected a module or a state dict.")
+    return _tensors(value)
 
 
 def convert_torchxrayvision(path: Path, out: Path, sha256: str = XRV_ALL_SHA256) -> Path:
@@ -296,7 +303,7 @@ def convert_torchxrayvision(path: Path, out: Path, sha256: str = XRV_ALL_SHA256)
             f"{path}: SHA-256 is {found}, expected {sha256}. It was not read, for it is a pickle. Download it again;"
             " for another release file give its published or own checksum with --sha256."
         )
-    state = _read_pickled_module(data)
+    state = _read_pickled_module(path, data)
     weights = {key: value.contiguous().clone() for key, value in state.items() if key.startswith("features.")}
     if "features.conv0.weight" not in weights or "features.norm5.weight" not in weights:
         raise InputError(

@@ -186,6 +186,28 @@ def refuse_remote_code(folder: Path) -> None:
             )
 
 
+def _open_folder(folder: Path) -> XrayExpert:
+    if (folder / "open_clip_config.json").is_file():
+        from ctx_distill.models.experts.open_clip_expert import OpenClipExpert
+
+        return OpenClipExpert(folder)
+    if (folder / "xrv_config.json").is_file():
+        from ctx_distill.models.experts.torchxrayvision_expert import TorchXrayVisionExpert
+
+        return TorchXrayVisionExpert(folder)
+    if (folder / "config.json").is_file():
+        from ctx_distill.models.experts.transformers_expert import TransformersExpert
+
+        return TransformersExpert(folder)
+    found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+    raise InputError(
+        f"{folder}: no X-ray expert here. Looked for open_clip_config.json (open_clip), xrv_config.json"
+        f" (torchxrayvision, converted) and config.json (transformers); found {found}. Fetch one with"
+        " `ctx-distill weights fetch`, convert one with `ctx-distill weights convert`, or train one with"
+        " `make expert`."
+    )
+
+
 def open_expert(source: str, revision: str | None = None) -> XrayExpert:
     """Open a frozen X-ray expert from a folder or from the hub.
 
@@ -201,27 +223,8 @@ def open_expert(source: str, revision: str | None = None) -> XrayExpert:
 
     folder = resolve_source(source, revision)
     refuse_remote_code(folder)
-    expert: XrayExpert
-    if (folder / "open_clip_config.json").is_file():
-        from ctx_distill.models.experts.open_clip_expert import OpenClipExpert
-
-        expert = OpenClipExpert(folder)
-    elif (folder / "xrv_config.json").is_file():
-        from ctx_distill.models.experts.torchxrayvision_expert import TorchXrayVisionExpert
-
-        expert = TorchXrayVisionExpert(folder)
-    elif (folder / "config.json").is_file():
-        from ctx_distill.models.experts.transformers_expert import TransformersExpert
-
-        expert = TransformersExpert(folder)
-    else:
-        found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
-        raise InputError(
-            f"{folder}: no X-ray expert here. Looked for open_clip_config.json (open_clip), xrv_config.json"
-            f" (torchxrayvision, converted) and config.json (transformers); found {found}. Fetch one with"
-            " `ctx-distill weights fetch`, convert one with `ctx-distill weights convert`, or train one with"
-            " `make expert`."
-        )
+    with torch.random.fork_rng(devices=[]):  # building a model draws weights; the caller's random state must not move
+        expert = _open_folder(folder)
     expert.freeze()
     logger.info("X-ray expert %s (%s), licence %s, revision %s", expert.name, expert.kind, expert.license,
                 expert.revision or "not known")  # fmt: skip

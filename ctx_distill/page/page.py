@@ -11,7 +11,15 @@ from markupsafe import Markup
 from ctx_distill.files import write_text
 from ctx_distill.page import plots
 from ctx_distill.page.gather import STAGES, Metric, Run, gather, mapping, to_number
-from ctx_distill.page.results import all_metrics, has_labels, missing_parts, per_finding, result_rows, tiles
+from ctx_distill.page.results import (
+    all_metrics,
+    has_labels,
+    missing_parts,
+    per_finding,
+    result_rows,
+    stage_states,
+    tiles,
+)
 from ctx_distill.page.studies import label_table, studies
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -51,7 +59,13 @@ def render(run: Run) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {"number": number, "metric": metric_words, "duration": duration, "percent": percent}
+    environment.filters |= {
+        "number": number,
+        "count_words": count_words,
+        "metric": metric_words,
+        "duration": duration,
+        "percent": percent,
+    }
     style = Markup((TEMPLATES / "style.css").read_text(encoding="utf-8"))
     models = [
         name for name, table in (("Zero-shot", run.zero_shot), ("Classifier", run.classifier)) if table is not None
@@ -83,6 +97,12 @@ def number(value: object) -> str:
     if found == int(found) and abs(found) > 1:
         return f"{int(found):,}"
     return f"{found:.3f}" if abs(found) < 1000 else f"{found:,.0f}"
+
+
+def count_words(value: object) -> str:
+    """A count with thousands set apart, a dash for none."""
+    found = to_number(value)
+    return "–" if found is None else f"{round(found):,}"
 
 
 def metric_words(metric: Metric | None) -> str:
@@ -193,11 +213,19 @@ def _how_made(run: Run) -> dict[str, Any]:
         ("Expert's fingerprint", expert.get("fingerprint")),
         ("Volume", _spec_words(spec)),
     ]
+    states = stage_states(run)
     recorded = mapping(info.get("stages"))
     return {
         "facts": [(name, str(value)) for name, value in facts if value],
         "data": [_data_row(name, info.get(key)) for name, key in (("CT", "ct"), ("X-ray", "xray")) if info.get(key)],
-        "stages": [(name, run.states.get(folder, "not run"), mapping(recorded.get(folder))) for folder, _, name in STAGES],
+        "stages": [
+            (
+                name,
+                states[folder],
+                {"seconds": None, "fingerprint": None, **mapping(recorded.get(folder))},
+            )
+            for folder, _, name in STAGES
+        ],
         "left_out": sorted(mapping(run.metrics.get("retrieval", {}).get("left_out")).items()),
     }
 
@@ -216,4 +244,8 @@ def _data_row(name: str, value: object) -> dict[str, Any]:
     """One manifest as run.json tells it."""
     held = mapping(value) or {"path": value}
     splits = ", ".join(f"{split} {count}" for split, count in mapping(held.get("splits")).items())
-    return {"name": name, "splits": splits, **{key: held.get(key) for key in ("path", "images", "studies", "fingerprint")}}
+    return {
+        "name": name,
+        "splits": splits,
+        **{key: held.get(key) for key in ("path", "images", "studies", "fingerprint")},
+    }

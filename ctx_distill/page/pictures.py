@@ -192,7 +192,7 @@ def _line(box: Box, axis: int, sign: int, pixel: float) -> NDArray[np.float64]:
     """Pixel centres in mm along one side of the box, in the order in which they are shown."""
     count = max(1, round((box.high[axis] - box.low[axis]) / pixel))
     middle = (box.low[axis] + box.high[axis]) / 2
-    centres: NDArray[np.float64] = middle + (np.arange(count) - (count - 1) / 2) * pixel
+    centres = np.asarray(middle + (np.arange(count) - (count - 1) / 2) * pixel, dtype=np.float64)
     return centres[::sign]
 
 
@@ -216,9 +216,10 @@ def xray_picture(path: Path) -> Picture:
 
     from ctx_distill.data.radiograph import read_radiograph
 
-    image = Image.fromarray((np.clip(read_radiograph(path), 0, 1) * 255).astype(np.uint8))
+    grey = np.clip(np.asarray(read_radiograph(path), dtype=np.float32), 0.0, 1.0)
+    image = Image.fromarray((grey * 255).astype(np.uint8))
     image.thumbnail((MAX_PIXELS, MAX_PIXELS), Image.Resampling.LANCZOS)
-    return Picture(encode(np.asarray(image, dtype=np.float32) / 255), image.width, image.height)
+    return Picture(encode(np.asarray(image, dtype=np.float32) / np.float32(255)), image.width, image.height)
 
 
 def encode(grey: Floats) -> str:

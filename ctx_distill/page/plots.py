@@ -65,7 +65,9 @@ def interval_plot(rows: Sequence[tuple[str, Sequence[Metric | None]]], series: S
         series: names of the series.
         chance: where the dotted line of chance stands.
     """
-    values = [item for _, metrics in rows for m in metrics if m for item in (m.value, m.low, m.high) if item is not None]
+    values = [
+        item for _, metrics in rows for m in metrics if m for item in (m.value, m.low, m.high) if item is not None
+    ]
     low = min([0.3, *values])
     low = max(0.0, np.floor(low * 10) / 10)
     pitch = 26 if len(series) == 1 else 32
@@ -174,7 +176,7 @@ def curve_words(curve: Curve) -> str:
 
 def roc_plot(finding: str, curves: Sequence[Roc | None], names: Sequence[str]) -> str:
     """One small multiple of the ROC curves, the series overlaid."""
-    size, left, top, bottom = 200.0, 34.0, 8.0, 162.0
+    size, left, top, bottom = 210.0, 44.0, 8.0, 162.0
     x, y = svg.Scale(0, 1, left, size - 12), svg.Scale(0, 1, bottom, top)
     parts = [svg.line(x(0), y(0), x(1), y(1), "chance")]
     for value in (0.0, 0.5, 1.0):
@@ -183,6 +185,9 @@ def roc_plot(finding: str, curves: Sequence[Roc | None], names: Sequence[str]) -
         parts.append(svg.text(x(value), bottom + 15, f"{value:g}", "tick", "middle"))
         parts.append(svg.text(left - 6, y(value) + 3.5, f"{value:g}", "tick", "end"))
     parts.append(svg.text((x(0) + x(1)) / 2, bottom + 28, "false positive rate", "tick", "middle"))
+    middle = (y(0) + y(1)) / 2
+    turned = f'<g transform="rotate(-90 11 {middle:g})">'
+    parts.append(turned + svg.text(11, middle, "true positive rate", "tick", "middle") + "</g>")
     told = []
     for number, curve in enumerate(curves):
         if curve is None:

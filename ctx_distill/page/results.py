@@ -84,7 +84,7 @@ def result_rows(run: Run) -> list[Row]:
     rows = []
     for key, (name, meaning, chance) in CATALOGUE.items():
         metric = run.metric(key)
-        if metric is None:
+        if metric is None or (metric.value is None and has_labels(run) is False):
             continue
         level = run.metric(chance) if isinstance(chance, str) else Metric(chance) if chance is not None else None
         rows.append(Row(names[key.partition(".")[0]], name, metric, meaning, level))
@@ -93,7 +93,7 @@ def result_rows(run: Run) -> list[Row]:
 
 def all_metrics(run: Run) -> list[tuple[str, Metric]]:
     """Everything that was measured, by dotted key, per-finding values aside."""
-    found = []
+    found: list[tuple[str, Metric]] = []
     for _, key, _ in STAGES:
         values = {name: value for name, value in run.metrics.get(key, {}).items() if name != "left_out"}
         found.extend((path, metric) for path, metric in _flatten(key, values) if ".per_finding." not in path)
@@ -139,7 +139,11 @@ def tiles(run: Run) -> list[Tile]:
         Tile("Classifier, macro AUROC", run.metric("classifier.macro_auroc"), "chance 0.5"),
         report,
     ]
-    folders = ("zero_shot", "index", "classifier", "report")
+    folders = ["zero_shot", "index", "classifier", "report"]
+    recall, by_chance = run.metric("alignment.recall_at_5"), run.metric("alignment.recall_at_5_random")
+    if has_labels(run) is False and recall and recall.value is not None:
+        level = f"chance {by_chance.value:.3f}" if by_chance and by_chance.value is not None else ""
+        drawn[1], folders[1] = Tile("Report to volume, recall@5", recall, level), "align"
     return [
         tile if tile.metric and tile.metric.value is not None else Tile(tile.title, None, _why_missing(run, folder))
         for tile, folder in zip(drawn, folders, strict=True)
@@ -158,6 +162,16 @@ def _why_missing(run: Run, folder: str) -> str:
     return {"done": "not defined for this cohort", "under way": "under way"}.get(state, "not run yet")
 
 
+def stage_states(run: Run) -> dict[str, str]:
+    """State of each stage in words, by folder; a stage that has nothing to do in this run is "not needed"."""
+    states: dict[str, str] = {folder: run.states.get(folder, "not run") for folder, _, _ in STAGES}
+    if states["classifier"] != "done" and has_labels(run) is False:
+        states["classifier"] = "left out"
+    if states["expert"] == "not run" and states["index"] == "done":
+        states["expert"] = "not needed"  # A pretrained expert was named: there was nothing to train.
+    return states
+
+
 def missing_parts(run: Run) -> list[str]:
     """Sentences about what this page leaves out and why."""
     told = []
@@ -167,14 +181,13 @@ def missing_parts(run: Run) -> list[str]:
         told.append("This cohort has no label columns: label-based scores were left out.")
     elif run.xray is not None and not run.xray.finding_names:
         told.append("The X-ray manifest has no label columns: the findings of retrieved X-rays were not compared.")
+    states = stage_states(run)
+    waiting: dict[str, list[str]] = {}
     for folder, _, name in STAGES:
-        state = run.states.get(folder, "not run")
-        if folder == "classifier" and has_labels(run) is False:
-            continue
-        if folder == "expert" and state == "not run" and any(s == "done" for s in run.states.values()):
-            continue  # A pretrained expert was named: nothing was to be trained.
-        if state == "not run":
-            told.append(f"{name}: this stage has not run yet.")
-        elif state == "under way":
-            told.append(f"{name}: this stage is under way or broke off.")
+        state = states[folder]
+        waiting.setdefault(state, []).append(name)
+    if "under way" in waiting:
+        told.append(f"Under way, or broken off: {', '.join(waiting['under way'])}.")
+    if "not run" in waiting:
+        told.append(f"Not run yet: {', '.join(waiting['not run'])}.")
     return [*told, *run.notes]

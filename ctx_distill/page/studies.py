@@ -189,7 +189,7 @@ def _findings(run: Run, labels: pd.DataFrame | None, study: str) -> tuple[Findin
     for name in dict.fromkeys(names):
         truth = "no label"
         if labels is not None and name in labels.columns and study in labels.index:
-            truth = _TRUTH.get(float(labels.at[study, name]), "blank")
+            truth = _TRUTH.get(float(labels[name][study]), "blank")
         scores = tuple(_score(table, study, name) for table in tables)
         rows.append(FindingRow(str(name), truth, scores))
 
@@ -203,13 +203,11 @@ def _findings(run: Run, labels: pd.DataFrame | None, study: str) -> tuple[Findin
 def _score(table: pd.DataFrame, study: str, name: str) -> Score | None:
     if name not in table.columns or study not in table.index:
         return None
-    value, median = float(table.at[study, name]), float(table[name].median())
+    value, median = float(table[name][study]), float(table[name].median())
     return Score(value, median) if np.isfinite(value) else None
 
 
-def _neighbour(
-    run: Run, labels: pd.DataFrame | None, xray_labels: pd.DataFrame | None, study: str
-) -> Neighbour | None:
+def _neighbour(run: Run, labels: pd.DataFrame | None, xray_labels: pd.DataFrame | None, study: str) -> Neighbour | None:
     """The first retrieved X-ray of a study."""
     if run.retrieval is None or run.xray is None:
         return None
@@ -259,8 +257,11 @@ def _reports(run: Run, study: str) -> tuple[tuple[tuple[str, bool], ...], tuple[
 
 
 def shared_runs(words: str, other: str, length: int = 3) -> tuple[tuple[str, bool], ...]:
-    """Cut a text into pieces: those made of runs of `length` or more words that the other text has too, and the rest."""
-    pieces = re.findall(r"\S+\s*", words)
+    """Cut a text into pieces: runs of `length` or more words that the other text has too (True), and the rest (False).
+
+    The pieces joined give the text, its white space made single.
+    """
+    pieces = words.split()
     plain = [_plain(piece) for piece in pieces]
     known = set(_runs([_plain(piece) for piece in other.split()], length))
     marked = [False] * len(pieces)
@@ -270,7 +271,12 @@ def shared_runs(words: str, other: str, length: int = 3) -> tuple[tuple[str, boo
     joined: list[tuple[str, bool]] = []
     for piece, mark in zip(pieces, marked, strict=True):
         if joined and joined[-1][1] == mark:
-            joined[-1] = (joined[-1][0] + piece, mark)
+            joined[-1] = (f"{joined[-1][0]} {piece}", mark)
+        elif joined:
+            # The space between goes to the piece without a mark, so that no mark ends in a space.
+            if mark:
+                joined[-1] = (f"{joined[-1][0]} ", False)
+            joined.append((piece if mark else f" {piece}", mark))
         else:
             joined.append((piece, mark))
     return tuple(joined)

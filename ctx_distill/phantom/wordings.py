@@ -219,7 +219,7 @@ FILM: dict[str, list[str]] = {
 ABSENT: dict[str, list[str]] = {
     "pleural effusion": ["No pleural effusion.", "There is no pleural effusion.", "No pleural fluid."],
     "pneumothorax": ["No pneumothorax.", "There is no pneumothorax.", "No evidence of pneumothorax."],
-    "cardiomegaly": ["No cardiomegaly.", "The heart is not enlarged."],
+    "cardiomegaly": ["No cardiomegaly.", "No cardiac enlargement."],
     "consolidation": ["No consolidation.", "No focal consolidation.", "There is no airspace consolidation."],
     "atelectasis": ["No atelectasis.", "There is no atelectasis."],
     "lung nodule": ["No nodule.", "No pulmonary nodules.", "There is no suspicious nodule."],
@@ -264,7 +264,7 @@ NORMAL: list[tuple[frozenset[str], list[str], list[str]]] = [
     ),
     (
         frozenset({"lymphadenopathy"}),
-        ["Mediastinal and hilar lymph nodes are not enlarged.", "Lymph nodes are of normal size."],
+        ["Mediastinal and hilar lymph nodes are normal in size.", "Lymph nodes are of normal size."],
         ["Hilar contours are normal.", "Hila are unremarkable."],
     ),
     (

@@ -8,6 +8,7 @@ import warnings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from ctx_distill.data.datamodules import ManifestDataModule
+from ctx_distill.retrieval.index import refuse_two_faiss
 from ctx_distill.tasks.base import StageTask
 
 
@@ -26,6 +27,7 @@ def build(arguments: list[str]) -> LightningCLI:
         arguments: LightningCLI arguments, `--config FILE` first.
     """
     quieten()
+    refuse_two_faiss()
     return StageCLI(
         StageTask,
         ManifestDataModule,
@@ -45,6 +47,8 @@ def quieten() -> None:
     for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*args parameter is intended to run.*")
+    warnings.filterwarnings("ignore", message=".*args parameter is intended to run from within Python.*")
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", message=".*number of training batches .* is smaller than the logging interval.*")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")

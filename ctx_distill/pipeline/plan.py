@@ -46,7 +46,7 @@ class Stage:
 STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
-        Stage("expert", "expert", "X-ray expert", "0_expert.yaml", ("xray",), "xray", (), "expert"),
+        Stage("expert", "expert", "X-ray expert", "0_expert.yaml", ("ct", "xray"), "xray", (), "expert"),
         Stage("index", "index", "X-ray index", "1_index.yaml", ("ct", "xray"), "xray", (("expert", "expert"),), "retrieval", 1),
         Stage("distill", "distill", "distillation", "2_distill.yaml", ("ct",), "ct",
               (("expert", "expert"), ("index", "index")), "distillation", 2),

@@ -108,18 +108,32 @@ def read_json(path: Path) -> dict[str, Any] | None:
 def join_metrics(run: Path) -> dict[str, Any]:
     """Join the metrics of the finished stages in `RUN/metrics.json`, and lay their tables at the top."""
     joined: dict[str, Any] = {}
+    made = (read_json(run / "run.json") or {}).get("stages", {})
     for stage in STAGES.values():
         folder = run / stage.folder
         metrics = read_json(folder / METRICS_FILE)
-        if metrics is not None:
-            joined[stage.metrics_key] = metrics
-        if metrics is not None and stage.name in PUBLISHED:
+        if metrics is None or not _is_current(run, stage, made):
+            continue
+        joined[stage.metrics_key] = metrics
+        if stage.name in PUBLISHED:
             source, target = PUBLISHED[stage.name]
             part = run / f".{target}.part"
             shutil.copyfile(folder / source, part)
             part.replace(run / target)
     write_json(run / METRICS_FILE, joined)
     return joined
+
+
+def _is_current(run: Path, stage: Stage, made: dict[str, Any]) -> bool:
+    """Whether a stage was made from the artefacts that the run holds now; a note says so where it was not."""
+    inputs = (read_json(run / stage.folder / REQUEST_FILE) or {}).get("inputs", {})
+    for argument, maker in stage.needs:
+        own = made.get(STAGES[maker].folder, {}).get("fingerprint")
+        outside = str(inputs.get(f"{argument} from", ""))
+        if outside != "elsewhere" and own is not None and inputs.get(argument) not in (None, own):
+            print(f"{run / stage.folder}: made from an earlier {STAGES[maker].title}; left out until it is run again")
+            return False
+    return True
 
 
 def note_stage(run: Path, stage: Stage, **facts: Any) -> None:

@@ -75,6 +75,8 @@ class StageRequest:
         }
         self.inputs = {kind: hash_file(path) for kind, path in self.manifests.items()}
         self.inputs |= {name: source_fingerprint(source) for name, source in self.sources.items()}
+        if expert:
+            self.inputs |= {f"{name} from": "elsewhere" for name, maker in stage.needs if maker == "expert"}
         self.key = request_key(self.config, self.overrides, self.inputs, __version__)
 
     @property
@@ -179,4 +181,5 @@ def _execute(request: StageRequest) -> tuple[dict[str, Any], str, dict[str, Any]
         cli.parser.save(cli.config, request.folder / "config.yaml", overwrite=True, skip_check=True)
     metrics = cli.model.run(cli.trainer, cli.datamodule, request.folder)
     artefact = request.folder / ARTEFACT
-    return metrics, source_fingerprint(artefact) if artefact.is_dir() else "", cli.datamodule.describe()
+    facts = cli.datamodule.describe() | cli.model.describe()
+    return metrics, source_fingerprint(artefact) if artefact.is_dir() else "", facts

@@ -13,11 +13,13 @@ import csv
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -214,8 +216,17 @@ class XrayIndexArtefact:
         """D_v: what the student is distilled towards."""
         return int(self.features.shape[1])
 
+    @cached_property
+    def query_centre(self) -> Tensor | None:
+        """(D_k,): the mean query, taken off before a search where the index was built with centring."""
+        centre = self.config.get("query_centre")
+        return None if centre is None else torch.tensor(centre)
+
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """See `XrayIndex.search`."""
+        """See `XrayIndex.search`; queries are centred first where the keys were."""
+        centre = self.query_centre
+        if centre is not None:
+            queries = F.normalize(queries - centre.to(queries), dim=-1)
         return self.index.search(queries, k)
 
     def values(self, positions: Tensor) -> Tensor:

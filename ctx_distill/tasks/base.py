@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
+import pandas as pd
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 
 from ctx_distill.checkpoint import Artefact, hash_json, require_same
 from ctx_distill.data.datamodules import CTDataModule
+from ctx_distill.distributed import rank
+from ctx_distill.files import write_text
 
 LAST = "last.ckpt"
 BEST = "best.ckpt"
@@ -26,6 +29,10 @@ LARGEST_LOGIT_SCALE = math.log(100)
 
 class StageTask(L.LightningModule):
     """A stage: it runs under a trainer, leaves its artefact and tables in its folder, and returns its metrics."""
+
+    def describe(self) -> dict[str, Any]:
+        """Facts for `run.json`."""
+        return {}
 
     @abstractmethod
     def run(self, trainer: L.Trainer, datamodule: L.LightningDataModule, folder: Path) -> dict[str, Any]:
@@ -71,7 +78,12 @@ class TrainedTask(StageTask):
 
     def run(self, trainer: L.Trainer, datamodule: L.LightningDataModule, folder: Path) -> dict[str, Any]:
         """Train, from the last checkpoint where there is one, then finish."""
-        trainer.fit(self, datamodule=datamodule, ckpt_path=readable_checkpoint(folder), weights_only=True)
+        checkpoint = readable_checkpoint(folder)
+        curves = folder / "logs" / "metrics.csv"
+        history = keep_history(curves) if checkpoint else None
+        trainer.fit(self, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
+        if history is not None and rank() == 0:
+            join_history(history, curves)
         if trainer.interrupted:
             raise KeyboardInterrupt
         if self.select == "best":
@@ -102,7 +114,7 @@ class TrainedTask(StageTask):
 
     def configure_optimizers(self) -> Any:
         """Optimizer with weight decay on matrices only, and the schedule stepped per step."""
-        optimizer = self.make_optimizer(decay_groups(self))  # type: ignore[arg-type]
+        optimizer = self.make_optimizer(decay_groups(self))
         if self.make_scheduler is None:
             steps = max(2, int(self.trainer.estimated_stepping_batches))
             rate = partial(warmup_cosine, steps=steps, warmup=max(1, round(self.warmup * steps)))
@@ -156,8 +168,26 @@ def decay_groups(module: nn.Module) -> list[dict[str, Any]]:
     def pick(matrices: bool) -> Iterator[Tensor]:
         return (p for p in module.parameters() if p.requires_grad and (p.ndim > 1) == matrices)
 
-    groups = [{"params": list(pick(True))}, {"params": list(pick(False)), "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+    matrices, vectors = list(pick(True)), list(pick(False))
+    groups: list[dict[str, Any]] = [{"params": matrices}] if matrices else []
+    return groups + ([{"params": vectors, "weight_decay": 0.0}] if vectors else [])
+
+
+def keep_history(curves: Path) -> Path:
+    """Put the rows logged so far aside, since Lightning's CSV logger begins a new file when a run is resumed."""
+    history = curves.with_name("metrics.before.csv")
+    if curves.is_file() and rank() == 0:
+        join_history(history, curves)
+        curves.replace(history)
+    return history
+
+
+def join_history(history: Path, curves: Path) -> None:
+    """Put the rows of before a resume in front of those since, less the steps that were run again."""
+    parts = [pd.read_csv(path) for path in (history, curves) if path.is_file() and path.stat().st_size]
+    if len(parts) == 2:
+        parts[0] = parts[0][parts[0]["step"] < parts[1]["step"].min()]
+        write_text(curves, pd.concat(parts, ignore_index=True).to_csv(index=False, lineterminator="\n"))
 
 
 def readable_checkpoint(folder: Path) -> str | None:

@@ -42,6 +42,10 @@ class ExpertTask(TrainedTask):
         context_length: tokens.
         vocab_size: of the WordPiece vocabulary, trained on the `train` reports.
         subset_share: share of steps in which a report is cut to a random subset of its sentences, down to one.
+        section_weight: weight of a second InfoNCE between a report's findings and its impression, which say the same
+            in other words (CXR-CLIP, You et al. 2023, has a text-text term too); 0 leaves it out.
+        read_ct_reports: take findings and impressions of the CT `train` reports into the second InfoNCE and into the
+            vocabulary, so that the text tower reads CT language as well as a tower pretrained on medical text does.
         augmentation: of the radiographs.
         optimizer: see `TrainedTask`.
         scheduler: see `TrainedTask`.
@@ -59,6 +63,8 @@ class ExpertTask(TrainedTask):
         context_length: int = 64,
         vocab_size: int = 2000,
         subset_share: float = 0.75,
+        section_weight: float = 0.5,
+        read_ct_reports: bool = True,
         augmentation: Augmentation = Augmentation(),
         optimizer: OptimizerCallable = adamw,
         scheduler: LRSchedulerCallable | None = None,
@@ -70,7 +76,11 @@ class ExpertTask(TrainedTask):
             "image_size": image_size, "embed_dim": embed_dim, "vision": vision, "text_width": text_width,
             "text_layers": text_layers, "context_length": context_length, "vocab_size": vocab_size,
         }  # fmt: skip
-        self.subset_share, self.augmentation = subset_share, augmentation
+        self.subset_share, self.section_weight = subset_share, section_weight
+        self.augmentation = augmentation
+        self.read_ct_reports = read_ct_reports
+        self._sections: dict[int, tuple[str, str]] = {}
+        self._ct_sections: list[tuple[str, str]] = []
         self.model: Any = None
 
     def run(self, trainer: L.Trainer, datamodule: L.LightningDataModule, folder: Path) -> dict[str, Any]:
@@ -78,9 +88,14 @@ class ExpertTask(TrainedTask):
         assert isinstance(datamodule, XrayDataModule)
         datamodule.text = "required"
         train = datamodule.training_rows()
-        texts = [train.report(row) for row in train.frame.index]
-        if not texts:
+        if not len(train):
             raise InputError(f"{datamodule.manifest.path}: no `train` X-ray has a report; an expert cannot be trained.")
+        texts = reports_of(train)
+        self._sections = sections_of(train)
+        if self.read_ct_reports and datamodule.ct is not None:
+            ct_train = datamodule.ct.split("train")
+            texts += [text for text in reports_of(ct_train) if text]
+            self._ct_sections = list(sections_of(ct_train).values())
         with tempfile.TemporaryDirectory() as scratch:
             self.model, self.tokenizer, self.config = make_expert_folder(Path(scratch), texts, **self.sizes)
         datamodule.preprocess = expert_preprocessing(self.config)
@@ -91,29 +106,44 @@ class ExpertTask(TrainedTask):
         rng = random.Random(f"{self.current_epoch}-{row}")
         return sample_sentences(report, rng) if rng.random() < self.subset_share else report
 
-    def _loss(self, image: Tensor, reports: list[str], study: Tensor) -> dict[str, Tensor]:
-        image_features = self.model.encode_image(image, normalize=True)
-        text_features = self.model.encode_text(self.tokenizer(reports).to(self.device), normalize=True)
-        terms = contrastive_loss(
-            gather_with_gradient(image_features),
-            gather_with_gradient(text_features),
-            self.model.logit_scale.exp(),
-            study=gather_with_gradient(study),
-        )
-        return {"loss": terms["total"]}
+    def _text(self, reports: list[str]) -> Tensor:
+        features: Tensor = self.model.encode_text(self.tokenizer(reports).to(self.device), normalize=True)
+        return gather_with_gradient(features)
+
+    def _image_to_report(self, image: Tensor, reports: list[str], study: Tensor) -> Tensor:
+        features = gather_with_gradient(self.model.encode_image(image, normalize=True))
+        scale = self.model.logit_scale.exp()
+        return contrastive_loss(features, self._text(reports), scale, study=gather_with_gradient(study))["total"]
+
+    def _section_to_section(self, rows: list[int], batch_idx: int) -> Tensor | None:
+        """InfoNCE between views of findings and impressions: of the batch's studies, and of as many CT reports."""
+        pairs = [self._sections[row] for row in rows if row in self._sections]
+        rng = random.Random(f"{self.current_epoch}-{batch_idx}-{rank()}")
+        pairs += rng.sample(self._ct_sections, min(len(rows), len(self._ct_sections)))
+        if len(pairs) < 2:
+            return None
+        findings = [sample_sentences(findings, rng) for findings, _ in pairs]
+        scale = self.model.logit_scale.exp()
+        return contrastive_loss(self._text(findings), self._text([pair[1] for pair in pairs]), scale)["total"]
 
     def training_step(self, batch: XrayBatch, batch_idx: int) -> Tensor:
-        """InfoNCE of a batch."""
-        del batch_idx
-        views = [self._view(row, report) for row, report in zip(batch.row.tolist(), batch.report, strict=True)]
-        terms = self._loss(self.augmentation(batch.image), views, batch.study)
-        self.log_terms(terms, "train", len(batch.row))
+        """InfoNCE of radiographs and reports, and of the reports' sections."""
+        rows = batch.row.tolist()
+        views = [self._view(row, report) for row, report in zip(rows, batch.report, strict=True)]
+        terms = {"image_to_report": self._image_to_report(self.augmentation(batch.image), views, batch.study)}
+        terms["loss"] = terms["image_to_report"]
+        sections = self._section_to_section(rows, batch_idx) if self.section_weight else None
+        if sections is not None:
+            terms["section_to_section"] = sections
+            terms["loss"] = terms["loss"] + self.section_weight * sections
+        self.log_terms(terms, "train", len(rows))
         return terms["loss"]
 
     def validation_step(self, batch: XrayBatch, batch_idx: int) -> None:
         """The same on whole reports, without augmentation."""
         del batch_idx
-        self.log_terms(self._loss(batch.image, batch.report, batch.study), "val", len(batch.row))
+        loss = self._image_to_report(batch.image, batch.report, batch.study)
+        self.log_terms({"loss": loss}, "val", len(batch.row))
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Hold the temperature within CLIP's bounds."""
@@ -151,3 +181,14 @@ class ExpertTask(TrainedTask):
         studies, means = study_means(test, scores.numpy())
         labels = studies[[f"label:{name}" for name in names]].to_numpy()
         return classification_report(labels, means, names, studies["patient_id"].tolist())
+
+
+def reports_of(manifest: Manifest) -> list[str]:
+    """The report of each row."""
+    return [manifest.report(row) for row in manifest.frame.index]
+
+
+def sections_of(manifest: Manifest) -> dict[int, tuple[str, str]]:
+    """Findings and impression of the rows that have both, by row."""
+    columns = manifest.frame[["findings", "impression"]].itertuples()
+    return {int(row): (findings, impression) for row, findings, impression in columns if findings and impression}

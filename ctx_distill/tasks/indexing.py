@@ -10,6 +10,7 @@ import lightning as L
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -20,7 +21,7 @@ from ctx_distill.errors import InputError
 from ctx_distill.files import write_text
 from ctx_distill.metrics.retrieval import retrieval_quality
 from ctx_distill.models.xray_expert import XrayExpert, open_expert
-from ctx_distill.retrieval.index import IndexKind, refuse_two_faiss
+from ctx_distill.retrieval.index import IndexKind
 from ctx_distill.retrieval.store import XrayIndexArtefact, merge_shards, write_index_artefact, write_shard
 from ctx_distill.tasks.base import StageTask
 from ctx_distill.types import XrayBatch
@@ -34,6 +35,9 @@ class IndexTask(StageTask):
         expert_revision: pinned commit of a hub expert.
         index_kind: exact search, or an approximate index for large pools.
         minimum_recall: an approximate index whose recall@1 against exact search is lower is refused.
+        centre: take the pool's mean off the keys, and the mean of the CT `train` reports off the queries, so that what
+            all X-ray reports and what all CT reports share in style does not count (**ours**, after Mu and
+            Viswanath 2018, "All-but-the-Top").
         neighbours: how many X-rays a study `retrieval.csv` lists.
     """
 
@@ -43,6 +47,7 @@ class IndexTask(StageTask):
         expert_revision: str | None = None,
         index_kind: IndexKind = "exact",
         minimum_recall: float = 0.95,
+        centre: bool = True,
         neighbours: int = 10,
     ) -> None:
         super().__init__()
@@ -53,6 +58,11 @@ class IndexTask(StageTask):
                 "(open_clip, SigLIP) with EXPERT= or ARGS=--model.init_args.expert=<folder>."
             )
         self.index_kind, self.minimum_recall, self.neighbours = index_kind, minimum_recall, neighbours
+        self.centre = centre
+
+    def describe(self) -> dict[str, Any]:
+        """The expert."""
+        return {"expert": self.expert.describe()}
 
     def predict_step(self, batch: XrayBatch, batch_idx: int) -> dict[str, Tensor]:
         """Values u_j (B, D_e) and keys v_j (B, D_t) of a batch."""
@@ -66,7 +76,6 @@ class IndexTask(StageTask):
     def run(self, trainer: L.Trainer, datamodule: L.LightningDataModule, folder: Path) -> dict[str, Any]:
         """Embed, join the ranks' shards, build, look up the held-out CT studies."""
         assert isinstance(datamodule, XrayDataModule)
-        refuse_two_faiss()
         pool, left_out = datamodule.pool()
         texts = [pool.report(row) for row in pool.frame.index]
         silent = sum(not text for text in texts)
@@ -80,21 +89,29 @@ class IndexTask(StageTask):
         if not len(pool):
             raise InputError(f"{datamodule.manifest.path}: no X-ray is left for the index; left out: {left_out}.")
         datamodule.preprocess, datamodule.preprocess_key = self.expert.preprocess, self.expert.fingerprint()
-        outputs = trainer.predict(self, dataloaders=datamodule.loader(pool)) or []
+        outputs: list[Any] = trainer.predict(self, dataloaders=datamodule.loader(pool)) or []
         shards = folder / "shards"
+        if rank() == 0:
+            shutil.rmtree(shards, ignore_errors=True)
+        barrier()
         joined = {name: torch.cat([output[name] for output in outputs]).cpu() for name in ("keys", "values", "row")}
         write_shard(shards, rank(), world_size(), joined["keys"], joined["values"], joined["row"])
         barrier()
         metrics: dict[str, Any] = {}
         if rank() == 0:
             table = merge_shards(shards, [int(row) for row in pool.frame.index])
+            expert = {name: value for name, value in self.expert.describe().items() if name != "source"}
+            query_centre = self._query_centre(datamodule.ct)
+            keys = table["keys"]
+            if query_centre is not None:
+                keys = F.normalize(keys - keys.mean(dim=0), dim=-1)
             store = write_index_artefact(
                 folder / "artefact",
-                table["keys"],
+                keys,
                 table["values"],
                 pool.frame.assign(row=pool.frame.index),
                 {"xray-expert": self.expert.fingerprint(), "xray-manifest": datamodule.manifest.fingerprint},
-                {"expert": self.expert.describe(), "left_out": left_out},
+                {"expert": expert, "left_out": left_out, "query_centre": query_centre},
                 texts=texts,
                 kind=self.index_kind,
                 minimum_recall=self.minimum_recall if self.index_kind != "exact" else None,
@@ -105,6 +122,17 @@ class IndexTask(StageTask):
                 metrics |= self._quality(store, pool, datamodule.ct, folder)
         barrier()
         return metrics
+
+    def _query_centre(self, ct: Manifest | None) -> list[float] | None:
+        """Mean embedding of the CT `train` reports, (D_t,); None where nothing is to be centred."""
+        if not self.centre or ct is None:
+            return None
+        train = ct.split("train")
+        texts = [text for text in (train.report(row) for row in train.frame.index) if text]
+        if not texts:
+            return None
+        mean: list[float] = self.expert.encode_text(texts).mean(dim=0).tolist()
+        return mean
 
     def _quality(self, store: XrayIndexArtefact, pool: Manifest, ct: Manifest, folder: Path) -> dict[str, Any]:
         """Look up each held-out CT study's report; write `retrieval.csv`; compare findings where both have labels."""

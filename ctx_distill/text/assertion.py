@@ -187,9 +187,11 @@ class Sentence:
         return PRESENT
 
     def interrupted(self, start: int, end: int) -> bool:
-        """Whether a negation or an end of scope lies inside tokens[start:end], the span of a phrase with gaps."""
+        """Whether a negation or an end of scope lies within tokens[start:end], the span of a phrase with gaps."""
         return "not" in self.tokens[start:end] or any(
-            start < cue.start < end and cue.kind in ("scope_end", "negation_before", "negation_after", "blocks_forward")
+            start < cue.start
+            and cue.end < end
+            and cue.kind in ("scope_end", "negation_before", "negation_after", "blocks_forward")
             for cue in self._cues
         )
 

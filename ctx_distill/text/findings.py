@@ -90,7 +90,7 @@ class Vocabulary:
         parsed = Sentence(sentence)
         result = []
         for start, end, gapped, (number, synonym) in self._index.find(parsed.tokens):
-            if (gapped or not synonym) and parsed.interrupted(start, end):
+            if gapped and parsed.interrupted(start, end):
                 continue
             assertion = parsed.assertion(start, end)
             if synonym and assertion is not None:
@@ -163,7 +163,7 @@ def shipped_vocabularies() -> list[str]:
 def load_vocabulary(name_or_path: str | Path) -> Vocabulary:
     """A shipped vocabulary by name ("ct-rate", "chexpert", "phantom") or one of the user's from a YAML file.
 
-    The file holds `name` and `findings`: a mapping from a finding to `synonyms` (default: its name), and optionally
+    The file holds `name` and `findings`: a mapping from a finding to `synonyms` (its name is always one), and optionally
     `normal`, `exclude`, `region` and `visible_on_xray`; see `Finding`.
 
     Raises:
@@ -232,7 +232,8 @@ def _finding(path: Path, name: object, body: Any) -> Finding:
         raise InputError(f"{where}, region: found {region!r}, expected a word such as 'pleura'.")
     if visible is not None and not isinstance(visible, bool):
         raise InputError(f"{where}, visible_on_xray: found {visible!r}, expected true or false.")
-    return Finding(name, lists["synonyms"] or (name,), lists["normal"], lists["exclude"], region, visible)
+    synonyms = tuple(dict.fromkeys((*lists["synonyms"], name.replace("_", " "))))
+    return Finding(name, synonyms, lists["normal"], lists["exclude"], region, visible)
 
 
 def vocabulary_for(finding_names: Iterable[str]) -> Vocabulary:
@@ -272,7 +273,7 @@ def _vocabulary_for(names: tuple[str, ...]) -> Vocabulary:
         else:
             found = known[source][key]
             used.add(source)
-            findings.append(replace(found, name=name, synonyms=(*found.synonyms, name.replace("_", " "))))
+            findings.append(replace(found, name=name))
     masks = [
         phrase
         for i in sorted(used)

@@ -12,7 +12,7 @@ _ABBREVIATION = re.compile(
 )
 _UNIT = re.compile(r"mm|cm|ml|cc|mg|m|kg|hu|sec|min")
 _BULLET = re.compile(r"^(?:[-*•·–]+|\(?\d{1,2}[.)])\s+")
-_LIST_NUMBER = re.compile(r"(?:(?<=[.;:!?]\s)|^)\(?\d{1,2}[.)]\s+(?=[^\W\d_])")
+_LIST_NUMBER = re.compile(r"(?<![Nn]o\.\s)(?:(?<=[.;:!?]\s)|^)\(?\d{1,2}[.)]\s+(?=[^\W\d_])")
 # CT-RATE parts the items of an impression by stray quote marks; a quoted word ("tree-in-bud") parts nothing
 _INLINE_MARK = re.compile(r"""\s*[•·]\s*|\s*"{2,}\s*|(?<=[.!?])\s*"\s*|\s"\s(?=[A-Z0-9])|^"\s*|\s*"$""")
 _END = re.compile(r"[.!?]+[)\]'’]*(?=\s+\S)")

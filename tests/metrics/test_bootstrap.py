@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+
 from ctx_distill.metrics.bootstrap import Interval, bootstrap, bootstrap_mean, interval, resample_counts
 
 

@@ -7,9 +7,10 @@ import time
 
 import numpy as np
 import pytest
+from sklearn.metrics import average_precision_score, roc_auc_score
+
 from ctx_distill.metrics.bootstrap import bootstrap
 from ctx_distill.metrics.classification import auroc, average_precision, classification_report, macro_auroc, per_study
-from sklearn.metrics import average_precision_score, roc_auc_score
 
 
 @pytest.mark.parametrize("decimals", [1, 2, 15])

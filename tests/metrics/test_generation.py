@@ -7,11 +7,12 @@ import math
 
 import numpy as np
 import pytest
+from sacrebleu.metrics import BLEU
+from sklearn.metrics import f1_score, precision_score, recall_score
+
 from ctx_distill.metrics.bootstrap import bootstrap
 from ctx_distill.metrics.generation import bleu, findings_scores, generation_report, rouge_l
 from ctx_distill.text.findings import Finding, Vocabulary
-from sacrebleu.metrics import BLEU
-from sklearn.metrics import f1_score, precision_score, recall_score
 
 VOCABULARY = Vocabulary("test", tuple(Finding(name, (name,)) for name in ("effusion", "nodule", "mass", "hernia")))
 REFERENCES = [

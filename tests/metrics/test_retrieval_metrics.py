@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from ctx_distill.metrics import retrieval
 from ctx_distill.metrics.retrieval import (
     best_ranks,

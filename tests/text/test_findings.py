@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from ctx_distill.text.findings import (
     Finding,
     Vocabulary,
@@ -119,7 +120,7 @@ def test_extract_many_and_set() -> None:
     assert findings_set("Pleural effusion and a hiatal hernia.") == {"Pleural effusion", "Hiatal hernia"}
 
 
-@pytest.mark.parametrize("name", ["ct-rate", "chexpert"])
+@pytest.mark.parametrize("name", shipped_vocabularies())
 def test_shipped_vocabularies_understand_their_own_prompts(name: str) -> None:
     vocabulary = load_vocabulary(name)
     for finding in vocabulary.findings:

@@ -7,6 +7,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+
 from ctx_distill.text.prompts import prompt_pairs
 from ctx_distill.text.report import join_sections, pack_chunks, sample_sentences, split_sentences
 
@@ -63,7 +64,7 @@ def test_join_sections() -> None:
 
 @pytest.mark.parametrize("make", [random.Random, np.random.default_rng])
 def test_sample_sentences_keeps_order_and_reaches_one_and_all(make: type[random.Random]) -> None:
-    sentences = [f"Sentence {word}." for word in "alpha beta gamma delta epsilon".split()]
+    sentences = [f"Sentence {word}." for word in ["alpha", "beta", "gamma", "delta", "epsilon"]]
     text = " ".join(sentences)
     rng = make(7)
     sizes: Counter[int] = Counter()

@@ -40,8 +40,7 @@ class TorchXrayVisionExpert(XrayExpert):
             config = json.loads(path.read_text())
             size = int(config["image_size"])
             blocks = tuple(int(layers) for layers in config["block_config"])
-            with torch.random.fork_rng(devices=[]):  # its initialisation must not move the caller's random state
-                net = DenseNet(config["growth_rate"], blocks, config["num_init_features"], config["bn_size"])
+            net = DenseNet(config["growth_rate"], blocks, config["num_init_features"], config["bn_size"])
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise InputError(
                 f"{path}: not readable ({type(error).__name__}: {error}). Expected image_size, block_config,"

@@ -1,0 +1,1 @@
+"""Scores with bootstrap intervals over patients: classification, retrieval, generation."""

@@ -1,0 +1,1 @@
+"""Reports: sections, sentences, findings with assertion, prompts, tokenizers."""
