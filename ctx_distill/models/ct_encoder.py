@@ -205,6 +205,10 @@ class ViT3D(CTEncoder):
             spatial_dims=3, qkv_bias=True,
         )  # fmt: skip
         self.patch_embedding, self.blocks, self.norm = net.patch_embedding, net.blocks, net.norm
+        for (
+            block
+        ) in net.blocks:  # MONAI always makes these, without a use here: DDP waits for gradients of all parameters
+            block.norm_cross_attn, block.cross_attn = nn.Identity(), nn.Identity()
         self.embed_dim = width
         self._img_size = size
         self.init_args = {

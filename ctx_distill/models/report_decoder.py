@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,7 @@ class ReportDecoder(nn.Module):
         Raises:
             InputError: it cannot be had, needs remote code, or cannot attend to tokens.
         """
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
         from ctx_distill.models.weights import resolve_source
         from ctx_distill.models.xray_expert import refuse_remote_code
@@ -123,8 +124,10 @@ class ReportDecoder(nn.Module):
         folder = resolve_source(source, revision)
         refuse_remote_code(folder)
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                str(folder), use_safetensors=True, local_files_only=True, add_cross_attention=True, is_decoder=True,
+            config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+            config.add_cross_attention, config.is_decoder = True, True
+            model, info = AutoModelForCausalLM.from_pretrained(
+                str(folder), config=config, use_safetensors=True, local_files_only=True, output_loading_info=True,
                 dtype=torch.float32,
             )  # fmt: skip
             tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
@@ -133,6 +136,12 @@ class ReportDecoder(nn.Module):
                 f"{folder}: not a causal language model with cross-attention ({str(error)[:300]}). Looked for"
                 " config.json, model.safetensors and tokenizer.json."
             ) from error
+        missing = sorted(key for key in info["missing_keys"] if not re.search(r"cross_?att", key))
+        if missing:
+            raise InputError(
+                f"{folder}: its weights lack {len(missing)} tensors of {type(model).__name__} ({', '.join(missing[:3])})."
+                " Use the config.json that they were saved with."
+            )
         return cls(model, tokenizer, token_dim, num_tokens, max_length)
 
     def tokenize(self, reports: Sequence[str]) -> dict[str, Tensor]:
@@ -193,7 +202,7 @@ class ReportDecoder(nn.Module):
             num_beams: 1 for greedy.
             no_repeat_ngram_size: 0 for no such rule.
         """
-        from transformers import GenerationConfig
+        from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig
 
         was_training = self.training
         self.eval()
@@ -203,6 +212,7 @@ class ReportDecoder(nn.Module):
             input_ids=start,
             attention_mask=torch.ones_like(start),
             encoder_hidden_states=self._memory(tokens),
+            past_key_values=EncoderDecoderCache(DynamicCache(), DynamicCache()),  # BERT does not make its own
             generation_config=GenerationConfig(
                 max_new_tokens=min(max_new_tokens, self.max_length - 1),
                 num_beams=num_beams,

@@ -247,5 +247,5 @@ def _data_row(name: str, value: object) -> dict[str, Any]:
     return {
         "name": name,
         "splits": splits,
-        **{key: held.get(key) for key in ("path", "images", "studies", "fingerprint")},
+        **{key: held.get(key) for key in ("path", "images", "studies", "patients", "fingerprint")},
     }

@@ -112,6 +112,8 @@ def learning_curves(log: pd.DataFrame) -> list[Curve]:
         part, slash, term = str(column).partition("/")
         if slash and part in ("train", "val"):
             base = term.removesuffix("_epoch").removesuffix("_step")
+            if base == "total" and f"{part}/loss" not in log.columns:
+                base = "loss"  # A task that logs its weighted sum as the total of its terms.
             held = terms.setdefault(base, {})
             # Lightning writes <term>_step and <term>_epoch for what is logged both ways: the epoch's mean is enough.
             if part not in held or term.endswith("_epoch"):

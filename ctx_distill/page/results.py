@@ -23,21 +23,16 @@ CATALOGUE: dict[str, tuple[str, str, float | str | None]] = {
         "the same over CTs with at least one finding",
         "retrieval.jaccard_random_without_normals",
     ),
-    "retrieval.same_set_recall_at_1": (
-        "Same-set recall@1",
-        "the first retrieved X-ray has exactly the CT's findings",
-        "retrieval.same_set_recall_at_1_random",
-    ),
-    "retrieval.same_set_recall_at_5": (
-        "Same-set recall@5",
-        "one of the first 5 has exactly the CT's findings",
-        "retrieval.same_set_recall_at_5_random",
-    ),
-    "retrieval.same_set_recall_at_10": (
-        "Same-set recall@10",
-        "one of the first 10 has exactly the CT's findings",
-        "retrieval.same_set_recall_at_10_random",
-    ),
+    # Both spellings: a run has one of them.
+    **{
+        f"retrieval.{spelling}_at_{k}": (
+            f"Same-set recall@{k}",
+            f"{'the first retrieved X-ray' if k == 1 else f'one of the first {k}'} has exactly the CT's findings",
+            f"retrieval.{spelling}_at_{k}_random",
+        )
+        for spelling in ("same_set_recall", "recall")
+        for k in (1, 5, 10)
+    },
     "distillation.macro_auroc": ("Macro AUROC", f"the student asked by the expert's text tower: {_AUROC}", 0.5),
     "alignment.recall_at_1": ("Recall@1", "the right CT is nearest to a report", "alignment.recall_at_1_random"),
     "alignment.recall_at_5": (
@@ -96,8 +91,13 @@ def all_metrics(run: Run) -> list[tuple[str, Metric]]:
     found: list[tuple[str, Metric]] = []
     for _, key, _ in STAGES:
         values = {name: value for name, value in run.metrics.get(key, {}).items() if name != "left_out"}
-        found.extend((path, metric) for path, metric in _flatten(key, values) if ".per_finding." not in path)
+        found.extend(
+            (path, metric) for path, metric in _flatten(key, values) if not any(part in path for part in _BY_FINDING)
+        )
     return found
+
+
+_BY_FINDING = (".per_finding", ".positives.", ".negatives.")
 
 
 def _flatten(prefix: str, values: Mapping[str, Any]) -> Iterator[tuple[str, Metric]]:
@@ -165,7 +165,7 @@ def _why_missing(run: Run, folder: str) -> str:
 def stage_states(run: Run) -> dict[str, str]:
     """State of each stage in words, by folder; a stage that has nothing to do in this run is "not needed"."""
     states: dict[str, str] = {folder: run.states.get(folder, "not run") for folder, _, _ in STAGES}
-    if states["classifier"] != "done" and has_labels(run) is False:
+    if has_labels(run) is False:
         states["classifier"] = "left out"
     if states["expert"] == "not run" and states["index"] == "done":
         states["expert"] = "not needed"  # A pretrained expert was named: there was nothing to train.

@@ -121,20 +121,21 @@ def study_fits(labels: pd.DataFrame, scores: pd.DataFrame) -> dict[str, tuple[fl
     findings less that of its absent ones (for a normal study: less the mean rank of all). Ties go by id.
     """
     names = [name for name in labels.columns if name in scores.columns]
-    studies = [study for study in scores.index if study in labels.index]
-    if not names or not studies:
+    both = [study for study in scores.index if study in labels.index]
+    if not names or not both:
         return {}
-    ranks = scores.loc[studies, names].rank(pct=True)
-    truth = labels.loc[studies, names]
+    ranks = scores.loc[both, names].rank(pct=True)
+    truth = labels.loc[both, names]
     found: dict[str, tuple[float, bool]] = {}
-    for study in studies:
-        present, absent = (truth.loc[study] == 1).to_numpy(), (truth.loc[study] == 0).to_numpy()
+    for study in both:
         row = ranks.loc[study].to_numpy(dtype=float)
+        present = (truth.loc[study] == 1).to_numpy() & np.isfinite(row)
+        absent = (truth.loc[study] == 0).to_numpy() & np.isfinite(row)
         if not present.any() and not absent.any():
             continue
-        up = float(np.nanmean(row[present])) if present.any() else 0.0
-        down = float(np.nanmean(row[absent])) if absent.any() else 0.0
-        found[str(study)] = (up - down, bool(present.any()))
+        up = float(row[present].mean()) if present.any() else 0.0
+        down = float(row[absent].mean()) if absent.any() else 0.0
+        found[str(study)] = (up - down, bool((truth.loc[study] == 1).any()))
     return dict(sorted(found.items(), key=lambda item: (-item[1][0], item[0])))
 
 

@@ -42,8 +42,9 @@ def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 def tick_text(value: float, step: float) -> str:
     """A tick's number with as many decimals as the step needs."""
-    if value != 0 and (abs(value) >= 1e5 or step < 1e-4):
-        return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
+    if abs(value) >= 1e5 or (0 < abs(value) < 1e-2 and step < 1e-4):
+        digits = max(0, math.floor(math.log10(abs(value))) - math.floor(math.log10(step)))
+        return f"{value:.{digits}e}".replace("e-0", "e-").replace("e+0", "e")
     decimals = max(0, math.ceil(-math.log10(step) - 1e-9))
     if abs(step * 10**decimals - round(step * 10**decimals)) > 1e-6:
         decimals += 1

@@ -44,8 +44,8 @@ def build(arguments: list[str]) -> LightningCLI:
 
 def quieten() -> None:
     """Leave only what a person can act on: Lightning's device lines and dataloader hints go."""
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning", "transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR if name == "transformers" else logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*args parameter is intended to run.*")
     warnings.filterwarnings("ignore", message=".*args parameter is intended to run from within Python.*")

@@ -192,7 +192,7 @@ class AlignmentTask(TrainedTask):
         self.false_negatives = FalseNegatives(
             self.robust,
             list(train.frame.index),
-            torch.from_numpy(train.study_codes()),
+            torch.tensor(train.study_codes()),
             [train.report(row) for row in train.frame.index],
             self._teacher[0].to(self.trainer.strategy.root_device),
             self.lookup,

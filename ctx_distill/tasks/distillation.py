@@ -179,7 +179,7 @@ class DistillationTask(TrainedTask):
         if len(val) and datamodule.manifest.finding_names:
             found = predict_rows(trainer, self, datamodule.loader(val), list(val.frame.index))
             names = list(datamodule.manifest.finding_names)
-            positive, negative = prompt_features(self.teacher.encode_text, names, "ensemble")
+            positive, negative = prompt_features(self.teacher.encode_text, names, "normal")
             scores = pair_probabilities(found["features"], positive.cpu(), negative.cpu(), 1 / self.tau)
             studies, means = study_means(val, scores.numpy())
             labels = studies[[f"label:{name}" for name in names]].to_numpy()

@@ -176,7 +176,7 @@ class ExpertTask(TrainedTask):
         found = predict_rows(trainer, self, datamodule.loader(test), list(test.frame.index))
         expert = open_expert(str(folder))
         names = list(test.finding_names)
-        positive, negative = prompt_features(expert.encode_text, names, "ensemble")
+        positive, negative = prompt_features(expert.encode_text, names, "normal")
         scores = pair_probabilities(found["image"], positive, negative, expert.logit_scale or 1.0)
         studies, means = study_means(test, scores.numpy())
         labels = studies[[f"label:{name}" for name in names]].to_numpy()

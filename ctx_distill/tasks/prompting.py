@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ctx_distill.text.prompts import prompt_pairs
+from ctx_distill.text.findings import vocabulary_for
+from ctx_distill.text.prompts import Templates, prompt_pairs
 
 
 @torch.no_grad()
 def prompt_features(
-    encode: Callable[[list[str]], Tensor], findings: Sequence[str], templates: Literal["default", "ensemble"]
+    encode: Callable[[list[str]], Tensor], findings: Sequence[str], templates: Templates, synonyms: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Mean text features of each finding's positive and negative prompts.
 
@@ -22,13 +22,18 @@ def prompt_features(
         encode: B texts to (B, D) unit rows.
         findings: F names.
         templates: which prompts.
+        synonyms: ask with every plain synonym of the shipped vocabularies too, not with the label's name alone.
 
     Returns:
         Positive and negative (F, D), unit rows.
     """
     sides: tuple[list[Tensor], list[Tensor]] = ([], [])
-    for finding in findings:
-        for side, prompts in zip(sides, prompt_pairs(finding, templates=templates), strict=True):
+    vocabulary = vocabulary_for(findings)
+    for name, finding in zip(findings, vocabulary.findings, strict=True):
+        plain = [phrase for phrase in finding.synonyms if "..." not in phrase] if synonyms else []
+        pairs = [prompt_pairs(phrase, templates=templates) for phrase in dict.fromkeys([name, *plain])]
+        for index, side in enumerate(sides):
+            prompts = [prompt for pair in pairs for prompt in pair[index]]
             side.append(F.normalize(encode(prompts).mean(dim=0), dim=-1))
     return torch.stack(sides[0]), torch.stack(sides[1])
 

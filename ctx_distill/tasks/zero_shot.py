@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 from torch import Tensor
@@ -16,6 +16,7 @@ from ctx_distill.tasks.base import StageTask, check_volume_spec
 from ctx_distill.tasks.predict import predict_rows, study_means, write_predictions
 from ctx_distill.tasks.prompting import pair_probabilities, prompt_features
 from ctx_distill.text.findings import load_vocabulary
+from ctx_distill.text.prompts import Templates
 from ctx_distill.types import CTBatch
 
 
@@ -24,16 +25,17 @@ class ZeroShotTask(StageTask):
 
     Args:
         model: folder of the stage-3 artefact.
-        templates: one pair of prompts, or an ensemble.
+        templates: `default`, `ensemble` or `normal`, see `prompt_pairs`.
+        synonyms: ask with the vocabulary's synonyms of a finding too.
         vocabulary: findings to ask for where the manifest has no label columns.
     """
 
     def __init__(
-        self, model: str, templates: Literal["default", "ensemble"] = "ensemble", vocabulary: str = "ct-rate"
+        self, model: str, templates: Templates = "normal", synonyms: bool = True, vocabulary: str = "ct-rate"
     ) -> None:
         super().__init__()
         self.model, self.artefact = DualEncoder.load(Path(model))
-        self.templates, self.vocabulary = templates, vocabulary
+        self.templates, self.synonyms, self.vocabulary = templates, synonyms, vocabulary
 
     def predict_step(self, batch: CTBatch, batch_idx: int) -> dict[str, Tensor]:
         """Image features (B, D), unit rows."""
@@ -51,8 +53,8 @@ class ZeroShotTask(StageTask):
         found = predict_rows(trainer, self, datamodule.loader(test), list(test.frame.index))
         names = list(test.finding_names)
         asked = names or [finding.name for finding in load_vocabulary(self.vocabulary).findings]
-        positive, negative = prompt_features(self.model.encode_text, asked, self.templates)
-        scale = float(self.model.logit_scale.exp())
+        positive, negative = prompt_features(self.model.encode_text, asked, self.templates, self.synonyms)
+        scale = float(self.model.logit_scale.detach().exp())
         scores = pair_probabilities(found["image"], positive.cpu(), negative.cpu(), scale)
         studies, means = study_means(test, scores.numpy())
         if rank() == 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+Templates = Literal["default", "ensemble", "normal"]
 _DEFAULT = (("{Finding} is present.", "{Finding} is not present."),)
 _ENSEMBLE = (
     *_DEFAULT,
@@ -13,6 +14,7 @@ _ENSEMBLE = (
     ("{Finding}.", "No {finding}."),
     ("{Finding} is observed.", "{Finding} was not observed."),
 )
+_NORMAL = (("{Finding}.", "Normal chest."), ("There is {finding}.", "No abnormality."))
 _STYLES: dict[str, tuple[tuple[str, str], ...]] = {
     "plain": (),
     "ct": (("Chest CT shows {finding}.", "Chest CT shows no {finding}."),),
@@ -30,7 +32,7 @@ def _spoken(finding: str) -> tuple[str, str]:
 def prompt_pairs(
     finding: str,
     *,
-    templates: Literal["default", "ensemble"] = "default",
+    templates: Templates = "default",
     style: Literal["plain", "ct", "xray"] = "plain",
 ) -> tuple[list[str], list[str]]:
     """Prompts of one finding; positives[i] and negatives[i] are one pair.
@@ -38,7 +40,9 @@ def prompt_pairs(
     Args:
         finding: a label's name; case and underscores do not matter. No template depends on an article or a plural.
         templates: "default" is CT-CLIP's single pair, "{finding} is present." / "{finding} is not present."
-            (Hamamci et al., arXiv 2403.17834); "ensemble" adds wordings of radiology reports (ours).
+            (Hamamci et al., arXiv 2403.17834); "ensemble" adds wordings of radiology reports (ours); "normal" sets the
+            finding against a normal study instead of against its own negation, which small text towers hardly tell
+            from it (ours).
         style: with "ensemble", one more pair that names the modality: "ct" or "xray".
 
     Returns:
@@ -51,11 +55,11 @@ def prompt_pairs(
     start, inside = _spoken(finding)
     if not inside:
         raise ValueError("prompt_pairs: the finding's name is empty, expected words such as 'pleural effusion'.")
-    if templates not in ("default", "ensemble"):
-        raise ValueError(f"prompt_pairs: templates is {templates!r}, expected 'default' or 'ensemble'.")
+    if templates not in ("default", "ensemble", "normal"):
+        raise ValueError(f"prompt_pairs: templates is {templates!r}, expected 'default', 'ensemble' or 'normal'.")
     if style not in _STYLES:
         raise ValueError(f"prompt_pairs: style is {style!r}, expected one of {', '.join(_STYLES)}.")
-    pairs = _DEFAULT if templates == "default" else _ENSEMBLE + _STYLES[style]
+    pairs = {"default": _DEFAULT, "normal": _NORMAL, "ensemble": _ENSEMBLE + _STYLES[style]}[templates]
     # replace, not format: a label may hold braces
     filled = [[text.replace("{Finding}", start).replace("{finding}", inside) for text in pair] for pair in pairs]
     return [pair[0] for pair in filled], [pair[1] for pair in filled]

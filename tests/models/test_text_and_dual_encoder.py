@@ -37,7 +37,7 @@ def siglip_folder(tmp_path_factory: pytest.TempPathFactory, reports: list[str]) 
 
 
 @pytest.fixture
-def build(small_expert: Path, biomedclip_like: Path, siglip_folder: Path, reports: list[str], tmp_path: Path):  # noqa: ANN201
+def build(small_expert: Path, biomedclip_like: Path, siglip_folder: Path, reports: list[str], tmp_path: Path):
     """Makes a text encoder of a kind; expert folders are copies that the test may delete."""
 
     def make(kind: str, trainable: bool = True) -> TextEncoder:
@@ -51,7 +51,7 @@ def build(small_expert: Path, biomedclip_like: Path, siglip_folder: Path, report
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_embeddings_and_token_access(build, kind: str, reports: list[str]) -> None:  # noqa: ANN001
+def test_embeddings_and_token_access(build, kind: str, reports: list[str]) -> None:
     encoder = build(kind).eval()
     long = " ".join(reports)
     features = encoder([*reports, long, ""])
@@ -74,7 +74,7 @@ def test_embeddings_and_token_access(build, kind: str, reports: list[str]) -> No
 
 
 @pytest.mark.parametrize("kind", ["expert", "expert-hf"])
-def test_the_frozen_tower_equals_the_expert(build, kind: str, reports: list[str], tmp_path: Path) -> None:  # noqa: ANN001
+def test_the_frozen_tower_equals_the_expert(build, kind: str, reports: list[str], tmp_path: Path) -> None:
     encoder = build(kind, trainable=False).train()
     texts = [*reports, " ".join(reports)]
     expected = open_expert(str(tmp_path / "expert")).encode_text(texts)
@@ -84,14 +84,14 @@ def test_the_frozen_tower_equals_the_expert(build, kind: str, reports: list[str]
     assert not any(p.requires_grad for p in encoder.parameters())
 
 
-def test_bert_means_over_real_tokens_only(build, reports: list[str]) -> None:  # noqa: ANN001
+def test_bert_means_over_real_tokens_only(build, reports: list[str]) -> None:
     encoder = build("bert").eval()
     ids = torch.tensor([encoder.tokenizer(reports[3][:20])["input_ids"]])
     states = encoder.model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
     assert torch.allclose(encoder([reports[3][:20], reports[1]])[0], states[0].mean(0), atol=1e-5)
 
 
-def test_bert_from_a_folder(build, tmp_path: Path, reports: list[str]) -> None:  # noqa: ANN001
+def test_bert_from_a_folder(build, tmp_path: Path, reports: list[str]) -> None:
     encoder = build("bert").eval()
     folder = tmp_path / "hf"
     encoder.model.save_pretrained(folder)
@@ -106,7 +106,7 @@ def test_bert_from_a_folder(build, tmp_path: Path, reports: list[str]) -> None: 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("projection_dim", [None, 12])
 def test_the_dual_encoder_comes_back_from_its_folder_alone(
-    build,  # noqa: ANN001
+    build,
     kind: str,
     projection_dim: int | None,
     reports: list[str],
@@ -134,7 +134,7 @@ def test_the_dual_encoder_comes_back_from_its_folder_alone(
     assert not again.training
 
 
-def test_projection_of_the_distillation_must_lead_into_the_same_space(build) -> None:  # noqa: ANN001
+def test_projection_of_the_distillation_must_lead_into_the_same_space(build) -> None:
     encoder = ResNet3D("small", base_width=8)
     with pytest.raises(InputError, match="projection of the image from 64 to 7, needed from 64 to 24"):
         DualEncoder(encoder, build("expert"), image_projection=ProjectionHead(64, 7))
@@ -154,9 +154,9 @@ def test_the_ct_encoder_artefact(tmp_path: Path, kind: str) -> None:
 
 def test_findings_head_learns_a_linear_rule() -> None:
     torch.manual_seed(0)
-    features = torch.randn(200, 6)
+    features = torch.randn(200, 64)
     labels = (features[:, :2] > 0).float()
-    head = FindingsHead(6, 2)
+    head = FindingsHead(64, 2)
     assert head(features).shape == (200, 2)
     optimizer = torch.optim.Adam(head.parameters(), lr=0.1)
     for _ in range(100):

@@ -30,7 +30,10 @@ def test_a_second_writer_is_told_who_holds_the_run_and_a_killed_one_lets_go(tmp_
     try:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(InputError, match=f"in use by process {holder.pid} .*ctx-distill distill"), lock_run(tmp_path, "x"):
+        with (
+            pytest.raises(InputError, match=f"in use by process {holder.pid} .*ctx-distill distill"),
+            lock_run(tmp_path, "x"),
+        ):
             pass
     finally:
         os.kill(holder.pid, signal.SIGKILL)

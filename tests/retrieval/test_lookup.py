@@ -29,7 +29,9 @@ FINDINGS = torch.randint(-1, 2, (ROWS, 4), generator=torch.Generator().manual_se
 def stores(tmp_path_factory: pytest.TempPathFactory) -> tuple[XrayIndexArtefact, XrayIndexArtefact]:
     """With findings, and without."""
     names = [str(i) for i in range(ROWS)]
-    items = pd.DataFrame(dict.fromkeys(("study_id", "image_id", "patient_id"), names)).assign(row=range(ROWS), split="train")
+    items = pd.DataFrame(dict.fromkeys(("study_id", "image_id", "patient_id"), names)).assign(
+        row=range(ROWS), split="train"
+    )
     folder = tmp_path_factory.mktemp("index")
     upstream = {"xray-expert": "e"}
     return (

@@ -17,7 +17,9 @@ pytestmark = pytest.mark.slow
 
 def start(cohort: Path, run: Path, preset: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "ctx_distill.cli", "all", "--data", str(cohort), "--run", str(run)]
-    return subprocess.Popen([*command, "--preset", str(preset)], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    return subprocess.Popen(
+        [*command, "--preset", str(preset)], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
 
 
 def wait_for(path: Path, process: subprocess.Popen[str], seconds: float = 240) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ def with_shuffled_labels(cohort: Path, target: Path) -> Path:
     """The same cohort with the label columns of both manifests dealt out anew."""
     target.mkdir()
     for folder in ("ct", "xray"):
-        os.symlink(cohort / folder, target / folder)
+        (target / folder).symlink_to(cohort / folder)
         table = pd.read_csv(cohort / f"{folder}.csv", dtype=str, keep_default_na=False)
         labels = [name for name in table.columns if name.startswith("label:")]
         order = np.random.default_rng(1).permutation(len(table))
@@ -29,7 +28,9 @@ def with_shuffled_labels(cohort: Path, target: Path) -> Path:
     return target
 
 
-def test_shuffled_labels_train_identical_weights(finished_run: Path, cohort: Path, tiny_preset: Path, tmp_path: Path) -> None:
+def test_shuffled_labels_train_identical_weights(
+    finished_run: Path, cohort: Path, tiny_preset: Path, tmp_path: Path
+) -> None:
     data = with_shuffled_labels(cohort, tmp_path / "data")
     run = tmp_path / "run"
     for stage in ("expert", "index", "distill", "align"):

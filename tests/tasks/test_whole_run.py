@@ -36,7 +36,9 @@ def test_metrics_have_the_contract_s_keys(finished_run: Path, cohort: Path) -> N
                  "classifier.macro_auroc", "report.bleu4", "report.findings_f1"):  # fmt: skip
         stage, name = path.split(".")
         assert 0.0 <= value_of(metrics[stage][name]) <= 1.0, path
-    labels = [name.removeprefix("label:") for name in pd.read_csv(cohort / "ct.csv").columns if name.startswith("label:")]
+    labels = [
+        name.removeprefix("label:") for name in pd.read_csv(cohort / "ct.csv").columns if name.startswith("label:")
+    ]
     assert sorted(metrics["zero_shot"]["per_finding"]) == sorted(labels)
 
 
@@ -109,7 +111,9 @@ def test_a_second_run_reuses_everything(
     assert str(finished_run / "index.html") in printed
 
 
-def test_a_stage_that_lost_its_metrics_is_run_again_alone(finished_run: Path, cohort: Path, tiny_preset: Path, tmp_path: Path) -> None:
+def test_a_stage_that_lost_its_metrics_is_run_again_alone(
+    finished_run: Path, cohort: Path, tiny_preset: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished_run, run)
     (run / "zero_shot" / "metrics.json").unlink()
@@ -119,7 +123,9 @@ def test_a_stage_that_lost_its_metrics_is_run_again_alone(finished_run: Path, co
     assert not list(run.glob("*.before-*"))
 
 
-def test_an_override_reaches_the_resolved_configuration(finished_run: Path, cohort: Path, tiny_preset: Path, tmp_path: Path) -> None:
+def test_an_override_reaches_the_resolved_configuration(
+    finished_run: Path, cohort: Path, tiny_preset: Path, tmp_path: Path
+) -> None:
     import yaml
 
     run = tmp_path / "run"
@@ -157,11 +163,15 @@ def test_an_index_of_another_expert_is_refused(
     assert "disagree" in message
 
 
-def test_a_missing_earlier_stage_is_named(cohort: Path, tiny_preset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_earlier_stage_is_named(
+    cohort: Path, tiny_preset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["distill", "--data", str(cohort), "--run", str(tmp_path / "new"), "--preset", str(tiny_preset)]) == 2
     assert "make expert" in capsys.readouterr().err
 
 
-def test_a_data_folder_without_manifests_is_named(tiny_preset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_data_folder_without_manifests_is_named(
+    tiny_preset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["expert", "--data", str(tmp_path), "--run", str(tmp_path / "r"), "--preset", str(tiny_preset)]) == 2
     assert "holds no xray.csv or xray.parquet" in capsys.readouterr().err
