@@ -63,7 +63,7 @@ class ManifestDataset(Dataset[Item]):
         row = self.rows[index]
         file = self.manifest.image_file(row)
         tensor = self.cache.get((str(file), self.cache_key), lambda: self.read(row))
-        labels = None if self.labels is None else torch.from_numpy(self.labels[index])
+        labels = None if self.labels is None else torch.tensor(self.labels[index])
         return Item(tensor, row, int(self.studies[index]), self.manifest.report(row), labels)
 
 

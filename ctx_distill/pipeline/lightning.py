@@ -8,6 +8,7 @@ import warnings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from ctx_distill.data.datamodules import ManifestDataModule
+from ctx_distill.errors import InputError
 from ctx_distill.retrieval.index import refuse_two_faiss
 from ctx_distill.tasks.base import StageTask
 
@@ -28,6 +29,23 @@ def build(arguments: list[str]) -> LightningCLI:
     """
     quieten()
     refuse_two_faiss()
+    try:
+        return _stage_cli(arguments)
+    except ValueError as error:
+        raise _own_error(error) from None
+
+
+def _own_error(error: BaseException) -> BaseException:
+    """The InputError that jsonargparse wrapped while it tried the types that a value may have; else the error itself."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, InputError):
+            return cause
+        cause = cause.__cause__ or cause.__context__
+    return error
+
+
+def _stage_cli(arguments: list[str]) -> LightningCLI:
     return StageCLI(
         StageTask,
         ManifestDataModule,

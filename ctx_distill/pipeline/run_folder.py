@@ -79,11 +79,15 @@ def is_complete(folder: Path, key: str) -> bool:
     return request is not None and request.get("key") == key and (folder / METRICS_FILE).is_file()
 
 
-def open_stage(folder: Path, key: str, request: dict[str, Any]) -> None:
+def open_stage(folder: Path, key: str, request: dict[str, Any]) -> Path | None:
     """Make a stage's folder ready for a request: go on with the same one, set a different one aside.
 
     A folder of another request is renamed to `NAME.before-<n>`, so that nothing is lost.
+
+    Returns:
+        Where the folder of another request went.
     """
+    aside: Path | None = None
     found = read_json(folder / REQUEST_FILE)
     if folder.exists() and (found is None or found.get("key") != key):
         if found is None:
@@ -94,6 +98,15 @@ def open_stage(folder: Path, key: str, request: dict[str, Any]) -> None:
             folder.rename(aside)
             print(f"{folder}: holds a run with other settings or inputs; set aside as {aside.name}")
     write_json(folder / REQUEST_FILE, {"key": key, **request})
+    return aside
+
+
+def put_back(folder: Path, aside: Path | None) -> None:
+    """After a request that was refused before it began: the result that stood there stands there again."""
+    if aside is not None and not (folder / "checkpoints").exists() and not (folder / METRICS_FILE).exists():
+        shutil.rmtree(folder)
+        aside.rename(folder)
+        print(f"{folder}: put back as it was")
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -28,6 +28,7 @@ from ctx_distill.pipeline.run_folder import (
     note_run,
     note_stage,
     open_stage,
+    put_back,
     read_json,
 )
 
@@ -136,16 +137,22 @@ def run_stage(request: StageRequest, *, force: bool = False) -> None:
         return
     request.check_sources()
     first = is_first_process()
+    aside: Path | None = None
     if first:
         if force and folder.exists():
             (folder / REQUEST_FILE).write_text("{}")
-        open_stage(folder, request.key, {"inputs": request.inputs, "overrides": request.overrides})
+        aside = open_stage(folder, request.key, {"inputs": request.inputs, "overrides": request.overrides})
         write_config(request)
         print(f"== {stage.title} -> {folder}")
     else:
         _await_request(folder, request.key)
     started = time.monotonic()
-    metrics, fingerprint, facts = _execute(request)
+    try:
+        metrics, fingerprint, facts = _execute(request)
+    except InputError:
+        if first:
+            put_back(folder, aside)
+        raise
     if first:
         note_run(request.run, version=__version__, preset=request.preset, **facts)
         note_stage(request.run, stage, seconds=round(time.monotonic() - started, 1), fingerprint=fingerprint)

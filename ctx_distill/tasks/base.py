@@ -81,6 +81,7 @@ class TrainedTask(StageTask):
         checkpoint = readable_checkpoint(folder)
         curves = folder / "logs" / "metrics.csv"
         history = keep_history(curves) if checkpoint else None
+        self.train()
         trainer.fit(self, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
         if history is not None and rank() == 0:
             join_history(history, curves)

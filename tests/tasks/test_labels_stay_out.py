@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ def with_shuffled_labels(cohort: Path, target: Path) -> Path:
     """The same cohort with the label columns of both manifests dealt out anew."""
     target.mkdir()
     for folder in ("ct", "xray"):
-        (target / folder).symlink_to(cohort / folder)
+        shutil.copytree(cohort / folder, target / folder)
         table = pd.read_csv(cohort / f"{folder}.csv", dtype=str, keep_default_na=False)
         labels = [name for name in table.columns if name.startswith("label:")]
         order = np.random.default_rng(1).permutation(len(table))

@@ -161,6 +161,8 @@ def test_an_index_of_another_expert_is_refused(
     message = capsys.readouterr().err
     assert "the expert that the index" in message
     assert "disagree" in message
+    assert (run / "distill" / "metrics.json").is_file()
+    assert not list(run.glob("distill.before-*"))
 
 
 def test_a_missing_earlier_stage_is_named(
@@ -174,4 +176,4 @@ def test_a_data_folder_without_manifests_is_named(
     tiny_preset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["expert", "--data", str(tmp_path), "--run", str(tmp_path / "r"), "--preset", str(tiny_preset)]) == 2
-    assert "holds no xray.csv or xray.parquet" in capsys.readouterr().err
+    assert "holds no ct.csv or ct.parquet" in capsys.readouterr().err
