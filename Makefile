@@ -10,7 +10,7 @@ PRESET ?= demo
 ARGS ?=
 EXPERT ?=
 FORCE ?=
-CT ?= 320
+CT ?= 480
 XRAY ?= 1000
 SEED ?= 0
 

@@ -35,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     page.add_argument("--run", type=Path, default=Path("runs/demo"), metavar="RUN")
     phantom = commands.add_parser("phantom", help="write the embedded cohort: synthetic chests with known findings")
     phantom.add_argument("out", type=Path, metavar="OUT")
-    phantom.add_argument("--ct", type=int, default=320, metavar="N", help="CT studies (default: %(default)s)")
+    phantom.add_argument("--ct", type=int, default=480, metavar="N", help="CT studies (default: %(default)s)")
     phantom.add_argument("--xray", type=int, default=1000, metavar="M", help="X-ray studies (default: %(default)s)")
     phantom.add_argument(
         "--seed", type=int, default=0, metavar="S", help="same seed, same bytes (default: %(default)s)"
