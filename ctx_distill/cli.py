@@ -110,7 +110,8 @@ def _weights(options: argparse.Namespace) -> None:
     if options.action == "fetch":
         weights.fetch(options.source, options.revision, options.out)
     else:
-        weights.convert_torchxrayvision(options.checkpoint, options.out, options.sha256)
+        checked = {"sha256": options.sha256} if options.sha256 else {}
+        print(weights.convert_torchxrayvision(options.checkpoint, options.out, **checked))
 
 
 def _run(options: argparse.Namespace, overrides: list[str], given: list[str]) -> None:

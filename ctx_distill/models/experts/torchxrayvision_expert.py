@@ -44,12 +44,12 @@ class TorchXrayVisionExpert(XrayExpert):
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise InputError(
                 f"{path}: not readable ({type(error).__name__}: {error}). Expected image_size, block_config,"
-                " growth_rate, num_init_features and bn_size, as `ctx-distill weights convert` writes them."
+                " growth_rate, num_init_features and bn_size, as `ctx-distill weights convert-torchxrayvision` writes them."
             ) from error
         weights = folder / "model.safetensors"
         if not weights.is_file():
             raise InputError(
-                f"{weights}: not found. Convert the release file of torchxrayvision with `ctx-distill weights convert`."
+                f"{weights}: not found. Convert the release file of torchxrayvision with `ctx-distill weights convert-torchxrayvision`."
             )
         features: nn.Module = net.features
         features.conv0 = nn.Conv2d(1, config["num_init_features"], kernel_size=7, stride=2, padding=3, bias=False)
