@@ -40,10 +40,10 @@ def show(value: Any) -> str:
 
 
 def result_table(metrics: dict[str, Any]) -> str:
-    """The table: stage, what was measured, value with its 95 % interval, chance level."""
+    """The table: stage, what was measured, value with its 95 % interval, chance level; what is not defined is left out."""
     lines = [("stage", "measured", "value [95 % interval]", "by chance")]
     for stage, path, meaning, chance in ROWS:
-        if path.partition(".")[0] not in metrics:
+        if show(look_up(metrics, path)) == "-":
             continue
         level = show(look_up(metrics, chance)) if "_" in chance else chance.replace(".500", "0.500")
         lines.append((stage, meaning, show(look_up(metrics, path)), level))
