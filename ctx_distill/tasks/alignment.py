@@ -25,12 +25,11 @@ from ctx_distill.models.ct_encoder import CTEncoder
 from ctx_distill.models.dual_encoder import DualEncoder, load_ct_encoder
 from ctx_distill.models.heads import ProjectionHead
 from ctx_distill.models.text_encoder import BertTextEncoder, ExpertTextEncoder, TextEncoder
-from ctx_distill.models.xray_expert import open_expert
 from ctx_distill.retrieval.lookup import NeighbourLookup
-from ctx_distill.retrieval.store import XrayIndexArtefact
 from ctx_distill.tasks.base import LARGEST_LOGIT_SCALE, TrainedTask, adamw, last_values
 from ctx_distill.tasks.false_negatives import FalseNegatives, RobustSettings
 from ctx_distill.tasks.predict import predict_rows
+from ctx_distill.tasks.teacher import open_teacher
 from ctx_distill.text.report import sample_sentences
 from ctx_distill.types import CTBatch
 
@@ -104,13 +103,7 @@ class AlignmentTask(TrainedTask):
         select: Literal["last", "best"] = "last",
     ) -> None:
         super().__init__(optimizer, scheduler, warmup, select)
-        teacher = open_expert(expert, expert_revision)
-        store = XrayIndexArtefact.open(Path(index))
-        require_same(
-            f"the expert {expert}", teacher.fingerprint(),
-            f"the expert that the index {index} was built with", store.expert_fingerprint,
-            "Build the index again with this expert (make stage-1), or give the expert that it was built with.",
-        )  # fmt: skip
+        teacher, store = open_teacher(expert, expert_revision, index)
         self._teacher = (teacher,)
         self.lookup = NeighbourLookup(store, min(neighbours, len(store)), "mean")
         self.student_spec: str | None = None

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from ctx_distill.checkpoint import require_same
 from ctx_distill.data.augment import Augmentation
 from ctx_distill.data.datamodules import CTDataModule
 from ctx_distill.distributed import gather_with_gradient, rank
@@ -22,12 +21,12 @@ from ctx_distill.metrics.classification import classification_report
 from ctx_distill.models.ct_encoder import CTEncoder
 from ctx_distill.models.dual_encoder import save_ct_encoder
 from ctx_distill.models.heads import ProjectionHead
-from ctx_distill.models.xray_expert import XrayExpert, open_expert
+from ctx_distill.models.xray_expert import XrayExpert
 from ctx_distill.retrieval.lookup import LookupMode, NeighbourLookup
-from ctx_distill.retrieval.store import XrayIndexArtefact
 from ctx_distill.tasks.base import TrainedTask, adamw, last_values
 from ctx_distill.tasks.predict import predict_rows, study_means
 from ctx_distill.tasks.prompting import pair_probabilities, prompt_features
+from ctx_distill.tasks.teacher import open_teacher
 from ctx_distill.text.findings import load_vocabulary
 from ctx_distill.types import CTBatch
 
@@ -90,13 +89,7 @@ class DistillationTask(TrainedTask):
         select: Literal["last", "best"] = "last",
     ) -> None:
         super().__init__(optimizer, scheduler, warmup, select)
-        teacher = open_expert(expert, expert_revision)
-        store = XrayIndexArtefact.open(Path(index))
-        require_same(
-            f"the expert {expert}", teacher.fingerprint(),
-            f"the expert that the index {index} was built with", store.expert_fingerprint,
-            "Build the index again with this expert (make stage-1), or give the expert that it was built with.",
-        )  # fmt: skip
+        teacher, store = open_teacher(expert, expert_revision, index)
         self._teacher = (teacher,)
         self.store = store
         self.lookup = NeighbourLookup(store, min(neighbours.k, len(store)), neighbours.mode, neighbours.temperature)
