@@ -199,11 +199,13 @@ class AlignmentTask(TrainedTask):
             views.append(sample_sentences(report, rng) if rng.random() < self.subset_share else report)
         return views
 
-    def training_step(self, batch: CTBatch, batch_idx: int) -> Tensor:
-        """InfoNCE with corrected targets over the global batch."""
-        del batch_idx
+    def _encode(self, batch: CTBatch) -> tuple[Tensor, Tensor]:
+        """Features of this rank's rows, both (b, D), of augmented volumes and of this epoch's views of the reports."""
         image, _ = self.dual.encode_volume(self.augmentation(batch.volume))
-        text = self.dual.encode_text(self._views(batch))
+        return image, self.dual.encode_text(self._views(batch))
+
+    def _contrast(self, image: Tensor, text: Tensor, batch: CTBatch) -> dict[str, Tensor]:
+        """The contrastive terms of the global batch, `loss` among them, from this rank's features."""
         study = gather_with_gradient(batch.study)
         image, text = gather_with_gradient(image), gather_with_gradient(text)
         scale = self.dual.logit_scale.exp()
@@ -224,6 +226,13 @@ class AlignmentTask(TrainedTask):
             self._watch(suspects, batch, study)
         terms["loss"] = terms.pop("total")
         terms["logit_scale"] = scale.detach()
+        return terms
+
+    def training_step(self, batch: CTBatch, batch_idx: int) -> Tensor:
+        """InfoNCE with corrected targets over the global batch."""
+        del batch_idx
+        image, text = self._encode(batch)
+        terms = self._contrast(image, text, batch)
         self.log_terms({name: value.float() for name, value in terms.items()}, "train", len(batch.row))
         return terms["loss"]
 
