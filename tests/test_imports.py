@@ -12,6 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "ctx_distill"
 LAYERS = [
     {"cli"},
+    {"ablation"},
     {"pipeline"},
     {"tasks"},
     {"callbacks", "page"},

@@ -139,9 +139,9 @@ def macro_auroc(labels: ArrayLike, scores: ArrayLike) -> float | None:
     return float(np.mean(values)) if values else None
 
 
-def _bootstrapped(score: _Score, y: Floats, s: Floats, groups: Groups, n: int, seed: int) -> tuple[Floats, Floats]:
-    """(values (F,), replicates (n, F)) of a score, NaN where not defined. Replicates run in blocks to save memory."""
-    counts = resample_counts(groups, n, seed)
+def _replicates(score: _Score, y: Floats, s: Floats, counts: NDArray[np.integer[Any]]) -> tuple[Floats, Floats]:
+    """(values (F,), replicates (R, F)) of a score, NaN where not defined. Replicates run in blocks to save memory."""
+    n = len(counts)
     values, replicates = np.full(y.shape[1], np.nan), np.full((n, y.shape[1]), np.nan)
     block = max(1, 4_000_000 // max(1, len(y)))
     for f in range(y.shape[1]):
@@ -158,15 +158,37 @@ def _bootstrapped(score: _Score, y: Floats, s: Floats, groups: Groups, n: int, s
     return values, replicates
 
 
-def _macro(values: Floats, replicates: Floats) -> Interval:
-    defined = ~np.isnan(values)
-    if not defined.any():
-        return Interval(None)
-    kept = replicates[:, defined]
+def _macro_replicates(values: Floats, replicates: Floats) -> Floats:
+    """(R,) means over the defined findings of (R, F); a finding is left out of a replicate that lacks a class."""
+    kept = replicates[:, ~np.isnan(values)]
     present = ~np.isnan(kept)
     sizes = present.sum(1)
-    means = np.where(sizes > 0, np.where(present, kept, 0.0).sum(1) / np.maximum(sizes, 1), np.nan)
-    return interval(float(values[defined].mean()), means)
+    means: Floats = np.where(sizes > 0, np.where(present, kept, 0.0).sum(1) / np.maximum(sizes, 1), np.nan)
+    return means
+
+
+def _macro(values: Floats, replicates: Floats) -> Interval:
+    if np.isnan(values).all():
+        return Interval(None)
+    return interval(float(values[~np.isnan(values)].mean()), _macro_replicates(values, replicates))
+
+
+def macro_auroc_replicates(
+    labels: ArrayLike, scores: ArrayLike, counts: NDArray[np.integer[Any]]
+) -> tuple[Floats, Floats]:
+    """AUROC a finding, and the macro AUROC under given resamplings, so that several models see the same draws.
+
+    Args:
+        labels: (N, F) of 1, 0, -1 or NaN.
+        scores: (N, F).
+        counts: (R, N), how often each row is drawn (`resample_counts`).
+
+    Returns:
+        (F,) values and (R,) macro means over the findings that are defined, NaN where none is.
+    """
+    y, s = _columns(labels, scores)
+    values, replicates = _replicates(_weighted_auroc, y, s, counts)
+    return values, _macro_replicates(values, replicates)
 
 
 def classification_report(
@@ -201,8 +223,9 @@ def classification_report(
         raise ValueError(
             f"classification_report: labels are {y.shape}, but {len(names)} names and {len(patients)} patients are given."
         )
-    roc, roc_replicates = _bootstrapped(_weighted_auroc, y, s, patients, n, seed)
-    precision, precision_replicates = _bootstrapped(_weighted_average_precision, y, s, patients, n, seed)
+    counts = resample_counts(patients, n, seed)
+    roc, roc_replicates = _replicates(_weighted_auroc, y, s, counts)
+    precision, precision_replicates = _replicates(_weighted_average_precision, y, s, counts)
 
     def each(values: Floats, replicates: Floats) -> dict[str, dict[str, float] | None]:
         return {name: interval(values[f], replicates[:, f]).as_json() for f, name in enumerate(names)}

@@ -26,7 +26,7 @@ from ctx_distill.models.dual_encoder import DualEncoder, load_ct_encoder
 from ctx_distill.models.heads import ProjectionHead
 from ctx_distill.models.text_encoder import BertTextEncoder, ExpertTextEncoder, TextEncoder
 from ctx_distill.retrieval.lookup import NeighbourLookup
-from ctx_distill.tasks.base import LARGEST_LOGIT_SCALE, TrainedTask, adamw, last_values
+from ctx_distill.tasks.base import LARGEST_LOGIT_SCALE, TrainedTask, adamw, decay_groups, last_values
 from ctx_distill.tasks.false_negatives import FalseNegatives, RobustSettings
 from ctx_distill.tasks.predict import predict_rows
 from ctx_distill.tasks.teacher import open_teacher
@@ -43,6 +43,7 @@ class TextSettings:
             BERT-like folder or hub repository; `scratch`: a small BERT whose WordPiece vocabulary is trained on the
             manifest's `train` reports.
         trainable: whether it learns.
+        lr_factor: of its learning rate, against that of the CT encoder.
         source: of `bert`.
         revision: pinned commit of a hub source.
         width: of `scratch`.
@@ -54,6 +55,7 @@ class TextSettings:
 
     tower: Literal["expert", "bert", "scratch"] = "expert"
     trainable: bool = True
+    lr_factor: float = 1.0
     source: str | None = None
     revision: str | None = None
     width: int = 128
@@ -115,7 +117,8 @@ class AlignmentTask(TrainedTask):
             raise InputError("stage 3 got neither a student nor an encoder. Run make stage-2, or give `encoder`.")
         self.ct_encoder, self.image_projection = encoder, projection
         self.text = text
-        self.scale = teacher.logit_scale or 1 / 0.07
+        # A student already lies in the expert's space; an encoder that starts from nothing would overfit at its scale.
+        self.scale = (teacher.logit_scale if student is not None else None) or 1 / 0.07
         self.text_source = (expert, expert_revision)
         self.model: DualEncoder | None = None
         self.robust, self.subset_share = robust, subset_share
@@ -190,6 +193,12 @@ class AlignmentTask(TrainedTask):
             self._teacher[0].to(self.trainer.strategy.root_device),
             self.lookup,
         )
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The text tower in groups of its own, by its `lr_factor`."""
+        text = list(self.dual.text_encoder.parameters())
+        own = [{**group, "lr_factor": self.text.lr_factor} for group in decay_groups(self.dual.text_encoder)]
+        return [*decay_groups(self, without=text), *own]
 
     def _views(self, batch: CTBatch) -> list[str]:
         """This epoch's view of each report: a function of epoch and row alone."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -113,9 +113,17 @@ class TrainedTask(StageTask):
                                enable_version_counter=False)  # fmt: skip
         return [best, last]
 
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Groups for the optimizer; `lr_factor` scales a group's learning rate."""
+        return decay_groups(self)
+
     def configure_optimizers(self) -> Any:
         """Optimizer with weight decay on matrices only, and the schedule stepped per step."""
-        optimizer = self.make_optimizer(decay_groups(self))
+        groups = self.parameter_groups()
+        factors = [group.pop("lr_factor", 1.0) for group in groups]
+        optimizer = self.make_optimizer(groups)
+        for group, factor in zip(optimizer.param_groups, factors, strict=True):
+            group["lr"] *= factor
         if self.make_scheduler is None:
             steps = max(2, int(self.trainer.estimated_stepping_batches))
             rate = partial(warmup_cosine, steps=steps, warmup=max(1, round(self.warmup * steps)))
@@ -163,11 +171,18 @@ def last_values(trainer: L.Trainer) -> dict[str, Any]:
     return {name.replace("/", "_"): value if math.isfinite(value) else None for name, value in values.items()}
 
 
-def decay_groups(module: nn.Module) -> list[dict[str, Any]]:
-    """Trainable parameters in two groups: matrices, which decay, and vectors and scalars, which do not."""
+def decay_groups(module: nn.Module, without: Iterable[Tensor] = ()) -> list[dict[str, Any]]:
+    """Trainable parameters in two groups: matrices, which decay, and vectors and scalars, which do not.
+
+    Args:
+        module: whose parameters.
+        without: those that are left out.
+    """
+    left_out = {id(parameter) for parameter in without}
 
     def pick(matrices: bool) -> Iterator[Tensor]:
-        return (p for p in module.parameters() if p.requires_grad and (p.ndim > 1) == matrices)
+        mine = (p for p in module.parameters() if p.requires_grad and id(p) not in left_out)
+        return (p for p in mine if (p.ndim > 1) == matrices)
 
     matrices, vectors = list(pick(True)), list(pick(False))
     groups: list[dict[str, Any]] = [{"params": matrices}] if matrices else []

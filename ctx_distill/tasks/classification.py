@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from ctx_distill.checkpoint import write_artefact
+from ctx_distill.checkpoint import Artefact, write_artefact
 from ctx_distill.data.augment import Augmentation
 from ctx_distill.data.datamodules import CTDataModule
 from ctx_distill.distributed import rank
 from ctx_distill.errors import InputError
 from ctx_distill.metrics.classification import classification_report
+from ctx_distill.models.ct_encoder import CTEncoder
 from ctx_distill.models.dual_encoder import DualEncoder
 from ctx_distill.models.heads import FindingsHead
 from ctx_distill.tasks.base import TrainedTask, adamw, check_volume_spec, last_values
@@ -28,9 +29,9 @@ class ClassifierTask(TrainedTask):
     """Linear probe or fine-tuning on the labels 1 and 0; -1 and blank are left out of the loss.
 
     Args:
-        model: folder of the stage-3 artefact.
+        model: folder of the stage-3 artefact; None starts from `encoder` as it is.
         mode: `linear` keeps the encoder frozen and computes its features once; `finetune` trains it too.
-        encoder_lr_factor: the encoder's learning rate against the head's, under `finetune`.
+        encoder: the CT encoder where there is no model: the supervised baseline, under `finetune`.
         augmentation: of the volumes, under `finetune`.
         optimizer: see `TrainedTask`.
         scheduler: see `TrainedTask`.
@@ -40,8 +41,9 @@ class ClassifierTask(TrainedTask):
 
     def __init__(
         self,
-        model: str,
+        model: str | None = None,
         mode: Literal["linear", "finetune"] = "linear",
+        encoder: CTEncoder | None = None,
         augmentation: Augmentation = Augmentation(),
         optimizer: OptimizerCallable = adamw,
         scheduler: LRSchedulerCallable | None = None,
@@ -49,8 +51,16 @@ class ClassifierTask(TrainedTask):
         select: Literal["last", "best"] = "best",
     ) -> None:
         super().__init__(optimizer, scheduler, warmup, select)
-        dual, self.artefact = DualEncoder.load(Path(model))
-        self.encoder = dual.ct_encoder
+        self.artefact: Artefact | None = None
+        if model is not None:
+            dual, self.artefact = DualEncoder.load(Path(model))
+            encoder = dual.ct_encoder
+        elif encoder is None or mode != "finetune":
+            raise InputError(
+                f"the classifier got no model, {'no' if encoder is None else 'an'} encoder and mode {mode}. Run make "
+                "stage-3, or train from the start with `encoder` and mode finetune."
+            )
+        self.encoder = encoder
         self.mode, self.augmentation = mode, augmentation
         self.encoder.requires_grad_(mode == "finetune")
         self.head: FindingsHead | None = None
@@ -62,7 +72,8 @@ class ClassifierTask(TrainedTask):
         datamodule = getattr(self.trainer, "datamodule", None)
         if self.head is not None or not isinstance(datamodule, CTDataModule):
             return
-        check_volume_spec(self.artefact, datamodule)
+        if self.artefact is not None:
+            check_volume_spec(self.artefact, datamodule)
         names = datamodule.manifest.finding_names
         if not names:
             raise InputError(f"{datamodule.manifest.path}: has no label:<finding> columns; the classifier needs them.")
@@ -139,9 +150,8 @@ class ClassifierTask(TrainedTask):
                 tensors |= self.encoder.state_dict(prefix="encoder.")
             config = {"findings": names, "mode": self.mode, "volume_spec": datamodule.volume.to_config()}
             config["encoder"] = self.encoder.config()
-            write_artefact(
-                folder / "artefact", "classifier", config, tensors, {"dual-encoder": self.artefact.fingerprint}
-            )
+            upstream = {} if self.artefact is None else {"dual-encoder": self.artefact.fingerprint}
+            write_artefact(folder / "artefact", "classifier", config, tensors, upstream)
         test = datamodule.manifest.split("test")
         if not len(test):
             return {**metrics, "macro_auroc": None, "per_finding": {}}

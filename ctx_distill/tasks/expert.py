@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -46,6 +47,8 @@ class ExpertTask(TrainedTask):
             in other words (CXR-CLIP, You et al. 2023, has a text-text term too); 0 leaves it out.
         read_ct_reports: take findings and impressions of the CT `train` reports into the second InfoNCE and into the
             vocabulary, so that the text tower reads CT language as well as a tower pretrained on medical text does.
+        report_corpus: a CSV with columns `findings` and `impression`: more reports without images, of any modality, that
+            join those of `read_ct_reports`, or stand for them.
         augmentation: of the radiographs.
         optimizer: see `TrainedTask`.
         scheduler: see `TrainedTask`.
@@ -65,6 +68,7 @@ class ExpertTask(TrainedTask):
         subset_share: float = 0.75,
         section_weight: float = 0.5,
         read_ct_reports: bool = True,
+        report_corpus: str | None = None,
         augmentation: Augmentation = Augmentation(),
         optimizer: OptimizerCallable = adamw,
         scheduler: LRSchedulerCallable | None = None,
@@ -79,6 +83,7 @@ class ExpertTask(TrainedTask):
         self.subset_share, self.section_weight = subset_share, section_weight
         self.augmentation = augmentation
         self.read_ct_reports = read_ct_reports
+        self.report_corpus = report_corpus
         self._sections: dict[int, tuple[str, str]] = {}
         self._ct_sections: list[tuple[str, str]] = []
         self.model: Any = None
@@ -96,6 +101,10 @@ class ExpertTask(TrainedTask):
             ct_train = datamodule.ct.split("train")
             texts += [text for text in reports_of(ct_train) if text]
             self._ct_sections = list(sections_of(ct_train).values())
+        if self.report_corpus is not None:
+            corpus = read_corpus(Path(self.report_corpus))
+            texts += [" ".join(pair) for pair in corpus]
+            self._ct_sections += corpus
         with tempfile.TemporaryDirectory() as scratch:
             self.model, self.tokenizer, self.config = make_expert_folder(Path(scratch), texts, **self.sizes)
         datamodule.preprocess = expert_preprocessing(self.config)
@@ -186,6 +195,20 @@ class ExpertTask(TrainedTask):
 def reports_of(manifest: Manifest) -> list[str]:
     """The report of each row."""
     return [manifest.report(row) for row in manifest.frame.index]
+
+
+def read_corpus(path: Path) -> list[tuple[str, str]]:
+    """Findings and impression of the reports of a CSV that have both.
+
+    Raises:
+        InputError: no such file, or a column is missing.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such report corpus; expected a CSV with columns findings and impression.")
+    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    if missing := sorted({"findings", "impression"} - set(table.columns)):
+        raise InputError(f"{path}: lacks column {missing[0]!r}; a report corpus has findings and impression. Add it.")
+    return [pair for pair in zip(table["findings"], table["impression"], strict=True) if all(pair)]
 
 
 def sections_of(manifest: Manifest) -> dict[int, tuple[str, str]]:

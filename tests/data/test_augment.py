@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from ctx_distill.data.augment import Augmentation
 
@@ -47,3 +48,22 @@ def test_contrast_and_brightness_stay_within_their_bounds() -> None:
     assert varied.min() >= 1 - 0.1 - 0.05 - 1e-6
     assert varied.max() <= 1 + 0.1 + 0.05 + 1e-6
     assert varied.std() > 0.02
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 9, 12), (3, 1, 6, 9, 12)])
+def test_without_a_turn_it_is_torch_s_affine_sampling(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(3)
+    x = torch.randn(shape)
+    torch.manual_seed(4)
+    varied = Augmentation(shift=0.1, scale=0.2)(x)
+    torch.manual_seed(4)
+    zoom = 1 + 0.2 * (2 * torch.rand(3) - 1)
+    axes = len(shape) - 2
+    theta = torch.zeros(3, axes, axes + 1)
+    for axis in range(axes):
+        # affine_grid's first coordinate is the last axis
+        theta[:, axes - 1 - axis, axes - 1 - axis] = zoom
+        theta[:, axes - 1 - axis, axes] = 0.2 * (2 * torch.rand(3) - 1)
+    grid = F.affine_grid(theta, list(shape), align_corners=False)
+    expected = F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    torch.testing.assert_close(varied, expected, atol=1e-5, rtol=1e-5)

@@ -1,0 +1,1 @@
+"""The ablation: arms of the method on one cohort, paired seeds, one table (`docs/protocol.md`)."""

@@ -1,0 +1,229 @@
+"""The ablation's plan, read from `stages/ablation.yaml`: arms, regimes, seeds, contrasts, and the jobs that they make."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ctx_distill.errors import InputError
+from ctx_distill.files import hash_json
+from ctx_distill.pipeline.plan import STAGES, merge, read_layer, stages_folder
+
+CORE = "core"
+
+
+@dataclass(frozen=True)
+class Regime:
+    """One setting of what is varied; every field but `name` is a number that the table shows.
+
+    Attributes:
+        name: as the rows name it.
+        pairs: CT-report pairs that an arm trains on.
+        normals: share of them without any finding; None draws as the cohort comes.
+        pool: X-rays of the index.
+        expert: name of the X-ray expert.
+        seeds: of training; every arm of the regime gets the same.
+        arms: their names.
+        more_seeds: further seeds, of some arms alone: those of the headline contrasts.
+        more_seeds_arms: those arms.
+    """
+
+    name: str
+    pairs: int
+    pool: int
+    expert: str
+    seeds: tuple[int, ...]
+    arms: tuple[str, ...]
+    normals: float | None = None
+    more_seeds: tuple[int, ...] = ()
+    more_seeds_arms: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Arm:
+    """One arm: the stages that it runs, each with what it lays over the preset.
+
+    Attributes:
+        name: as the rows name it.
+        title: for the table.
+        group: `paper`, `ours`, `baseline` or `control`.
+        stages: overrides by stage name, in the pipeline's order.
+        trains: whether anything is trained; an arm that does not has one seed and no learning rate.
+        pool_matters: whether the X-rays change its result; one that starts from nothing is not run again for them.
+    """
+
+    name: str
+    title: str
+    group: str
+    stages: dict[str, dict[str, Any]]
+    trains: bool = True
+    pool_matters: bool = True
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """A difference that the protocol names: `arm` minus `against` within a regime."""
+
+    arm: str
+    against: str
+    regime: str
+    headline: bool = False
+
+
+@dataclass(frozen=True)
+class Expert:
+    """An X-ray expert of the ablation: how long it trains, on how many X-rays and how many CT reports without images."""
+
+    name: str
+    xrays: int
+    epochs: int
+    corpus: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that `stages/ablation.yaml` says."""
+
+    cohort: dict[str, int]
+    steps: int
+    distill_share: float
+    learning_rates: tuple[float, ...]
+    selection_seed: int
+    probe_shares: tuple[float, ...]
+    experts: dict[str, Expert]
+    regimes: dict[str, Regime]
+    arms: dict[str, Arm]
+    contrasts: tuple[Contrast, ...]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run of one arm and its score.
+
+    Attributes:
+        regime: the setting.
+        arm: what is trained.
+        seed: of the split of pairs, the initialisation and the order.
+        learning_rate: of every trained stage.
+        select: score on `val`, to choose the learning rate; else on `test`.
+    """
+
+    regime: Regime
+    arm: Arm
+    seed: int
+    learning_rate: float
+    select: bool = False
+
+    @property
+    def folder(self) -> Path:
+        """Where it runs, below the run folder."""
+        kind = f"lr-{self.learning_rate:g}" if self.select else f"seed-{self.seed}"
+        return Path("select" if self.select else "runs") / self.regime.name / self.arm.name / kind
+
+
+def read_plan(path: Path | None = None) -> Plan:
+    """Read the plan.
+
+    Args:
+        path: default `stages/ablation.yaml`.
+
+    Raises:
+        InputError: the file does not have the plan's form.
+    """
+    path = path or stages_folder() / "ablation.yaml"
+    raw = read_layer(path)
+    try:
+        arms = {name: _arm(path, name, body) for name, body in raw["arms"].items()}
+        common = raw["regimes"].pop("common")
+        regimes = {name: _regime(path, name, {**common, **(body or {})}, arms) for name, body in raw["regimes"].items()}
+        contrasts = tuple(Contrast(**body) for body in raw["contrasts"])
+        plan = Plan(
+            cohort=dict(raw["cohort"]),
+            steps=int(raw["steps"]),
+            distill_share=float(raw["distill_share"]),
+            learning_rates=tuple(float(rate) for rate in raw["learning_rates"]),
+            selection_seed=int(raw["selection_seed"]),
+            probe_shares=tuple(float(share) for share in raw["probe_shares"]),
+            experts={name: Expert(name, **body) for name, body in raw["experts"].items()},
+            regimes=regimes,
+            arms=arms,
+            contrasts=contrasts,
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: not an ablation plan ({error!r}); see the shipped stages/ablation.yaml.") from error
+    for contrast in plan.contrasts:
+        if contrast.regime not in regimes or {contrast.arm, contrast.against} - set(regimes[contrast.regime].arms):
+            raise InputError(f"{path}: contrast {contrast} names an arm or a regime that is not run.")
+    return plan
+
+
+def _arm(path: Path, name: str, body: dict[str, Any]) -> Arm:
+    stages = body.get("stages") or {}
+    if unknown := sorted(set(stages) - set(STAGES)):
+        raise InputError(f"{path}: arm {name!r} has a stage {unknown[0]!r}; expected {', '.join(STAGES)}.")
+    ordered = {stage: stages[stage] or {} for stage in STAGES if stage in stages}
+    return Arm(name, body["title"], body["group"], ordered, body.get("trains", True), body.get("pool_matters", True))
+
+
+def _regime(path: Path, name: str, body: dict[str, Any], arms: Iterable[str]) -> Regime:
+    for key in ("arms", "more_seeds_arms"):
+        if unknown := sorted(set(body.get(key, ())) - set(arms)):
+            raise InputError(f"{path}: regime {name!r} names the arm {unknown[0]!r}, which is not among `arms`.")
+    tuples = {key: tuple(value) for key, value in body.items() if isinstance(value, list)}
+    return Regime(name=name, **{**body, **tuples})
+
+
+def selection_jobs(plan: Plan, arms: Sequence[str]) -> list[Job]:
+    """The runs that choose each arm's learning rate, on `val` of the core regime."""
+    core = plan.regimes[CORE]
+    return [
+        Job(core, plan.arms[name], plan.selection_seed, rate, select=True)
+        for name in arms
+        if plan.arms[name].trains
+        for rate in plan.learning_rates
+    ]
+
+
+def test_jobs(plan: Plan, arms: Sequence[str], seeds: int | None, rates: dict[str, float]) -> list[Job]:
+    """The runs of the table: seed by seed, the core regime first, so that a table stopped early is still paired.
+
+    Args:
+        plan: the plan.
+        arms: those to run.
+        seeds: at most so many seeds a regime; None runs all.
+        rates: chosen learning rate by arm.
+    """
+    jobs: list[Job] = []
+    for regime in plan.regimes.values():
+        every = (*regime.seeds, *regime.more_seeds)
+        for seed in every[:seeds]:
+            for name in regime.arms:
+                arm = plan.arms[name]
+                wanted = seed in regime.seeds or name in regime.more_seeds_arms
+                if name in arms and wanted and (arm.trains or seed == every[0]):
+                    jobs.append(Job(regime, arm, seed, rates.get(name, 0.0)))
+    return jobs
+
+
+def config_hash(plan: Plan, job: Job, preset: dict[str, Any]) -> str:
+    """What decides a job's figures besides its data: the arm, the preset, the schedule and the expert."""
+    return hash_json(
+        {
+            "arm": job.arm.stages,
+            "preset": preset,
+            "steps": plan.steps,
+            "distill_share": plan.distill_share,
+            "learning_rate": job.learning_rate if job.arm.trains else None,
+            "seed": job.seed,
+            "expert": vars(plan.experts[job.regime.expert]) if job.arm.pool_matters else None,
+        }
+    )[:16]
+
+
+def laid_over(base: dict[str, Any], *layers: dict[str, Any]) -> dict[str, Any]:
+    """Several layers over one another, the last on top."""
+    for layer in layers:
+        base = merge(base, layer)
+    return base
