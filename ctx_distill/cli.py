@@ -41,6 +41,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--seed", type=int, default=0, metavar="S", help="same seed, same bytes (default: %(default)s)"
     )
     phantom.add_argument("--workers", type=int, default=None, metavar="W", help="processes (default: one a core)")
+    _add_ablation(
+        commands.add_parser("ablation", help="compare the parts of the method on one cohort, with paired seeds")
+    )
     _add_weights(commands.add_parser("weights", help="fetch or convert the weights of an X-ray expert"))
     return parser
 
@@ -57,6 +60,23 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
                         help="an X-ray expert's folder or hf-hub:org/name; default: the run's own")  # fmt: skip
     parser.add_argument("--force", action="store_true", help="run again although it is complete")
     parser.epilog = "Any other option is a LightningCLI override, such as --trainer.max_epochs=5."
+
+
+def _add_ablation(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", type=Path, default=Path("runs/ablation/data"), metavar="DATA",
+                        help="the cohort's folder (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--run", type=Path, default=Path("runs/ablation"), metavar="RUN",
+                        help="where the runs and the page go (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--preset", default="ablation", metavar="PRESET", help="sizes (default: %(default)s)")
+    parser.add_argument("--record", type=Path, default=None, metavar="FOLDER",
+                        help="folder of rows that stand already and are added to; default: RUN")  # fmt: skip
+    parser.add_argument("--arms", default="", metavar='"NAME NAME"', help="arms of stages/ablation.yaml; default: all")
+    parser.add_argument("--regimes", default="", metavar='"NAME NAME"', help="regimes of the same; default: all")
+    parser.add_argument("--seeds", type=int, default=None, metavar="N", help="at most so many a regime; default: all")
+    parser.add_argument("--workers", type=int, default=0, metavar="W", help="processes (default: one a core)")
+    parser.add_argument("--plan", type=Path, default=None, metavar="FILE", help="default: stages/ablation.yaml")
+    parser.add_argument("--again", action="store_true", help="run what stands in the table anew, and compare")
+    parser.add_argument("--report", action="store_true", help="only write the tables and the page from the rows")
 
 
 def _add_weights(parser: argparse.ArgumentParser) -> None:
@@ -98,10 +118,24 @@ def _dispatch(options: argparse.Namespace, overrides: list[str], given: list[str
         from ctx_distill.page.page import build_page
 
         print(build_page(options.run))
+    elif options.command == "ablation":
+        _ablation(options)
     elif options.command == "weights":
         _weights(options)
     else:
         _run(options, overrides, given)
+
+
+def _ablation(options: argparse.Namespace) -> None:
+    from ctx_distill.ablation.driver import Options, run_ablation
+    from ctx_distill.pipeline.run_folder import lock_run
+
+    asked = Options(
+        options.data, options.run, options.preset, options.record or options.run, tuple(options.arms.split()),
+        tuple(options.regimes.split()), options.seeds, options.workers, options.again, options.report, options.plan,
+    )  # fmt: skip
+    with lock_run(options.run, "ctx-distill ablation"):
+        print(run_ablation(asked))
 
 
 def _weights(options: argparse.Namespace) -> None:

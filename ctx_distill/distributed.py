@@ -113,7 +113,19 @@ def global_mean(values: Tensor, weights: Tensor | None = None) -> Tensor:
     Returns:
         () the same on every rank; 0 where all weights are 0.
     """
-    if weights is None:
-        weights = torch.ones_like(values)
-    sums = gather_with_gradient(torch.stack([(values * weights).sum(), weights.sum()])[None]).sum(0)
-    return sums[0] / sums[1].clamp_min(torch.finfo(values.dtype).tiny)
+    weights = torch.ones_like(values) if weights is None else weights
+    return global_ratio(values * weights, weights)
+
+
+def global_ratio(numerators: Tensor, denominators: Tensor) -> Tensor:
+    """Sum over the rows of all ranks of one divided by that of the other, with the gradient of one process.
+
+    Args:
+        numerators: (b,) floating.
+        denominators: (b,) non-negative, of the same type.
+
+    Returns:
+        () the same on every rank; 0 where all denominators are 0.
+    """
+    sums = gather_with_gradient(torch.stack([numerators.sum(), denominators.sum()])[None]).sum(0)
+    return sums[0] / sums[1].clamp_min(torch.finfo(numerators.dtype).tiny)

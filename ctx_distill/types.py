@@ -25,6 +25,8 @@ class CTBatch:
         row: (B,) int64, the row of the manifest (its whole frame) that each item came from.
         report: B report texts (findings and impression joined; "" where a study has none).
         labels: (B, F) float32 holding 1, 0, -1 (uncertain) or NaN (blank); None where the task must not see labels.
+        projection: (B, H, W) float32 in [0, 1], each scan's own frontal digital radiograph, bone bright; None where the
+            data module was not asked for it.
     """
 
     volume: Tensor
@@ -32,6 +34,7 @@ class CTBatch:
     row: Tensor
     report: list[str]
     labels: Tensor | None = None
+    projection: Tensor | None = None
 
 
 @dataclass

@@ -11,16 +11,19 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ctx_distill.ablation.cohort import Cohort, open_cohort
 from ctx_distill.ablation.execute import Place, Score, ensure_expert, run_job
-from ctx_distill.ablation.plan import Job, Plan, config_hash, read_plan, selection_jobs, test_jobs
-from ctx_distill.ablation.records import ROWS, Records
+from ctx_distill.ablation.plan import Job, Plan, config_hash, read_plan, selection_jobs, table_jobs
+from ctx_distill.ablation.records import Records
+from ctx_distill.ablation.report import write_report
 from ctx_distill.errors import InputError
 from ctx_distill.pipeline.plan import load_preset
 
 # Raised so that glibc keeps freed volumes: giving each back to the kernel costs a quarter of the time.
+REPORT = "ablation.md"
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": "1000000000", "MALLOC_TRIM_THRESHOLD_": "4000000000"}
 
 
@@ -34,51 +37,68 @@ class Options:
         preset: sizes.
         record: folder of the rows: read, and written as runs end.
         arms: those to run; empty runs all.
+        regimes: those to run; empty runs all.
         seeds: at most so many a regime.
         workers: processes; each gets its share of the cores.
-        again: run these arms' jobs anew although their rows stand (a check of the table).
+        again: run what stands in the table anew and compare; the rows of the first run stay.
+        report: run nothing, write tables and page.
+        plan: another plan than `stages/ablation.yaml`.
     """
 
     data: Path
     run: Path
     preset: str = "ablation"
-    record: Path = Path("docs/ablation")
+    record: Path = Path("runs/ablation")
     arms: tuple[str, ...] = ()
+    regimes: tuple[str, ...] = ()
     seeds: int | None = None
     workers: int = 0
     again: bool = False
+    report: bool = False
+    plan: Path | None = None
 
 
-def run_ablation(options: Options) -> Records:
-    """Choose learning rates on `val`, then run the table.
+def run_ablation(options: Options) -> Path:
+    """Choose learning rates on `val`, run the table, write its report; returns the page.
 
     Raises:
-        InputError: an unknown arm, or a cohort that does not fit the plan.
+        InputError: an unknown arm or regime, or a cohort that does not fit the plan.
     """
-    plan = read_plan()
-    arms = list(options.arms or plan.arms)
-    if unknown := sorted(set(arms) - set(plan.arms)):
-        raise InputError(f"ARMS: {unknown[0]!r} is not known; expected some of {', '.join(plan.arms)}.")
-    open_cohort(options.data, plan)
+    plan = read_plan(options.plan)
+    arms = _known("ARMS", options.arms, plan.arms)
+    regimes = _known("REGIMES", options.regimes, plan.regimes)
     records = Records.open(options.record)
+    if not options.report:
+        _run_all(options, plan, records, arms, regimes)
+    return write_report(plan, records, options.run, options.record / REPORT)
+
+
+def _known(what: str, asked: Sequence[str], known: Iterable[str]) -> list[str]:
+    names = list(known)
+    if unknown := sorted(set(asked) - set(names)):
+        raise InputError(f"{what}: {unknown[0]!r} is not known; expected some of {', '.join(names)}.")
+    return list(asked or names)
+
+
+def _run_all(options: Options, plan: Plan, records: Records, arms: list[str], regimes: list[str]) -> None:
+    open_cohort(options.data, plan)
     os.environ.update({name: os.environ.get(name, value) for name, value in _MALLOC.items()})
-    workers = options.workers or max(1, len(os.sched_getaffinity(0)))
-    os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // workers))
+    cores = len(os.sched_getaffinity(0))
+    workers = options.workers or cores
+    os.environ["OMP_NUM_THREADS"] = str(max(1, cores // workers))
     place = Place(options.run, options.preset)
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
-            needed = {plan.regimes[name].expert for name in plan.regimes if set(plan.regimes[name].arms) & set(arms)}
-            for future in [pool.submit(_expert, place, options.data, name) for name in sorted(needed)]:
-                print(f"X-ray expert: {future.result()}")
+            for future in [
+                pool.submit(_expert, place, options.data, options.plan, plan.regimes[name].expert) for name in regimes
+            ]:
+                future.result()
             _run(pool, place, options, plan, records, selection_jobs(plan, arms), "learning rates, on val")
-            jobs = test_jobs(plan, arms, options.seeds, records.rates())
+            jobs = table_jobs(plan, arms, regimes, options.seeds, records.rates())
             _run(pool, place, options, plan, records, jobs, "the table, on test")
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    print(f"rows: {options.record / ROWS}")
-    return records
 
 
 def _run(
@@ -95,7 +115,7 @@ def _run(
     waiting = [job for job in hashes if (options.again and not job.select) or not records.has(job, hashes[job])]
     print(f"{title}: {len(hashes)} runs, {len(hashes) - len(waiting)} of them done before")
     futures: dict[Future[tuple[Score, float]], Job] = {
-        pool.submit(_work, place, options.data, job): job for job in waiting
+        pool.submit(_work, place, options.data, options.plan, job): job for job in waiting
     }
     columns = (
         TextColumn("{task.description}"),
@@ -109,33 +129,34 @@ def _run(
         for future in as_completed(futures):
             job = futures[future]
             score, seconds = future.result()
-            records.add(job, hashes[job], score)
-            progress.advance(bar)
             value = score.metrics["macro_auroc"]
-            print(f"{job.folder} lr {job.learning_rate:g}: macro AUROC {value:.3f} ({seconds:.0f} s)", flush=True)
+            told = f"{job.folder} lr {job.learning_rate:g}: macro AUROC {value:.3f} ({seconds:.0f} s)"
+            if records.has(job, hashes[job]):
+                before = records.values(job.regime.name, job.arm.name)[job.seed]
+                low, high = np.quantile(records.resampled(job.regime.name, job.arm.name)[job.seed], [0.025, 0.975])
+                told += f"; before {before:.3f} [{low:.3f}, {high:.3f}]" + ("" if low <= value <= high else ", OUTSIDE")
+            else:
+                records.add(job, hashes[job], score)
+            progress.advance(bar)
+            print(told, flush=True)
 
 
 @functools.cache
-def _opened(data: Path) -> tuple[Plan, Cohort]:
-    plan = read_plan()
+def _opened(data: Path, plan_file: Path | None) -> tuple[Plan, Cohort]:
+    plan = read_plan(plan_file)
     return plan, open_cohort(data, plan)
 
 
-def _expert(place: Place, data: Path, name: str) -> Path:
-    return ensure_expert(place, *_opened(data), name)
+def _expert(place: Place, data: Path, plan_file: Path | None, name: str) -> Path:
+    return ensure_expert(place, *_opened(data, plan_file), name)
 
 
-def _work(place: Place, data: Path, job: Job) -> tuple[Score, float]:
+def _work(place: Place, data: Path, plan_file: Path | None, job: Job) -> tuple[Score, float]:
     import contextlib
 
     started = time.monotonic()
     folder = place.run / job.folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (folder.parent / f"{folder.name}.log").open("w") as log, contextlib.redirect_stdout(log):
-        score = run_job(place, *_opened(data), job)
+        score = run_job(place, *_opened(data, plan_file), job)
     return score, time.monotonic() - started
-
-
-def parse_arms(text: str | None) -> Sequence[str]:
-    """The names of `ARMS="a b"`; none stands for all."""
-    return tuple((text or "").replace(",", " ").split())

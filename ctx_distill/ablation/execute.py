@@ -6,6 +6,7 @@ measured is what a user runs. Only the schedule is set here: a number of optimis
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +84,7 @@ def run_job(place: Place, plan: Plan, cohort: Cohort, job: Job) -> Score:
     if not job.select:
         metrics |= _secondary(place, plan, cohort, job, scored)
     data = hash_json([ct.fingerprint, xray.fingerprint if job.arm.pool_matters else None])[:16]
+    metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}  # a finding may lack a class
     write_json(folder / DONE, metrics)
     return Score(metrics, replicates, data)
 
@@ -196,15 +198,15 @@ def _secondary(place: Place, plan: Plan, cohort: Cohort, job: Job, scored: Manif
     """Report-to-volume recall, and in the core regime's own seeds a linear probe at several shares of labels."""
     from ctx_distill.ablation.probe import embed, linear_probe, report_recall
 
-    folder = place.run / job.folder
-    metrics: dict[str, float] = {}
-    if "align" in job.arm.stages:
-        metrics |= report_recall(
-            folder / STAGES["align"].folder / ARTEFACT, scored, stage_config(STAGES["align"], place.preset)
-        )
-    if job.regime.name == CORE and job.seed in job.regime.seeds and job.arm.trains:
-        manifest = write_probe(cohort, plan.cohort["labelled"])
-        artefact = folder / STAGES["align" if "align" in job.arm.stages else "classifier"].folder / ARTEFACT
-        pooled = embed(artefact, manifest, stage_config(STAGES["align"], place.preset))
+    if not job.arm.trains:
+        return {}
+    probing = job.regime.name == CORE and job.seed in job.regime.seeds
+    aligned = "align" in job.arm.stages
+    artefact = place.run / job.folder / STAGES["align" if aligned else "classifier"].folder / ARTEFACT
+    manifest = write_probe(cohort, plan.cohort["labelled"]) if probing else scored
+    pooled = embed(artefact, manifest, stage_config(STAGES["align"], place.preset))
+    # one image a study, and the scored studies come last in either manifest
+    metrics = report_recall(artefact, scored, pooled[-len(scored) :]) if aligned else {}
+    if probing:
         metrics |= linear_probe(manifest, pooled, plan.probe_shares, job.seed)
     return metrics

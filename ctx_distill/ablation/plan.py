@@ -135,7 +135,7 @@ def read_plan(path: Path | None = None) -> Plan:
     path = path or stages_folder() / "ablation.yaml"
     raw = read_layer(path)
     try:
-        arms = {name: _arm(path, name, body) for name, body in raw["arms"].items()}
+        arms = {name: _arm(path, name, raw["arms"]) for name in raw["arms"]}
         common = raw["regimes"].pop("common")
         regimes = {name: _regime(path, name, {**common, **(body or {})}, arms) for name, body in raw["regimes"].items()}
         contrasts = tuple(Contrast(**body) for body in raw["contrasts"])
@@ -159,12 +159,20 @@ def read_plan(path: Path | None = None) -> Plan:
     return plan
 
 
-def _arm(path: Path, name: str, body: dict[str, Any]) -> Arm:
-    stages = body.get("stages") or {}
+def _arm(path: Path, name: str, arms: dict[str, Any]) -> Arm:
+    body = arms[name]
+    stages = _stages(name, arms)
     if unknown := sorted(set(stages) - set(STAGES)):
         raise InputError(f"{path}: arm {name!r} has a stage {unknown[0]!r}; expected {', '.join(STAGES)}.")
     ordered = {stage: stages[stage] or {} for stage in STAGES if stage in stages}
     return Arm(name, body["title"], body["group"], ordered, body.get("trains", True), body.get("pool_matters", True))
+
+
+def _stages(name: str, arms: dict[str, Any]) -> dict[str, Any]:
+    """The stages of an arm, laid over those of its `base`."""
+    body = arms[name]
+    own: dict[str, Any] = body.get("stages") or {}
+    return merge(_stages(body["base"], arms), own) if "base" in body else own
 
 
 def _regime(path: Path, name: str, body: dict[str, Any], arms: Iterable[str]) -> Regime:
@@ -186,17 +194,20 @@ def selection_jobs(plan: Plan, arms: Sequence[str]) -> list[Job]:
     ]
 
 
-def test_jobs(plan: Plan, arms: Sequence[str], seeds: int | None, rates: dict[str, float]) -> list[Job]:
+def table_jobs(
+    plan: Plan, arms: Sequence[str], regimes: Sequence[str], seeds: int | None, rates: dict[str, float]
+) -> list[Job]:
     """The runs of the table: seed by seed, the core regime first, so that a table stopped early is still paired.
 
     Args:
         plan: the plan.
         arms: those to run.
+        regimes: those to run.
         seeds: at most so many seeds a regime; None runs all.
         rates: chosen learning rate by arm.
     """
     jobs: list[Job] = []
-    for regime in plan.regimes.values():
+    for regime in (plan.regimes[name] for name in plan.regimes if name in regimes):
         every = (*regime.seeds, *regime.more_seeds)
         for seed in every[:seeds]:
             for name in regime.arms:

@@ -93,17 +93,22 @@ def linear_probe(manifest: Manifest, pooled: Tensor, shares: Sequence[float], se
 
 
 @torch.no_grad()
-def report_recall(artefact: Path, scored: Manifest, config: dict[str, Any]) -> dict[str, float]:
-    """Report-to-volume recall over the scored studies: `report_recall_at_5`, `_at_10`, `_at_50`."""
+def report_recall(artefact: Path, scored: Manifest, pooled: Tensor) -> dict[str, float]:
+    """Report-to-volume recall over the scored studies.
+
+    Args:
+        artefact: of stage 3.
+        scored: N rows, one image a study.
+        pooled: (N, D_c), what `embed` gave of them.
+
+    Returns:
+        `report_recall_at_5`, `_at_10`, `_at_50`.
+    """
     model, _ = DualEncoder.load(artefact)
-    image = torch.cat([model.encode_volume(volume)[0] for volume in _volumes(scored, config)])
+    image = torch.nn.functional.normalize(model.image_projection(pooled), dim=-1)
     reports = [scored.report(row) for row in scored.frame.index]
     text = torch.cat([model.encode_text(reports[start : start + 64]) for start in range(0, len(reports), 64)])
     similarity: NDArray[np.float32] = (text @ image.T).numpy()
     codes = scored.study_codes()
     found = recall_at_k(similarity, codes, codes, ks=(5, 10, 50))
-    return {
-        f"report_{name}": float(value)
-        for name, value in found.items()
-        if name.startswith("recall") and value is not None
-    }
+    return {f"report_{name}": float(value) for name, value in found.items() if "at" in name and value is not None}

@@ -48,18 +48,24 @@ class Augmentation:
         return x
 
     def _zoom_and_shift(self, x: Tensor) -> Tensor:
-        """The same map as `_grid` without a turn, axis by axis: a tenth of the time of `grid_sample` in 3D."""
+        """The same map as `_grid` without a turn, axis by axis: several times faster than `grid_sample` in 3D."""
         zoom = 1 + self.scale * _uniform(len(x), x)
-        for axis in range(2, x.ndim):
-            size = x.shape[axis]
+        axes = []
+        for size in x.shape[2:]:
             centres = (2 * torch.arange(size, device=x.device, dtype=x.dtype) + 1) / size - 1
             moved = zoom[:, None] * centres + 2 * self.shift * _uniform(len(x), x)[:, None]
             place = (((moved + 1) * size - 1) / 2).clamp(0, size - 1)
-            columns = torch.arange(size, device=x.device, dtype=x.dtype)
-            weights = (1 - (place[..., None] - columns).abs()).clamp_min(0)
-            along = x.movedim(axis, 2)
-            x = (weights[:, None] @ along.flatten(3)).view(along.shape).movedim(2, axis)
-        return x
+            below = place.floor().long()
+            axes.append((below, (below + 1).clamp_max(size - 1), place - below))
+        return torch.stack([self._interpolate(item, axes, number) for number, item in enumerate(x)])
+
+    @staticmethod
+    def _interpolate(item: Tensor, axes: list[tuple[Tensor, Tensor, Tensor]], number: int) -> Tensor:
+        """Linear interpolation of one item (C, ...) along each axis in turn."""
+        for axis, (below, above, share) in enumerate(axes, start=1):
+            weight = share[number].view(-1, *[1] * (item.ndim - 1 - axis))
+            item = torch.lerp(item.index_select(axis, below[number]), item.index_select(axis, above[number]), weight)
+        return item
 
     def _grid(self, x: Tensor) -> Tensor:
         """Sampling grid of a random affine map; its first coordinate is the last axis of x."""

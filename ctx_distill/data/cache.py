@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from functools import lru_cache
 
 from torch import Tensor
@@ -24,14 +24,18 @@ class TensorCache:
 
     def get(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
         """The tensor of a key, made when it is not kept."""
-        kept = self._kept.get(key)
-        if kept is not None:
-            return kept
+        return self.get_all((key,), lambda: (make(),))[0]
+
+    def get_all(self, keys: Sequence[Hashable], make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """The tensors of several keys, made together when one of them is not kept."""
+        if all(key in self._kept for key in keys):
+            return tuple(self._kept[key] for key in keys)
         made = make()
-        size = made.element_size() * made.nelement()
-        if self.held_bytes + size <= self.limit_bytes:
-            self._kept[key] = made
-            self.held_bytes += size
+        for key, tensor in zip(keys, made, strict=True):
+            size = tensor.element_size() * tensor.nelement()
+            if key not in self._kept and self.held_bytes + size <= self.limit_bytes:
+                self._kept[key] = tensor
+                self.held_bytes += size
         return made
 
 

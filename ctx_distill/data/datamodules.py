@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from ctx_distill.data.cache import shared_cache
 from ctx_distill.data.datasets import Collate, EpochShuffle, Item, ManifestDataset, ct_dataset, xray_dataset
 from ctx_distill.data.manifest import Manifest, leave_out_for_index, read_manifest
+from ctx_distill.data.projection import PROJECTION_VERSION
 from ctx_distill.data.transforms import VolumeSpec
 from ctx_distill.errors import InputError
 from ctx_distill.types import CTBatch, XrayBatch
@@ -47,8 +48,11 @@ class ManifestDataModule(L.LightningDataModule):
 
     def with_text(self, manifest: Manifest) -> Manifest:
         """The rows that have findings or an impression, where the stage needs text; else all."""
-        if self.text == "optional":
-            return manifest
+        return manifest if self.text == "optional" else self.report_rows(manifest)
+
+    @staticmethod
+    def report_rows(manifest: Manifest) -> Manifest:
+        """The rows that have findings or an impression."""
         return manifest.where(np.array([bool(manifest.report(row)) for row in manifest.frame.index], dtype=bool))
 
     def training_rows(self) -> Manifest:
@@ -96,6 +100,7 @@ class CTDataModule(ManifestDataModule):
         seed: see `ManifestDataModule`.
         with_labels: whether batches carry labels: for the supervised heads, and for logs.
         text: `required` leaves studies without any report text out of training and validation, and says how many.
+        projection: whether batches carry each scan's own frontal radiograph, computed from the file as it is read.
     """
 
     collate = Collate(CTBatch)
@@ -111,9 +116,10 @@ class CTDataModule(ManifestDataModule):
         seed: int = 0,
         with_labels: bool = False,
         text: Literal["required", "optional"] = "optional",
+        projection: bool = False,
     ) -> None:
         super().__init__(batch_size, eval_batch_size, num_workers, cache_gb, seed)
-        self.volume, self.with_labels, self.text = volume, with_labels, text
+        self.volume, self.with_labels, self.text, self.projection = volume, with_labels, text, projection
         self.manifest = read_manifest(Path(ct_manifest))
         if not len(self.manifest.split("train")):
             raise InputError(f"{ct_manifest}: no row has split `train`; every stage trains on some. Set column split.")
@@ -127,11 +133,12 @@ class CTDataModule(ManifestDataModule):
 
     def describe(self) -> dict[str, Any]:
         """The CT manifest and the volume spec."""
-        return {"ct": describe_manifest(self.manifest), "volume_spec": self.volume.to_config()}
+        projection = {"projection_version": PROJECTION_VERSION} if self.projection else {}
+        return {"ct": describe_manifest(self.manifest), "volume_spec": self.volume.to_config(), **projection}
 
     def dataset(self, manifest: Manifest) -> ManifestDataset:
         """CT volumes of (part of) the manifest."""
-        return ct_dataset(manifest, self.volume, self.cache, self.with_labels)
+        return ct_dataset(manifest, self.volume, self.cache, self.with_labels, self.projection)
 
 
 class XrayDataModule(ManifestDataModule):

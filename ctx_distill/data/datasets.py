@@ -13,8 +13,10 @@ from torch.utils.data import Dataset, Sampler
 
 from ctx_distill.data.cache import TensorCache
 from ctx_distill.data.manifest import Manifest
+from ctx_distill.data.projection import PROJECTION_VERSION, square_projection
 from ctx_distill.data.radiograph import read_radiograph
-from ctx_distill.data.transforms import VolumeSpec, load_ct
+from ctx_distill.data.transforms import VolumeSpec, load_ct, prepare_volume
+from ctx_distill.data.volume import read_volume
 from ctx_distill.types import CTBatch, XrayBatch
 
 
@@ -28,6 +30,7 @@ class Item:
         study: integer of its study.
         report: its text.
         labels: (F,), where the task may see labels.
+        projection: (H, W), a scan's own frontal radiograph where it is asked for.
     """
 
     tensor: Tensor
@@ -35,6 +38,7 @@ class Item:
     study: int
     report: str
     labels: Tensor | None
+    projection: Tensor | None = None
 
 
 class ManifestDataset(Dataset[Item]):
@@ -42,16 +46,21 @@ class ManifestDataset(Dataset[Item]):
 
     Args:
         manifest: the rows to serve.
-        read: gives the tensor of a row.
+        read: gives the tensor of a row and, of a scan whose projection is asked for, that.
         cache: where tensors are kept.
-        cache_key: what else than the file decides the tensor (a volume spec, an expert's preprocessing).
+        cache_keys: for each of them, what else than the file decides it (a volume spec, an expert's preprocessing).
         with_labels: whether items carry labels.
     """
 
     def __init__(
-        self, manifest: Manifest, read: Callable[[int], Tensor], cache: TensorCache, cache_key: str, with_labels: bool
+        self,
+        manifest: Manifest,
+        read: Callable[[int], tuple[Tensor, ...]],
+        cache: TensorCache,
+        cache_keys: Sequence[str],
+        with_labels: bool,
     ) -> None:
-        self.manifest, self.read, self.cache, self.cache_key = manifest, read, cache, cache_key
+        self.manifest, self.read, self.cache, self.cache_keys = manifest, read, cache, cache_keys
         self.rows: list[int] = [int(row) for row in manifest.frame.index]
         self.studies = manifest.study_codes()
         self.labels: NDArray[np.float32] | None = manifest.labels() if with_labels else None
@@ -61,17 +70,27 @@ class ManifestDataset(Dataset[Item]):
 
     def __getitem__(self, index: int) -> Item:
         row = self.rows[index]
-        file = self.manifest.image_file(row)
-        tensor = self.cache.get((str(file), self.cache_key), lambda: self.read(row))
+        file = str(self.manifest.image_file(row))
+        tensor, *more = self.cache.get_all([(file, key) for key in self.cache_keys], lambda: self.read(row))
         labels = None if self.labels is None else torch.tensor(self.labels[index])
-        return Item(tensor, row, int(self.studies[index]), self.manifest.report(row), labels)
+        study, report = int(self.studies[index]), self.manifest.report(row)
+        return Item(tensor, row, study, report, labels, more[0] if more else None)
 
 
-def ct_dataset(manifest: Manifest, spec: VolumeSpec, cache: TensorCache, with_labels: bool) -> ManifestDataset:
-    """CT volumes (1, D, H, W) under a volume spec."""
-    return ManifestDataset(
-        manifest, lambda row: load_ct(manifest.image_file(row), spec), cache, spec.fingerprint(), with_labels
-    )
+def ct_dataset(
+    manifest: Manifest, spec: VolumeSpec, cache: TensorCache, with_labels: bool, projection: bool = False
+) -> ManifestDataset:
+    """CT volumes (1, D, H, W) under a volume spec, and out of the same read of the file their frontal projections."""
+
+    def read(row: int) -> tuple[Tensor, ...]:
+        file = manifest.image_file(row)
+        if not projection:
+            return (load_ct(file, spec),)
+        scan = read_volume(file)
+        return prepare_volume(scan, spec), square_projection(scan)
+
+    keys = [spec.fingerprint(), *([f"projection {PROJECTION_VERSION}"] if projection else [])]
+    return ManifestDataset(manifest, read, cache, keys, with_labels)
 
 
 def xray_dataset(
@@ -79,7 +98,7 @@ def xray_dataset(
 ) -> ManifestDataset:
     """Radiographs (C, H, W) as an expert's preprocessing gives them."""
     return ManifestDataset(
-        manifest, lambda row: preprocess(read_radiograph(manifest.image_file(row))), cache, cache_key, False
+        manifest, lambda row: (preprocess(read_radiograph(manifest.image_file(row))),), cache, [cache_key], False
     )
 
 
@@ -101,7 +120,12 @@ class Collate:
         if self.batch is XrayBatch:
             return XrayBatch(tensor, study, row, report)
         labels = [item.labels for item in items if item.labels is not None]
-        return CTBatch(tensor, study, row, report, torch.stack(labels) if labels else None)
+        pictures = [item.projection for item in items if item.projection is not None]
+        return CTBatch(
+            tensor, study, row, report,
+            labels=torch.stack(labels) if labels else None,
+            projection=torch.stack(pictures) if pictures else None,
+        )  # fmt: skip
 
 
 class EpochShuffle(Sampler[int]):

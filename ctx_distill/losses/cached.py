@@ -44,8 +44,7 @@ class _RandomState:
     @contextmanager
     def replayed(self) -> Iterator[None]:
         """Draw from this state inside; the generators go on from where they were afterwards."""
-        devices = [] if self.accelerator is None else [self.device]
-        with torch.random.fork_rng(devices, device_type="cuda" if self.device.type == "cpu" else self.device.type):
+        with torch.random.fork_rng([] if self.accelerator is None else [self.device], device_type=self.device.type):
             torch.set_rng_state(self.cpu)
             if self.accelerator is not None:
                 torch.get_device_module(self.device).set_rng_state(self.accelerator, self.device)
@@ -69,40 +68,38 @@ class _Encode(torch.autograd.Function):
         parts: list[tuple[Tensor, ...]] = []
         # Weights cast without a graph must not stay in autocast's cache, where a later pass would find them.
         with torch.autocast(device.type, enabled=ctx.autocast[0], dtype=ctx.autocast[1], cache_enabled=False):
-            for index in range(len(micro_batches)):
+            for micro_batch in micro_batches:
                 ctx.states.append(_RandomState.now(device))
-                parts.append(encode(micro_batches[index]))
+                parts.append(encode(micro_batch))
                 ctx.rows.append(len(parts[-1][0]))
         features = tuple(torch.cat(part) for part in zip(*parts, strict=True))
         ctx.mark_non_differentiable(*(x for x in features if not x.is_floating_point()))
         return features
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         totals: list[Tensor | None] = [None] * len(ctx.parameters)
         start = 0
-        for index, (state, rows) in enumerate(zip(ctx.states, ctx.rows, strict=True)):
+        for micro_batch, state, rows in zip(ctx.micro_batches, ctx.states, ctx.rows, strict=True):
             with (
                 torch.enable_grad(),
                 state.replayed(),
                 torch.autocast(ctx.device.type, enabled=ctx.autocast[0], dtype=ctx.autocast[1]),
             ):
-                features = ctx.encode(ctx.micro_batches[index])
-            learnt = [
-                (x, gradient[start : start + rows])
-                for x, gradient in zip(features, gradients, strict=True)
-                if x.requires_grad
-            ]
+                features = ctx.encode(micro_batch)
+            rows_of = slice(start, start + rows)
             start += rows
-            del features
-            if not learnt:
+            outputs = [x for x in features if x.requires_grad]
+            if not outputs:
                 continue
-            parts = torch.autograd.grad(*zip(*learnt, strict=True), ctx.parameters, allow_unused=True)
+            cached = [gradient[rows_of] for x, gradient in zip(features, gradients, strict=True) if x.requires_grad]
+            parts = torch.autograd.grad(outputs, ctx.parameters, cached, allow_unused=True)
             for place, part in enumerate(parts):
                 if part is not None:
                     total = totals[place]
-                    totals[place] = part if total is None else total.add_(part)
+                    # Not in place: autograd may give two parameters one and the same tensor.
+                    totals[place] = part if total is None else total + part
         return (None, None, None, *totals)
 
 
@@ -119,9 +116,9 @@ def encode_cached(
     Args:
         encode: gives the same number of tensors (b, ...) for each micro-batch: features, or per-row terms of a loss.
             It is called twice a micro-batch, so what it draws must come from torch's own generators, what it counts
-            (running statistics) counts twice, and it must not talk to other ranks.
-        micro_batches: of any size each; an element is asked for anew in each pass, so that a sequence may read its
-            elements again, or move them from the host, instead of holding them.
+            (running statistics) counts twice, and it must not talk to other ranks. It is the place to bring inputs to
+            the device, or to read them.
+        micro_batches: what `encode` takes, of any size each.
         parameters: what `encode` learns; those that ask for no gradient are passed over, and nothing else gets one.
         device: where `encode` computes; its random state is replayed.
 

@@ -5,13 +5,15 @@
 
 h_i is the student's projected and normalised embedding, u_i the teacher's, A any anchors in the space of u: report
 embeddings of the global batch, findings prompts, or a bank of pool image features. Rows are the global batch: gather
-the student and the teacher first (`ctx_distill.distributed`).
+the student and the teacher first (`ctx_distill.distributed`). With two teachers (**ours**) u_i is their weighted mean,
+of unit length again: `mix_neighbours`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,11 +26,11 @@ NEAR_UNIFORM = 0.95
 
 
 def mix_neighbours(values: Tensor, weights: Tensor | None = None) -> Tensor:
-    """One target out of several neighbours: their weighted mean, of unit length again.
+    """One target out of several neighbours, or teachers: their weighted mean, of unit length again.
 
     Args:
         values: (B, k, D), unit rows.
-        weights: (B, k), non-negative; default: all equal.
+        weights: (B, k), non-negative, not all 0 in a row; default: all equal.
 
     Returns:
         (B, D), unit rows.
@@ -36,6 +38,22 @@ def mix_neighbours(values: Tensor, weights: Tensor | None = None) -> Tensor:
     values = working_precision(values)
     mixed = values.mean(dim=1) if weights is None else (values * weights.to(values)[..., None]).sum(dim=1)
     return F.normalize(mixed, dim=-1)
+
+
+def scheduled(start: float, end: float | None, progress: float, kind: Literal["linear", "geometric"]) -> float:
+    """A weight or temperature on its way from its first value to its last (**ours**).
+
+    Args:
+        start: at progress 0.
+        end: at progress 1; None stays at the start.
+        progress: share of the training that is done, in [0, 1].
+        kind: equal steps of the value, or of its logarithm (both ends positive).
+    """
+    if end is None:
+        return start
+    if kind == "geometric":
+        return float(start * (end / start) ** progress)
+    return start + (end - start) * progress
 
 
 def pair_loss(student: Tensor, teacher: Tensor) -> Tensor:

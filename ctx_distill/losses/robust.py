@@ -106,7 +106,8 @@ def identify(
 
     Returns:
         Suspects (B, B) bool, and strength (B, B) in [0, 1]: (evidence - threshold) / (1 - threshold), the largest
-        over kinds for "any", the smallest for "all"; 0 where not suspected.
+        over kinds for "any", the smallest for "all"; 0 where not suspected. Evidence that cannot pass its threshold
+        by any margin (findings that agree or do not) has strength 1 where it reaches it.
 
     Raises:
         ValueError: no thresholds, or one without its evidence.
@@ -119,7 +120,8 @@ def identify(
     for kind, threshold in thresholds.items():
         values = evidence[kind].detach()
         found.append(suspects(values, threshold))
-        strengths.append(((values - threshold) / max(1 - threshold, 1e-6)).clamp(0, 1))
+        margin = 1 - threshold
+        strengths.append(((values - threshold) / margin).clamp(0, 1) if margin > 1e-6 else found[-1].to(values.dtype))
     every, strength = torch.stack(found), torch.stack(strengths)
     suspected = every.any(dim=0) if combine == "any" else every.all(dim=0)
     joined = strength.amax(dim=0) if combine == "any" else strength.amin(dim=0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -83,8 +83,12 @@ def retrieval_quality(
     seed: int = 0,
     n: int = 1000,
     ks: Sequence[int] = (1, 5, 10),
+    others: Mapping[str, ArrayLike] | None = None,
 ) -> dict[str, Any]:
-    """Whether the retrieved items show what the queries show, beside what chance gives.
+    """Whether the retrieved items show what the queries show, beside what chance and an oracle give.
+
+    The oracle reads the labels: for each query it takes the pool's item of the largest Jaccard, an upper bound of any
+    retrieval from this pool.
 
     Args:
         query_labels: (N, F) labels of the queries (CT val and test studies).
@@ -94,60 +98,74 @@ def retrieval_quality(
         seed: of the bootstrap.
         n: replicates.
         ks: ranks for the recall.
+        others: more retrievals by name, each as `nearest`, to stand beside it ("tfidf").
 
     Returns:
         `jaccard_at_1` (mean findings Jaccard of query and first neighbour; value, low, high), `jaccard_random` (the
-        exact mean over all N x M pairs), both also `_without_normals` (queries without a present finding left out);
-        `recall_at_k` and `recall_at_k_random` for k in `ks` (share of queries with an item of exactly their set of
-        findings among the first k; None where fewer than k neighbours were retrieved), `same_set_in_pool` (share of
-        queries for which there is such an item at all), `queries`, `queries_without_normals`, `pool`.
+        exact mean over all N x M pairs), `jaccard_oracle` and `jaccard_<other>`, all also `_without_normals` (queries
+        without a present finding left out); `recall_at_k`, `recall_at_k_random`, `recall_at_k_oracle` and
+        `recall_at_k_<other>` for k in `ks` (share of queries with an item of exactly their set of findings among the
+        first k; None where fewer than k neighbours were retrieved), `same_set_in_pool` (share of queries for which
+        there is such an item at all), `queries`, `queries_without_normals`, `pool`.
 
     Raises:
         ValueError: shapes that do not fit, an empty pool, or a neighbour outside the pool.
     """
     queries, pool = _present(query_labels), _present(pool_labels)
-    neighbours = np.asarray(nearest, dtype=np.int64)
     count = len(queries)
-    if queries.shape[1] != pool.shape[1] or neighbours.ndim != 2 or len(neighbours) != count or len(patients) != count:
+    if queries.shape[1] != pool.shape[1] or len(patients) != count:
         raise ValueError(
-            f"retrieval_quality: query labels {queries.shape}, pool labels {pool.shape}, nearest {neighbours.shape}, "
-            f"{len(patients)} patients; expected (N, F), (M, F), (N, k), N."
+            f"retrieval_quality: query labels {queries.shape}, pool labels {pool.shape}, {len(patients)} patients; "
+            "expected (N, F), (M, F), N."
         )
-    if not len(pool) or neighbours.shape[1] < 1:
-        raise ValueError("retrieval_quality: the pool or the list of neighbours is empty.")
-    if count and (neighbours.max() >= len(pool) or neighbours.min() < -1 or neighbours[:, 0].min() < 0):
-        raise ValueError(f"retrieval_quality: a neighbour lies outside the pool of {len(pool)} rows.")
+    if not len(pool):
+        raise ValueError("retrieval_quality: the pool is empty.")
+    lists = {name: _checked(name, rows, count, len(pool)) for name, rows in {"": nearest, **(others or {})}.items()}
 
-    random, same = np.empty(count), np.empty(count)
-    at_one, hits = np.empty(count), np.zeros(neighbours.shape, dtype=bool)
+    random, same, best = np.empty(count), np.empty(count), np.empty(count)
+    at_one = {name: np.empty(count) for name in lists}
+    hits: dict[str, NDArray[np.bool_]] = {name: np.zeros(rows.shape, dtype=bool) for name, rows in lists.items()}
     step = max(1, _BLOCK // len(pool))
     for start in range(0, count, step):
         rows = slice(start, start + step)
         jaccard = _jaccard(queries[rows], pool)
         alike = jaccard == 1.0
-        random[rows], same[rows] = jaccard.mean(1), alike.sum(1)
-        near = neighbours[rows]
-        at_one[rows] = np.take_along_axis(jaccard, near[:, :1], 1)[:, 0]
-        hits[rows] = np.take_along_axis(alike, np.maximum(near, 0), 1) & (near >= 0)
+        random[rows], same[rows], best[rows] = jaccard.mean(1), alike.sum(1), jaccard.max(1)
+        for name, neighbours in lists.items():
+            near = neighbours[rows]
+            at_one[name][rows] = np.take_along_axis(jaccard, near[:, :1], 1)[:, 0]
+            hits[name][rows] = np.take_along_axis(alike, np.maximum(near, 0), 1) & (near >= 0)
 
+    ids, found = np.asarray(patients), (same > 0).astype(np.float64)
     abnormal = queries.sum(1) > 0
-    ids = np.asarray(patients)
-
-    def mean(values: Floats) -> float | None:
-        return float(values.mean()) if len(values) else None
-
-    result: dict[str, Any] = {
-        "jaccard_at_1": bootstrap_mean(at_one, ids, n, seed).as_json(),
-        "jaccard_random": mean(random),
-        "jaccard_at_1_without_normals": bootstrap_mean(at_one[abnormal], ids[abnormal], n, seed).as_json(),
-        "jaccard_random_without_normals": mean(random[abnormal]),
-    }
+    result: dict[str, Any] = {}
+    for suffix, of in (("", np.ones(count, dtype=bool)), ("_without_normals", abnormal)):
+        result[f"jaccard_at_1{suffix}"] = bootstrap_mean(at_one[""][of], ids[of], n, seed).as_json()
+        named = {"random": random, "oracle": best, **{name: values for name, values in at_one.items() if name}}
+        result |= {f"jaccard_{name}{suffix}": _mean(values[of]) for name, values in named.items()}
     for k in ks:
-        enough = neighbours.shape[1] >= min(k, len(pool))
-        result[f"recall_at_{k}"] = mean(np.any(hits[:, :k], axis=1).astype(np.float64)) if enough else None
-        result[f"recall_at_{k}_random"] = mean(_random_hit(same, len(pool), k))
-    result["same_set_in_pool"] = mean((same > 0).astype(np.float64))
+        for name, hit in hits.items():
+            enough = hit.shape[1] >= min(k, len(pool))
+            told = _mean(np.any(hit[:, :k], axis=1).astype(np.float64)) if enough else None
+            result[f"recall_at_{k}{'_' if name else ''}{name}"] = told
+        result[f"recall_at_{k}_random"] = _mean(_random_hit(same, len(pool), k))
+        result[f"recall_at_{k}_oracle"] = _mean(found)
+    result["same_set_in_pool"] = _mean(found)
     return {**result, "queries": count, "queries_without_normals": int(abnormal.sum()), "pool": len(pool)}
+
+
+def _checked(name: str, nearest: ArrayLike, count: int, pool: int) -> NDArray[np.int64]:
+    neighbours = np.asarray(nearest, dtype=np.int64)
+    what = f"retrieval_quality: nearest{f' of {name}' if name else ''}"
+    if neighbours.ndim != 2 or len(neighbours) != count or neighbours.shape[1] < 1:
+        raise ValueError(f"{what} is {neighbours.shape}; expected ({count}, k) with k of 1 or more.")
+    if count and (neighbours.max() >= pool or neighbours.min() < -1 or neighbours[:, 0].min() < 0):
+        raise ValueError(f"{what}: a neighbour lies outside the pool of {pool} rows.")
+    return neighbours
+
+
+def _mean(values: Floats) -> float | None:
+    return float(values.mean()) if len(values) else None
 
 
 def best_ranks(similarity: ArrayLike, query_studies: Groups, candidate_studies: Groups) -> Floats:

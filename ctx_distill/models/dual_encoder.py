@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,13 @@ from ctx_distill.models.text_encoder import TextEncoder, load_text_encoder
 from ctx_distill.types import EncoderOutput, InputError
 
 TEXT_FOLDER = "text_encoder"
+PRIOR_FOLDER = "prior_expert"
 
 
 class DualEncoder(nn.Module):
     """CT and report in one space: image_features = norm(P_a f(V)), text_features = norm(P_t E(r)).
+
+    With a prior (**ours**), image_features = norm(P_a f(V) + w u'), u' the expert's feature of the CT's projection.
 
     Attributes:
         ct_encoder: f.
@@ -30,6 +34,7 @@ class DualEncoder(nn.Module):
         text_projection: P_t, D_t -> D, or the identity.
         logit_scale: log of 1 / temperature, learnt (Radford et al. 2021).
         embed_dim: D.
+        prior_weight: w; 0 without a prior.
     """
 
     def __init__(
@@ -39,6 +44,7 @@ class DualEncoder(nn.Module):
         projection_dim: int | None = None,
         image_projection: ProjectionHead | None = None,
         init_logit_scale: float = 1 / 0.07,
+        prior_weight: float = 0.0,
     ) -> None:
         """Join two encoders.
 
@@ -49,6 +55,7 @@ class DualEncoder(nn.Module):
                 text tower of the expert needs.
             image_projection: P_a to start from (P_d of stage 2, say); None for a new linear one.
             init_logit_scale: 1 / temperature at the start.
+            prior_weight: w; above 0, a new P_a starts at zero, and so the image features at the prior.
 
         Raises:
             InputError: image_projection does not lead from D_c to D.
@@ -65,27 +72,57 @@ class DualEncoder(nn.Module):
                 f" {ct_encoder.embed_dim} to {self.embed_dim}. Start with a new projection, or set projection_dim"
                 f" to {shape[1]}."
             )
+        self.prior_weight = prior_weight
+        if prior_weight and image_projection is None:
+            for parameter in self.image_projection.parameters():
+                nn.init.zeros_(parameter)
         self.text_projection: nn.Module = (
             nn.Identity() if projection_dim is None else nn.Linear(text_encoder.embed_dim, projection_dim, bias=False)
         )
         self.logit_scale = nn.Parameter(torch.tensor(math.log(init_logit_scale)))
 
-    def encode_volume(self, volume: Tensor) -> tuple[Tensor, EncoderOutput]:
-        """Image features (B, D), L2-normalised, and the encoder's own output, of volumes (B, 1, D, H, W)."""
+    def encode_volume(self, volume: Tensor, prior: Tensor | None = None) -> tuple[Tensor, EncoderOutput]:
+        """Image features (B, D), L2-normalised, and the encoder's own output.
+
+        Args:
+            volume: (B, 1, D, H, W).
+            prior: (B, D) unit rows, where the model has a prior.
+
+        Raises:
+            InputError: the model has a prior and none is given.
+        """
         output = self.ct_encoder(volume)
-        return F.normalize(self.image_projection(output.pooled), dim=-1), output
+        return self.join_prior(self.image_projection(output.pooled), prior), output
+
+    def join_prior(self, projected: Tensor, prior: Tensor | None) -> Tensor:
+        """Image features (B, D), unit rows, of P_a's output (B, D) and the prior's features (B, D)."""
+        if self.prior_weight:
+            if prior is None:
+                raise InputError(
+                    "this model adds to what the X-ray expert says of the CT's own projection, and got no projections."
+                    " Set data.init_args.projection=true."
+                )
+            projected = projected + self.prior_weight * prior.to(projected)
+        return F.normalize(projected, dim=-1)
 
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         """Text features (B, D), L2-normalised."""
         return F.normalize(self.text_projection(self.text_encoder(texts)), dim=-1)
 
-    def save(self, folder: Path, upstream: Mapping[str, str], volume_spec: Mapping[str, Any]) -> Artefact:
+    def save(
+        self,
+        folder: Path,
+        upstream: Mapping[str, str],
+        volume_spec: Mapping[str, Any],
+        prior_expert: Path | None = None,
+    ) -> Artefact:
         """Write the artefact `dual-encoder`; it needs no other folder to be loaded.
 
         Args:
             folder: where.
             upstream: fingerprints of what it was made from.
             volume_spec: the volume spec's configuration, so that others prepare volumes alike.
+            prior_expert: folder of the expert whose features are the prior; it is copied into the artefact.
         """
         config = {
             "ct_encoder": self.ct_encoder.config(),
@@ -93,13 +130,16 @@ class DualEncoder(nn.Module):
             "image_projection": self.image_projection.config,
             "projection_dim": None if isinstance(self.text_projection, nn.Identity) else self.embed_dim,
             "volume_spec": dict(volume_spec),
+            "prior_weight": self.prior_weight,
         }
 
-        def write_text(place: Path) -> None:
+        def write_parts(place: Path) -> None:
             (place / TEXT_FOLDER).mkdir()
             self.text_encoder.save_files(place / TEXT_FOLDER)
+            if prior_expert is not None:
+                shutil.copytree(prior_expert, place / PRIOR_FOLDER)
 
-        return write_artefact(folder, "dual-encoder", config, self.state_dict(), upstream, extra=write_text)
+        return write_artefact(folder, "dual-encoder", config, self.state_dict(), upstream, extra=write_parts)
 
     @staticmethod
     def load(folder: Path) -> tuple[DualEncoder, Artefact]:
@@ -115,6 +155,7 @@ class DualEncoder(nn.Module):
             load_text_encoder(config["text_encoder"], folder / TEXT_FOLDER),
             config["projection_dim"],
             ProjectionHead(**config["image_projection"]),
+            prior_weight=float(config["prior_weight"]),
         )
         load_weights(model, artefact.weights(), source=str(folder))
         return model.eval(), artefact

@@ -50,6 +50,10 @@ class TextEncoder(nn.Module, ABC):
         """(B, D_t), not normalised; longer texts than the context in chunks, "" as the empty string."""
 
     @abstractmethod
+    def chunks(self, text: str) -> list[str]:
+        """A report in as few runs of sentences as fit the context; a text that fits stays one chunk."""
+
+    @abstractmethod
     def tokens(self, texts: Sequence[str]) -> TokenizedText:
         """Token ids with masks and character offsets, cut at the context length."""
 
@@ -181,7 +185,9 @@ class BertTextEncoder(TextEncoder):
         states: Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask.long()).last_hidden_state
         return states
 
-    def _chunks(self, text: str) -> list[str]:
+    def chunks(self, text: str) -> list[str]:
+        """A report in as few runs of sentences as fit the context; a text that fits stays one chunk."""
+
         def fits(part: str) -> bool:
             return len(self.tokenizer(part, truncation=False, padding=False)["input_ids"]) <= self.context_length
 
@@ -189,7 +195,7 @@ class BertTextEncoder(TextEncoder):
 
     def forward(self, texts: Sequence[str]) -> Tensor:
         """(B, D_t): the mean over the tokens of each chunk, and over the chunks of a report."""
-        parts = [self._chunks(text) for text in texts]
+        parts = [self.chunks(text) for text in texts]
         flat = self.tokens([part for group in parts for part in group])
         mask = flat.attention_mask[..., None].float()
         means = (self.hidden(flat.input_ids, flat.attention_mask) * mask).sum(1) / mask.sum(1)
@@ -257,6 +263,10 @@ class ExpertTextEncoder(TextEncoder):
         """Frozen, it stays in eval mode."""
         super().train(mode and self.trainable)
         return self
+
+    def chunks(self, text: str) -> list[str]:
+        """A report in chunks, by the expert's own rule."""
+        return self.tower.chunks(text)
 
     def tokens(self, texts: Sequence[str]) -> TokenizedText:
         """Token ids with masks and character offsets, cut at the context length."""

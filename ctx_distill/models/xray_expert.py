@@ -89,6 +89,11 @@ class XrayExpert(nn.Module, ABC):
         """Whether there is a text tower."""
         return self.text_tower is not None
 
+    @property
+    def has_joint_space(self) -> bool:
+        """Whether its texts lie in the space of its images: towers of one width, trained against each other."""
+        return self.text_dim == self.embed_dim and self.logit_scale is not None
+
     def freeze(self) -> None:
         """Take all parameters out of training and go to eval mode."""
         self.requires_grad_(False)

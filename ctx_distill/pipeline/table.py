@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 ROWS = (
@@ -20,6 +21,14 @@ ROWS = (
     ("4 report", "report.findings_f1", "findings F1 of generated reports, CT test", ""),
     ("4 report", "report.bleu4", "BLEU-4 of generated reports, CT test", ""),
 )
+
+RETRIEVAL_ROWS = (
+    ("findings Jaccard of the nearest X-ray", "jaccard_at_1", "jaccard"),
+    ("same findings set at the first place", "recall_at_1", "recall_at_1"),
+    ("same findings set among the nearest 5", "recall_at_5", "recall_at_5"),
+    ("same findings set among the nearest 10", "recall_at_10", "recall_at_10"),
+)
+RETRIEVAL_COLUMNS = {"random": "random", "tfidf": "TF-IDF", "rerank": "re-ranked", "oracle": "oracle"}
 
 
 def look_up(metrics: dict[str, Any], path: str) -> Any:
@@ -40,14 +49,39 @@ def show(value: Any) -> str:
 
 
 def result_table(metrics: dict[str, Any]) -> str:
-    """The table: stage, what was measured, value with its 95 % interval, chance level; what is not defined is left out."""
+    """The table: stage, what was measured, value with its 95 % interval, chance level; what is not defined is left out.
+
+    Where stage 1 measured its retrieval, a second table sets it beside the baselines.
+    """
     lines = [("stage", "measured", "value [95 % interval]", "by chance")]
     for stage, path, meaning, chance in ROWS:
         if show(look_up(metrics, path)) == "-":
             continue
         level = show(look_up(metrics, chance)) if "_" in chance else chance.replace(".500", "0.500")
         lines.append((stage, meaning, show(look_up(metrics, path)), level))
-    widths = [max(len(line[column]) for line in lines) for column in range(4)]
-    rule = "  ".join("-" * width for width in widths)
+    return "\n".join(["", *aligned(lines), *retrieval_table(metrics.get("retrieval") or {})])
+
+
+def retrieval_table(retrieval: dict[str, Any]) -> list[str]:
+    """Lines of the retrieval's table: the index beside random X-rays, TF-IDF, its findings re-rank and the oracle.
+
+    Args:
+        retrieval: the metrics of stage 1; without an oracle's figure among them there is no table.
+    """
+    if show(retrieval.get("jaccard_oracle")) == "-":
+        return []
+    columns = {name: title for name, title in RETRIEVAL_COLUMNS.items() if f"jaccard_{name}" in retrieval}
+    lines = [("retrieval, held-out CT reports", "index", *columns.values())]
+    for suffix, of in (("", ""), ("_visible", ", of those an X-ray shows")):
+        for meaning, own, stem in RETRIEVAL_ROWS:
+            if f"{own}{suffix}" in retrieval:
+                beside = (show(retrieval.get(f"{stem}_{name}{suffix}")) for name in columns)
+                lines.append((f"{meaning}{of}", show(retrieval[f"{own}{suffix}"]), *beside))
+    return ["", *aligned(lines)]
+
+
+def aligned(lines: Sequence[tuple[str, ...]]) -> list[str]:
+    """Columns of equal width, a rule under the first line."""
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     rows = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return "\n".join(["", rows[0], rule, *rows[1:]])
+    return [rows[0], "  ".join("-" * width for width in widths), *rows[1:]]

@@ -1,16 +1,17 @@
 """The feature store of stage 1: keys v_j, values u_j and who they belong to, in one order, as an artefact.
 
 An index artefact folder holds `artefact.json`, `model.safetensors` (`keys` (N, D_k), `values` (N, D_v) and, where
-given, `findings` (N, F)), `items.csv` and `index.faiss`. Keys and values live in `model.safetensors`, not in .npy
+given, `findings` (N, F)), `items.csv`, `index.faiss` and, where the texts were embedded by another encoder than the
+expert, `report_encoder.json`. Keys and values live in `model.safetensors`, not in .npy
 files, because safetensors memory-maps a tensor as well as NumPy does (ranks of one host share the pages) and the
 artefact's fingerprint then covers them. `items.csv` is covered by its hash in the config; `index.faiss` is derived
-from the keys and checked for size.
+from the keys and checked for size; where the report encoder lies is no part of the fingerprint, what it is is one.
 """
 
 from __future__ import annotations
 
 import csv
-import os
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,19 +20,35 @@ from typing import Any, Literal
 
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from ctx_distill.checkpoint import WEIGHTS_FILE, hash_file, hash_json, read_artefact, write_artefact
+from ctx_distill.checkpoint import WEIGHTS_FILE, hash_file, hash_json, read_artefact, write_artefact, write_json
 from ctx_distill.retrieval.index import INDEX_FILE, Device, IndexKind, XrayIndex, build_index
+from ctx_distill.retrieval.keys import KeyKind, make_queries
 from ctx_distill.types import InputError
 
 ITEMS_FILE = "items.csv"
 ITEM_COLUMNS = ("position", "study_id", "image_id", "patient_id", "row", "split")
 EXPERT = "xray-expert"
+REPORT_ENCODER = "report-encoder"
+REPORT_ENCODER_FILE = "report_encoder.json"
 AGAIN = "Run stage 1 (make stage-1) to build it again."
+
+
+@dataclass(frozen=True)
+class ReportSource:
+    """The encoder of the texts, where it is not the expert.
+
+    Attributes:
+        source: folder or `hf-hub:organisation/name`.
+        revision: commit of a hub source.
+        fingerprint: of the encoder.
+    """
+
+    source: str
+    revision: str | None
+    fingerprint: str
 
 
 def write_index_artefact(
@@ -47,6 +64,7 @@ def write_index_artefact(
     kind: IndexKind = "exact",
     minimum_recall: float | None = None,
     value_type: Literal["float32", "float16"] = "float32",
+    report_source: ReportSource | None = None,
 ) -> XrayIndexArtefact:
     """Build the index and write the artefact, whole or not at all.
 
@@ -56,13 +74,14 @@ def write_index_artefact(
         values: (N, D_v) unit rows: the teacher's features.
         items: N rows in the same order, with study_id, image_id, patient_id, row (of the manifest) and split.
         upstream: fingerprints by name; `xray-expert` must be among them.
-        config: plain JSON values to keep (what the keys were made from, what was left out).
+        config: plain JSON values to keep (`key`, the kind of the keys; `query_centre`; what was left out).
         texts: N report texts, kept as the column `report`.
         findings: (N, F) read from the texts (1, 0, -1 uncertain, NaN), for the findings re-rank.
         finding_names: their F names.
         kind: of the index.
         minimum_recall: refuse an approximate index below it.
         value_type: how values are stored.
+        report_source: what embedded the texts; None: the expert.
 
     Raises:
         InputError: see `build_index`.
@@ -78,6 +97,8 @@ def write_index_artefact(
         raise ValueError(f"index artefact's items lack {', '.join(missing)}")
     if EXPERT not in upstream:
         raise ValueError(f"index artefact needs the {EXPERT} fingerprint in upstream; got {sorted(upstream)}")
+    if report_source is not None:
+        upstream = {**upstream, REPORT_ENCODER: report_source.fingerprint}
     table = items.reset_index(drop=True).assign(position=range(rows))[list(ITEM_COLUMNS)]
     if texts is not None:
         table["report"] = list(texts)
@@ -106,12 +127,15 @@ def write_index_artefact(
     def add_files(temporary: Path) -> None:
         (temporary / ITEMS_FILE).write_text(content, encoding="utf-8", newline="")
         index.save(temporary / INDEX_FILE)
+        if report_source is not None:
+            place = {"source": report_source.source, "revision": report_source.revision}
+            write_json(temporary / REPORT_ENCODER_FILE, place)
 
     write_artefact(folder, "xray-index", record, tensors, upstream, extra=add_files)
     return XrayIndexArtefact.open(folder, device="cpu")
 
 
-def _map_tensors(path: Path) -> dict[str, Tensor]:
+def map_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file, memory-mapped: pages are read when touched. Do not write into them."""
     with safe_open(path, framework="pt") as handle:
         return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 - not a mapping
@@ -131,6 +155,7 @@ class XrayIndexArtefact:
         index: over the keys.
         features: (N, D_v) the values, memory-mapped.
         findings: (N, F) or None.
+        report_source: what embedded the texts; None: the expert.
     """
 
     folder: Path
@@ -142,6 +167,7 @@ class XrayIndexArtefact:
     index: XrayIndex
     features: Tensor
     findings: Tensor | None
+    report_source: ReportSource | None = None
 
     @classmethod
     def open(cls, folder: Path, device: Device = "auto", verify: bool = False) -> XrayIndexArtefact:
@@ -161,7 +187,7 @@ class XrayIndexArtefact:
             if not path.is_file():
                 raise InputError(f"{path}: missing from the X-ray index. {AGAIN}")
         try:
-            tensors = _map_tensors(weights)
+            tensors = map_tensors(weights)
             features, keys = tensors["values"], tensors["keys"]
         except (SafetensorError, KeyError, OSError) as error:
             raise InputError(f"{weights}: not the features of an X-ray index ({error}). {AGAIN}") from error
@@ -201,15 +227,32 @@ class XrayIndexArtefact:
             index=index,
             features=features,
             findings=tensors.get("findings"),
+            report_source=_read_report_source(folder, artefact.upstream.get(REPORT_ENCODER)),
         )
 
     def __len__(self) -> int:
         return len(self.index)
 
     @property
+    def key(self) -> KeyKind:
+        """What the keys were made of."""
+        kind: KeyKind = self.config.get("key", "text")
+        return kind
+
+    @property
     def key_dim(self) -> int:
-        """D_k: what queries are made of."""
+        """D_k: width of the keys."""
         return self.index.dimension
+
+    @property
+    def query_dim(self) -> int:
+        """D_t: width of the report embeddings that `search` takes."""
+        return self.key_dim // 2 if self.key == "both" else self.key_dim
+
+    @property
+    def finding_names(self) -> list[str]:
+        """The F columns of `findings`; empty where there are none."""
+        return list(self.config.get("finding_names") or [])
 
     @property
     def value_dim(self) -> int:
@@ -218,16 +261,29 @@ class XrayIndexArtefact:
 
     @cached_property
     def query_centre(self) -> Tensor | None:
-        """(D_k,): the mean query, taken off before a search where the index was built with centring."""
+        """(D_t,): the mean query, taken off before a search where the index was built with centring."""
         centre = self.config.get("query_centre")
         return None if centre is None else torch.tensor(centre)
 
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """See `XrayIndex.search`; queries are centred first where the keys were."""
-        centre = self.query_centre
-        if centre is not None:
-            queries = F.normalize(queries - centre.to(queries), dim=-1)
-        return self.index.search(queries, k)
+        """The k nearest X-rays of each report: queries of the keys' kind are made here, and centred where keys were.
+
+        Args:
+            queries: (B, D_t) unit rows: the reports as the index's report encoder embeds them.
+            k: neighbours.
+
+        Returns:
+            See `XrayIndex.search`.
+
+        Raises:
+            InputError: the dimension differs, or k is larger than the index.
+        """
+        if queries.shape[1] != self.query_dim:
+            raise InputError(
+                f"queries have {queries.shape[1]} dimensions; the X-ray index {self.folder} takes {self.query_dim}. "
+                "Embed the reports with the encoder that the index was built with, or build the index again."
+            )
+        return self.index.search(make_queries(self.key, queries, self.query_centre), k)
 
     def values(self, positions: Tensor) -> Tensor:
         """Features of items.
@@ -242,76 +298,12 @@ class XrayIndexArtefact:
         return rows.reshape(*positions.shape, self.value_dim).to(positions.device)
 
 
-def write_shard(folder: Path, rank: int, world_size: int, keys: Tensor, values: Tensor, rows: Tensor) -> Path:
-    """Write one rank's part of the pool's embeddings; give a fresh folder a predict job.
-
-    Args:
-        folder: of the shards.
-        rank: this rank.
-        world_size: number of ranks, so that a missing shard is noticed.
-        keys: (n, D_k).
-        values: (n, D_v).
-        rows: (n,) int64, the manifest row of each.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"shard-{rank:05d}.safetensors"
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    tensors = {"keys": keys.float(), "values": values.float(), "row": rows.to(torch.int64)}
-    save_file(
-        {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()},
-        part,
-        metadata={"rank": str(rank), "world_size": str(world_size)},
-    )
-    part.replace(path)
-    return path
-
-
-def merge_shards(folder: Path, rows: Sequence[int] | Tensor) -> dict[str, Tensor]:
-    """Join the shards of all ranks into one table.
-
-    Args:
-        folder: of the shards.
-        rows: (N,) the manifest rows that must be there, in the order wanted.
-
-    Returns:
-        `keys` (N, D_k), `values` (N, D_v) and `row` (N,), in that order.
-
-    Raises:
-        InputError: a shard is missing, left over or unreadable, or a row is missing, doubled or not expected.
-    """
-    paths = sorted(folder.glob("shard-*.safetensors"))
-    again = "Delete the folder and run the predict job again."
-    parts, ranks, sizes = [], [], set()
-    for path in paths:
-        try:
-            with safe_open(path, framework="pt") as handle:
-                metadata = handle.metadata() or {}
-                ranks.append(int(metadata["rank"]))
-                sizes.add(int(metadata["world_size"]))
-            tensors = _map_tensors(path)
-            parts.append((tensors["keys"], tensors["values"], tensors["row"]))
-        except (SafetensorError, KeyError, ValueError, OSError) as error:
-            raise InputError(f"{path}: not a readable shard ({error}). {again}") from error
-    if len(sizes) != 1 or sorted(ranks) != list(range(next(iter(sizes)))):
-        raise InputError(
-            f"{folder}: holds shards of ranks {sorted(ranks)} of runs with {sorted(sizes)} ranks; "
-            f"expected every rank of one run. {again}"
-        )
-    wanted = torch.as_tensor(rows, dtype=torch.int64)
-    row = torch.cat([part[2] for part in parts])
-    found, counts = row.unique(return_counts=True)  # type: ignore[no-untyped-call]
-    problems = {
-        "doubled": found[counts > 1],
-        "missing": wanted[~torch.isin(wanted, found)],
-        "not expected": found[~torch.isin(found, wanted)],
-    }
-    told = [f"{len(bad)} {what} (first: row {int(bad[0])})" for what, bad in problems.items() if len(bad)]
-    if told or len(set(wanted.tolist())) != len(wanted):
-        told = told or ["rows asked for twice"]
-        raise InputError(f"{folder}: shards do not hold every row exactly once: {', '.join(told)}. {again}")
-    order = row.argsort()[torch.searchsorted(found, wanted)]
-    return {
-        "keys": torch.cat([part[0] for part in parts])[order],
-        "values": torch.cat([part[1] for part in parts])[order],
-        "row": row[order],
-    }
+def _read_report_source(folder: Path, fingerprint: str | None) -> ReportSource | None:
+    if fingerprint is None:
+        return None
+    path = folder / REPORT_ENCODER_FILE
+    try:
+        place = json.loads(path.read_text(encoding="utf-8"))
+        return ReportSource(place["source"], place["revision"], fingerprint)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: does not say where the index's report encoder is ({error}). {AGAIN}") from error

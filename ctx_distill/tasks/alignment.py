@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import tempfile
 from dataclasses import dataclass
@@ -19,17 +20,28 @@ from ctx_distill.data.datamodules import CTDataModule
 from ctx_distill.distributed import gather_with_gradient, rank
 from ctx_distill.errors import InputError
 from ctx_distill.losses.contrastive import contrastive_loss
-from ctx_distill.losses.robust import identification_quality
+from ctx_distill.losses.distillation import pair_loss
+from ctx_distill.losses.masked_language import masked_language_loss
+from ctx_distill.losses.siglip import INIT_LOGIT_BIAS, INIT_LOGIT_SCALE, siglip_loss
+from ctx_distill.losses.soft_targets import soft_target_loss
 from ctx_distill.metrics.retrieval import recall_at_k
 from ctx_distill.models.ct_encoder import CTEncoder
 from ctx_distill.models.dual_encoder import DualEncoder, load_ct_encoder
 from ctx_distill.models.heads import ProjectionHead
 from ctx_distill.models.text_encoder import BertTextEncoder, ExpertTextEncoder, TextEncoder
+from ctx_distill.models.weights import resolve_source
 from ctx_distill.retrieval.lookup import NeighbourLookup
 from ctx_distill.tasks.base import LARGEST_LOGIT_SCALE, TrainedTask, adamw, decay_groups, last_values
+from ctx_distill.tasks.cached_gradients import HostStorage, check_micro_batch, encode_in_micro_batches, on_host
+from ctx_distill.tasks.entity_masking import EntityMasking, MaskingSettings
 from ctx_distill.tasks.false_negatives import FalseNegatives, RobustSettings
+from ctx_distill.tasks.keep import KeepSettings, KeepTargets
+from ctx_distill.tasks.moving_average import MovingAverage
+from ctx_distill.tasks.objective import Objective, SoftTargetSettings, check_objective, own_temperature
 from ctx_distill.tasks.predict import predict_rows
-from ctx_distill.tasks.teacher import open_teacher
+from ctx_distill.tasks.prior import PriorSettings, ProjectionPrior
+from ctx_distill.tasks.teacher import open_queries, open_teacher
+from ctx_distill.tasks.training_reports import TrainingReports
 from ctx_distill.text.report import sample_sentences
 from ctx_distill.types import CTBatch
 
@@ -66,7 +78,7 @@ class TextSettings:
 
 
 class AlignmentTask(TrainedTask):
-    """InfoNCE over the global batch with corrected false negatives.
+    """A contrastive loss over the global batch: InfoNCE with corrected false negatives, or a baseline beside it.
 
     Args:
         expert: folder or hub name of the X-ray expert: its frozen text tower gives the evidence.
@@ -75,11 +87,20 @@ class AlignmentTask(TrainedTask):
         student: folder of the stage-2 artefact; None starts from `encoder` as it is.
         encoder: the CT encoder where there is no student.
         expert_revision: pinned commit of a hub expert.
+        objective: `infonce`, with the corrections of `robust`; or, without, `siglip` (the pairwise sigmoid loss) or
+            `soft-targets` (InfoNCE against a softmax of report similarities).
+        soft_targets: of `soft-targets`.
         robust: which false negatives are corrected and how.
+        keep: how much of distillation goes on.
+        prior: whether the CT encoder adds to what the expert says of the CT's own projection.
         neighbours: X-rays mixed into the evidence `retrieved`.
         subset_share: share of steps in which a report is cut to a random subset of its sentences, down to one.
         augmentation: of the volumes.
         chunk: rows of logits held at once; None holds all.
+        micro_batch: volumes encoded at once, a rank: device memory does not grow with the batch but for its features,
+            and gradients stay those of the whole batch (`ctx_distill.losses.cached`); None encodes the whole batch.
+        storage: type in which a batch's volumes wait on the host where `micro_batch` is set.
+        masking: entity-focused masking beside the contrast; it needs a bidirectional text tower that learns.
         optimizer: see `TrainedTask`.
         scheduler: see `TrainedTask`.
         warmup: see `TrainedTask`.
@@ -94,19 +115,31 @@ class AlignmentTask(TrainedTask):
         student: str | None = None,
         encoder: CTEncoder | None = None,
         expert_revision: str | None = None,
+        objective: Objective = "infonce",
+        soft_targets: SoftTargetSettings = SoftTargetSettings(),
         robust: RobustSettings = RobustSettings(),
+        keep: KeepSettings = KeepSettings(),
+        prior: PriorSettings = PriorSettings(),
         neighbours: int = 8,
         subset_share: float = 0.75,
         augmentation: Augmentation = Augmentation(),
         chunk: int | None = None,
+        micro_batch: int | None = None,
+        storage: HostStorage = "float32",
+        masking: MaskingSettings = MaskingSettings(),
         optimizer: OptimizerCallable = adamw,
         scheduler: LRSchedulerCallable | None = None,
         warmup: float = 0.05,
         select: Literal["last", "best"] = "last",
     ) -> None:
         super().__init__(optimizer, scheduler, warmup, select)
+        check_micro_batch(micro_batch)
+        check_objective(objective, robust)
+        self.micro_batch, self.storage = micro_batch, storage
+        self.masking = masking
+        self.entity_masking: EntityMasking | None = None
         teacher, store = open_teacher(expert, expert_revision, index)
-        self._teacher = (teacher,)
+        self._teacher, self._queries = (teacher,), (open_queries(teacher, store),)
         self.lookup = NeighbourLookup(store, min(neighbours, len(store)), "mean")
         self.student_spec: str | None = None
         self.upstream = {"xray-expert": teacher.fingerprint(), "xray-index": store.fingerprint}
@@ -119,12 +152,22 @@ class AlignmentTask(TrainedTask):
         self.text = text
         # A student already lies in the expert's space; an encoder that starts from nothing would overfit at its scale.
         self.scale = (teacher.logit_scale if student is not None else None) or 1 / 0.07
+        self.objective, self.soft_targets = objective, soft_targets
+        self.logit_bias: torch.nn.Parameter | None = None
+        if objective == "siglip":
+            self.scale, self.logit_bias = INIT_LOGIT_SCALE, torch.nn.Parameter(torch.tensor(INIT_LOGIT_BIAS))
+        elif objective == "soft-targets":
+            self.soft_temperature = own_temperature(soft_targets, teacher)
         self.text_source = (expert, expert_revision)
         self.model: DualEncoder | None = None
-        self.robust, self.subset_share = robust, subset_share
+        self.robust, self.keep, self.subset_share = robust, keep, subset_share
         self.augmentation, self.chunk = augmentation, chunk
+        self.moving_average: MovingAverage | None = None
+        self.training_reports: TrainingReports | None = None
         self.false_negatives: FalseNegatives | None = None
-        self._quality = {"hits": 0.0, "suspected": 0.0, "actual": 0.0}
+        self.keep_targets: KeepTargets | None = None
+        self.prior_settings = prior
+        self.prior: ProjectionPrior | None = None
 
     def _take_student(self, student: str) -> tuple[CTEncoder, ProjectionHead]:
         """Encoder and projection of a stage-2 artefact, after checking what it was made from."""
@@ -147,7 +190,22 @@ class AlignmentTask(TrainedTask):
         projection = self.image_projection
         if projection is not None and projection.config["out_dim"] != space:
             projection = None
-        self.model = DualEncoder(self.ct_encoder, text_encoder, self.text.projection_dim, projection, self.scale)
+        weight = self.prior_settings.weight
+        if weight:
+            self.prior = ProjectionPrior(self._teacher[0], space)
+        self.model = DualEncoder(
+            self.ct_encoder, text_encoder, self.text.projection_dim, projection, self.scale, weight
+        )  # fmt: skip
+        if self.robust.needs_moving_average() and weight:
+            raise InputError(
+                f"stage 3: robust.evidence holds ema and prior.weight is {weight}; the moving average has no prior. "
+                "Take report, findings or retrieved as evidence, or set prior.weight=0."
+            )
+        if self.robust.needs_moving_average():
+            given = self.robust.thresholds.get("ema")
+            self.moving_average = MovingAverage(self.model, self.robust.ema_decay, given)
+        if self.masking.weight:
+            self.entity_masking = EntityMasking.beside(self.model, self.masking, datamodule.volume.shape)
         return super().run(trainer, datamodule, folder)
 
     def _text_encoder(self, datamodule: CTDataModule) -> TextEncoder:
@@ -172,7 +230,7 @@ class AlignmentTask(TrainedTask):
         return self.model
 
     def setup(self, stage: str) -> None:
-        """Check the volume spec; fix the false negatives' evidence on the training studies."""
+        """Check the volume spec; ask the frozen expert about the training studies, once for the whole stage."""
         datamodule = getattr(self.trainer, "datamodule", None)
         if stage != "fit" or not isinstance(datamodule, CTDataModule):
             return
@@ -182,17 +240,13 @@ class AlignmentTask(TrainedTask):
                 "the volume spec that the student was distilled with", self.student_spec,
                 "Give both stages the same data.init_args.volume.",
             )  # fmt: skip
-        if not self.robust.evidence:
-            return
-        train = datamodule.training_rows()
-        self.false_negatives = FalseNegatives(
-            self.robust,
-            list(train.frame.index),
-            torch.tensor(train.study_codes()),
-            [train.report(row) for row in train.frame.index],
-            self._teacher[0].to(self.trainer.strategy.root_device),
-            self.lookup,
-        )
+        device = self.trainer.strategy.root_device
+        teacher, queries = self._teacher[0].to(device), self._queries[0].to(device)
+        self.training_reports = TrainingReports(datamodule.training_rows(), teacher, queries)
+        if self.robust.evidence:
+            self.false_negatives = FalseNegatives(self.robust, self.training_reports, self.lookup, self.moving_average)
+        if self.keep.weight > 0:
+            self.keep_targets = KeepTargets(self.keep, self.training_reports, self.lookup.store, self.dual.embed_dim)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The text tower in groups of its own, by its `lr_factor`."""
@@ -208,68 +262,115 @@ class AlignmentTask(TrainedTask):
             views.append(sample_sentences(report, rng) if rng.random() < self.subset_share else report)
         return views
 
-    def _encode(self, batch: CTBatch) -> tuple[Tensor, Tensor]:
-        """Features of this rank's rows, both (b, D), of augmented volumes and of this epoch's views of the reports."""
-        image, _ = self.dual.encode_volume(self.augmentation(batch.volume))
-        return image, self.dual.encode_text(self._views(batch))
+    def transfer_batch_to_device(self, batch: CTBatch, device: torch.device, dataloader_idx: int) -> CTBatch:
+        """With `micro_batch`, the volumes of a training batch stay on the host until they are encoded."""
+
+        def move(batch: CTBatch) -> CTBatch:
+            moved: CTBatch = super(AlignmentTask, self).transfer_batch_to_device(batch, device, dataloader_idx)
+            return moved
+
+        return on_host(batch, self.storage, move) if self.micro_batch and self.trainer.training else move(batch)
+
+    def _encode(self, batch: CTBatch) -> tuple[Tensor, ...]:
+        """Features of this rank's rows, both (b, D), of augmented volumes and of this epoch's views of the reports.
+
+        With `masking`, also what each row adds to the loss of its masked report (see `masked_language_loss`).
+        With `micro_batch` it runs twice a micro-batch (see `encode_cached`): whatever else it may return has one row
+        a volume, and gathers wait for `_contrast`.
+        """
+        image, output = self.dual.encode_volume(self.augmentation(batch.volume), self._prior(batch))
+        text = self.dual.encode_text(self._views(batch))
+        if self.entity_masking is None:
+            return image, text
+        seeds = [f"masking-{self.current_epoch}-{row}" for row in batch.row.tolist()]
+        return image, text, *self.entity_masking(self.dual.text_encoder, batch.report, seeds, output.tokens)
+
+    def _prior(self, batch: CTBatch) -> Tensor | None:
+        return None if self.prior is None else self.prior(batch)
 
     def _contrast(self, image: Tensor, text: Tensor, batch: CTBatch) -> dict[str, Tensor]:
         """The contrastive terms of the global batch, `loss` among them, from this rank's features."""
         study = gather_with_gradient(batch.study)
         image, text = gather_with_gradient(image), gather_with_gradient(text)
-        scale = self.dual.logit_scale.exp()
-        if self.false_negatives is None:
-            terms = contrastive_loss(image, text, scale, study=study, chunk=self.chunk)
-        else:
-            gathered = {
-                name: gather_with_gradient(value) for name, value in self.false_negatives.features(batch.row).items()
-            }
-            correction, suspects = self.false_negatives.corrections(gathered, study, self.current_epoch)
-            terms = contrastive_loss(
-                image, text, scale, targets=correction.targets, text_targets=correction.text_targets,
-                denominator=correction.denominator, chunk=self.chunk,
-            )  # fmt: skip
-            pairs = max(1, len(study) * (len(study) - 1))
-            terms |= {"suspected_share": correction.suspected / pairs, "corrected_share": correction.corrected / pairs}
-            terms |= {"suspected_pairs": correction.suspected.float(), "corrected_pairs": correction.corrected.float()}
-            self._watch(suspects, batch, study)
+        terms = self._objective_terms(image, text, study, batch)
         terms["loss"] = terms.pop("total")
-        terms["logit_scale"] = scale.detach()
+        if self.keep_targets is not None:
+            terms["keep"] = pair_loss(image, gather_with_gradient(self.keep_targets(batch)))
+            terms["loss"] = terms["loss"] + self.keep.weight * terms["keep"]
+        terms["logit_scale"] = self.dual.logit_scale.detach().exp()
         return terms
 
+    def _objective_terms(self, image: Tensor, text: Tensor, study: Tensor, batch: CTBatch) -> dict[str, Tensor]:
+        scale = self.dual.logit_scale.exp()
+        if self.false_negatives is not None:
+            return self.false_negatives.loss(image, text, scale, study, batch, self.current_epoch, self.chunk)
+        if self.objective == "soft-targets":
+            assert self.training_reports is not None
+            own = self.training_reports.embeddings[self.training_reports.places(batch.row)].to(image.device)
+            return soft_target_loss(
+                image, text, scale, gather_with_gradient(own), study,
+                self.soft_targets.weight, self.soft_temperature, self.chunk,
+            )  # fmt: skip
+        return self._plain_terms(image, text, study)
+
+    def _plain_terms(self, image: Tensor, text: Tensor, study: Tensor) -> dict[str, Tensor]:
+        """The objective without anything that is known of training rows alone."""
+        scale = self.dual.logit_scale.exp()
+        if self.logit_bias is None:
+            return contrastive_loss(image, text, scale, study=study, chunk=self.chunk)
+        terms = siglip_loss(image, text, scale, self.logit_bias, study, self.chunk)
+        return {**terms, "logit_bias": self.logit_bias.detach()}
+
     def training_step(self, batch: CTBatch, batch_idx: int) -> Tensor:
-        """InfoNCE with corrected targets over the global batch."""
+        """The objective over the global batch."""
         del batch_idx
-        image, text = self._encode(batch)
+        if self.micro_batch is None:
+            image, text, *masked = self._encode(batch)
+        else:
+            dtype = self.dual.logit_scale.dtype
+            image, text, *masked = encode_in_micro_batches(
+                self._encode, batch, self.micro_batch, self.parameters(), self.device, dtype
+            )
         terms = self._contrast(image, text, batch)
+        if masked:
+            efm = masked_language_loss(*masked)
+            terms["loss"] = terms["loss"] + self.masking.weight * efm["total"]
+            # A batch without any chosen word of a kind has no accuracy there; all ranks agree on that.
+            terms |= {f"efm_{name}": value for name, value in efm.items() if not value.isnan()}
         self.log_terms({name: value.float() for name, value in terms.items()}, "train", len(batch.row))
         return terms["loss"]
 
-    def _watch(self, suspects: Tensor, batch: CTBatch, study: Tensor) -> None:
-        """Precision and recall of the suspects against labels: for the log, never for the loss."""
-        if batch.labels is None or not batch.labels.shape[1]:
-            return
-        quality = identification_quality(suspects, gather_with_gradient(batch.labels), study)
-        for name in self._quality:
-            self._quality[name] += quality[name]
+    def on_train_epoch_start(self) -> None:
+        """Fix the moving average's threshold once the warm-up is over, before anything is corrected."""
+        found = self.false_negatives
+        if found is not None and found.needs_threshold(self.current_epoch):
+            datamodule = getattr(self.trainer, "datamodule", None)
+            assert isinstance(datamodule, CTDataModule)
+            with self.trainer.precision_plugin.forward_context():
+                threshold = found.measure_threshold(datamodule)
+            found.fix_threshold(self.trainer.strategy.broadcast(threshold))
 
     def on_train_epoch_end(self) -> None:
-        """Log the epoch's precision and recall of the identification."""
-        hits, suspected, actual = (self._quality[name] for name in ("hits", "suspected", "actual"))
-        if suspected:
-            self.log("train/false_negative_precision", hits / suspected)
-        if actual:
-            self.log("train/false_negative_recall", hits / actual)
-        self._quality = dict.fromkeys(self._quality, 0.0)
+        """Log how many pairs the epoch suspected and corrected, and how right it was."""
+        if self.false_negatives is not None:
+            # Counted on the global batch, so the same on every rank: their mean, never their sum.
+            for name, value in self.false_negatives.drain_counts().items():
+                self.log(f"train/{name}", value, sync_dist=True)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """One step; the moving average follows."""
+        super().optimizer_step(*args, **kwargs)
+        if self.moving_average is not None:
+            self.moving_average.update_parameters(self.dual)
 
     def validation_step(self, batch: CTBatch, batch_idx: int) -> None:
-        """Plain InfoNCE on whole reports, without augmentation."""
+        """Plain InfoNCE, or the sigmoid loss, on whole reports, without augmentation and corrections."""
         del batch_idx
-        image, _ = self.dual.encode_volume(batch.volume)
+        image, _ = self.dual.encode_volume(batch.volume, self._prior(batch))
         text = self.dual.encode_text(batch.report)
         image, text = gather_with_gradient(image), gather_with_gradient(text)
         study = gather_with_gradient(batch.study)
-        terms = contrastive_loss(image, text, self.dual.logit_scale.exp(), study=study)
+        terms = self._plain_terms(image, text, study)
         self.log_terms({"loss": terms["total"]}, "val", len(batch.row))
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -281,17 +382,19 @@ class AlignmentTask(TrainedTask):
     def predict_step(self, batch: CTBatch, batch_idx: int) -> dict[str, Tensor]:
         """Image and report features of a batch, both (B, D), unit rows."""
         del batch_idx
-        image, _ = self.dual.encode_volume(batch.volume)
+        image, _ = self.dual.encode_volume(batch.volume, self._prior(batch))
         return {"image": image, "text": self.dual.encode_text(batch.report), "row": batch.row}
 
     def finish(self, trainer: L.Trainer, datamodule: L.LightningDataModule, folder: Path) -> dict[str, Any]:
         """Write the dual encoder; report-to-volume recall on CT `val`."""
         assert isinstance(datamodule, CTDataModule)
         if rank() == 0:
-            self.dual.save(folder / "artefact", self.upstream, datamodule.volume.to_config())
+            expert = resolve_source(*self.text_source) if self.prior is not None else None
+            self.dual.save(folder / "artefact", self.upstream, datamodule.volume.to_config(), expert)
         metrics = last_values(trainer)
         if self.false_negatives is not None:
-            metrics["thresholds"] = self.false_negatives.thresholds
+            fixed = self.false_negatives.all_thresholds()
+            metrics["thresholds"] = {kind: x if math.isfinite(x) else None for kind, x in fixed.items()}
         val = datamodule.with_text(datamodule.manifest.split("val"))
         if len(val) > 1:
             found = predict_rows(trainer, self, datamodule.loader(val), list(val.frame.index))

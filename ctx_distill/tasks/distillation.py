@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,30 +16,30 @@ from torch import Tensor
 
 from ctx_distill.data.augment import Augmentation
 from ctx_distill.data.datamodules import CTDataModule
+from ctx_distill.data.projection import PROJECTION_VERSION
 from ctx_distill.distributed import gather_with_gradient, rank
 from ctx_distill.errors import InputError
-from ctx_distill.losses.distillation import distillation_loss
+from ctx_distill.losses.distillation import NEAR_UNIFORM, distillation_loss, mix_neighbours, scheduled
 from ctx_distill.metrics.classification import classification_report
 from ctx_distill.models.ct_encoder import CTEncoder
 from ctx_distill.models.dual_encoder import save_ct_encoder
 from ctx_distill.models.heads import ProjectionHead
 from ctx_distill.models.xray_expert import XrayExpert
-from ctx_distill.retrieval.lookup import LookupMode, NeighbourLookup
 from ctx_distill.tasks.base import TrainedTask, adamw, last_values
+from ctx_distill.tasks.distillation_anchors import AnchorKind, Anchors
+from ctx_distill.tasks.distillation_targets import (
+    NeighbourSettings,
+    OracleTeacher,
+    ProjectionTeacher,
+    RetrievedTeacher,
+    TeacherSettings,
+)
 from ctx_distill.tasks.predict import predict_rows, study_means
 from ctx_distill.tasks.prompting import pair_probabilities, prompt_features
-from ctx_distill.tasks.teacher import open_teacher
-from ctx_distill.text.findings import load_vocabulary
+from ctx_distill.tasks.row_features import ReportFeatures
+from ctx_distill.tasks.teacher import open_queries, open_teacher
+from ctx_distill.text.report import sample_sentences
 from ctx_distill.types import CTBatch
-
-
-@dataclass(frozen=True)
-class NeighbourSettings:
-    """How a CT report's nearest X-rays become one target; see `NeighbourLookup`."""
-
-    k: int = 8
-    mode: LookupMode = "mean"
-    temperature: float = 0.07
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,21 @@ class DistillationWeights:
 
     pair: float = 1.0
     relation: float = 1.0
+
+
+@dataclass(frozen=True)
+class DistillationSchedule:
+    """Last values of what changes over the training, step by step (**ours**); None keeps the first value.
+
+    Attributes:
+        tau_end: of the temperature, reached geometrically.
+        pair_end: of the pair-wise weight, reached linearly.
+        relation_end: of the relation weight, reached linearly.
+    """
+
+    tau_end: float | None = None
+    pair_end: float | None = None
+    relation_end: float | None = None
 
 
 class DistillationTask(TrainedTask):
@@ -58,17 +75,24 @@ class DistillationTask(TrainedTask):
         expert: folder or hub name of the X-ray expert.
         index: folder of the stage-1 artefact.
         expert_revision: pinned commit of a hub expert.
-        neighbours: how the retrieved X-rays are mixed.
+        teachers: weights of the retrieved X-rays and of the CT's own projection in the target.
+        neighbours: how X-rays are retrieved and mixed.
         weights: of the pair-wise and the relation loss.
         tau: temperature of the relation; None takes the expert's own.
+        schedule: how temperature and weights change over the training. Validation uses the last values throughout, so
+            that its losses compare.
         anchors: `batch`: the report embeddings of the global batch; `prompts`: findings prompts; both in the expert's
-            joint space.
-        vocabulary: findings whose prompts are anchors.
+            joint space. `bank`: image features of the pool, for an expert without one.
+        bank_size: X-rays of the bank.
+        vocabulary: findings whose prompts are anchors, and that the re-rank reads from the reports.
         augmentation: of the volumes.
         optimizer: see `TrainedTask`.
         scheduler: see `TrainedTask`.
         warmup: see `TrainedTask`.
         select: see `TrainedTask`.
+
+    Raises:
+        InputError: expert, index and settings do not fit together.
     """
 
     def __init__(
@@ -77,10 +101,13 @@ class DistillationTask(TrainedTask):
         expert: str,
         index: str,
         expert_revision: str | None = None,
+        teachers: TeacherSettings = TeacherSettings(),
         neighbours: NeighbourSettings = NeighbourSettings(),
         weights: DistillationWeights = DistillationWeights(),
         tau: float | None = None,
-        anchors: Literal["batch", "prompts"] = "batch",
+        schedule: DistillationSchedule = DistillationSchedule(),
+        anchors: AnchorKind = "batch",
+        bank_size: int = 1024,
         vocabulary: str = "ct-rate",
         augmentation: Augmentation = Augmentation(),
         optimizer: OptimizerCallable = adamw,
@@ -90,19 +117,34 @@ class DistillationTask(TrainedTask):
     ) -> None:
         super().__init__(optimizer, scheduler, warmup, select)
         teacher, store = open_teacher(expert, expert_revision, index)
+        if store.config.get("value_dim") != store.value_dim or store.value_dim != teacher.embed_dim:
+            raise InputError(
+                f"{index}: the index names values of {store.config.get('value_dim')} dimensions and holds "
+                f"{store.value_dim}; the expert {expert} has {teacher.embed_dim}. Build the index again (make stage-1)."
+            )
         self._teacher = (teacher,)
         self.store = store
-        self.lookup = NeighbourLookup(store, min(neighbours.k, len(store)), neighbours.mode, neighbours.temperature)
+        self.teachers, self.neighbours = teachers, neighbours
+        self.retrieved = RetrievedTeacher(store, neighbours, vocabulary)
+        self.oracle: OracleTeacher | None = None
+        self.own_projection = ProjectionTeacher()
         self.encoder = encoder
         self.projection = ProjectionHead(encoder.embed_dim, store.value_dim)
-        self.weights = {"pair": weights.pair, "relation": weights.relation}
-        scale = teacher.logit_scale
-        if tau is None and scale is None:
-            raise InputError(f"{expert}: names no temperature of its own; set ARGS=--model.init_args.tau=0.05.")
-        self.tau = tau if tau is not None else 1.0 / float(scale or 1.0)
-        self.anchors, self.vocabulary = anchors, vocabulary
+        self.weights, self.schedule = weights, schedule
+        self.tau = tau if tau is not None or teacher.logit_scale is None else 1.0 / teacher.logit_scale
+        self.anchors: Anchors | None = None
+        if max(weights.relation, schedule.relation_end or 0.0) > 0:
+            self.anchors = Anchors(anchors, teacher, store, bank_size, vocabulary)
+            if self.tau is None:
+                raise InputError(f"{expert}: names no temperature of its own; set ARGS=--model.init_args.tau=0.05.")
+        for name, value in (("tau", self.tau), ("schedule.tau_end", schedule.tau_end)):
+            if value is not None and value <= 0:
+                raise InputError(f"stage 2: {name} is {value}; expected a temperature above 0, such as 0.05.")
         self.augmentation = augmentation
-        self._prompts: Tensor | None = None
+        asked = open_queries(teacher, store)
+        self._queries = ReportFeatures(asked)
+        self._anchor_texts = self._queries if asked is teacher else ReportFeatures(teacher)
+        self._steps, self._warned = 1, False
 
     @property
     def teacher(self) -> XrayExpert:
@@ -114,37 +156,119 @@ class DistillationTask(TrainedTask):
         projected: Tensor = self.projection(self.encoder(volume).pooled)
         return projected
 
-    def _anchors(self, queries: Tensor) -> Tensor:
-        if self.anchors == "batch" and queries.shape[0] > 1:
-            return queries
-        if self._prompts is None:
-            names = [finding.name for finding in load_vocabulary(self.vocabulary).findings]
-            positive, negative = prompt_features(self.teacher.encode_text, names, "default")
-            self._prompts = torch.cat([positive, negative])
-        return self._prompts.to(queries.device)
+    def setup(self, stage: str) -> None:
+        """Check that the data bring what the teachers need."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if stage != "fit" or not isinstance(datamodule, CTDataModule):
+            return
+        if self.teachers.projection > 0 and not datamodule.projection:
+            raise InputError(
+                f"stage 2: teachers.projection is {self.teachers.projection}, but the data module computes none. Set "
+                "data.init_args.projection=true."
+            )
+        used = datamodule.with_text(datamodule.manifest.split("train", "val"))
+        silent = len(used) - len(datamodule.report_rows(used))
+        if self.teachers.projection == 0 and silent:
+            raise InputError(
+                f"{datamodule.manifest.path}: {silent} CTs of `train` and `val` have no report text, and the retrieved "
+                "X-rays are the only teacher. Set data.init_args.text=required to leave them out, or give "
+                "teachers.projection a weight above 0."
+            )
+        if self.neighbours.control == "oracle":
+            self.oracle = OracleTeacher(self.store, self.neighbours, datamodule.manifest.finding_names)
 
-    def _terms(self, batch: CTBatch, augment: bool) -> dict[str, Tensor]:
-        volume = self.augmentation(batch.volume) if augment else batch.volume
+    def on_train_start(self) -> None:
+        """Note over how many steps the schedule runs."""
+        self._steps = max(1, int(self.trainer.estimated_stepping_batches))
+
+    def _progress(self) -> float:
+        return min(1.0, self.global_step / max(1, self._steps - 1))
+
+    def _now(self, progress: float) -> dict[str, float]:
+        """Temperature and weights at a share of the training."""
+        end = self.schedule
+        return {
+            "tau": scheduled(self.tau or 1.0, end.tau_end, progress, "geometric"),
+            "pair": scheduled(self.weights.pair, end.pair_end, progress, "linear"),
+            "relation": scheduled(self.weights.relation, end.relation_end, progress, "linear"),
+        }
+
+    def _view(self, row: int, report: str) -> str:
+        """This epoch's view of a report: a function of epoch and row alone."""
+        if not self.neighbours.subset_share:
+            return report
+        draw = random.Random(f"{self.current_epoch}-{row}")
+        return sample_sentences(report, draw) if draw.random() < self.neighbours.subset_share else report
+
+    def _target(self, batch: CTBatch, views: list[str]) -> Tensor:
+        """u_i of this rank's rows: (b, D_v) unit rows."""
+        device, known = batch.row.device, [bool(view) for view in views]
+        if self.teachers.retrieved == 0:
+            return self.own_projection(batch, self.teacher)
+        if self.oracle is not None:
+            retrieved = self.oracle(batch)
+        else:
+            retrieved = torch.zeros(len(known), self.store.value_dim, device=device)
+            if any(known):
+                queries = self._queries(batch.row, batch.report, views)
+                retrieved[known] = self.retrieved(queries[known], [view for view in views if view]).to(retrieved)
+        if self.teachers.projection == 0:
+            return retrieved
+        both = torch.stack([retrieved, self.own_projection(batch, self.teacher)], dim=1)
+        weights = torch.tensor([[self.teachers.retrieved * told, self.teachers.projection] for told in known])
+        return mix_neighbours(both, weights.to(device))
+
+    def _anchors_of(self, batch: CTBatch, views: list[str]) -> Tensor | None:
+        """(K, D_v) unit rows, the same on every rank; None without a relation term."""
+        if self.anchors is None:
+            return None
+        texts = None
+        if self.anchors.kind == "batch":
+            texts = gather_with_gradient(self._anchor_texts(batch.row, batch.report, views))
+            texts = texts[texts.any(dim=1)]
+        return self.anchors(self.teacher, texts, batch.row.device)
+
+    def _terms(self, batch: CTBatch, train: bool) -> dict[str, Tensor]:
+        volume = self.augmentation(batch.volume) if train else batch.volume
+        views = batch.report
+        if train:
+            views = [self._view(row, report) for row, report in zip(batch.row.tolist(), batch.report, strict=True)]
         with torch.no_grad():
-            queries = self.teacher.encode_text(batch.report)
-            target = self.lookup(queries)["features"]
-        student = gather_with_gradient(self.features(volume))
-        target, queries = gather_with_gradient(target), gather_with_gradient(queries)
-        terms = distillation_loss(student, target, self._anchors(queries), self.tau, self.weights)
+            target, anchors = self._target(batch, views), self._anchors_of(batch, views)
+        student, target = gather_with_gradient(self.features(volume)), gather_with_gradient(target)
+        now = self._now(self._progress() if train else 1.0)
+        weights = {"pair": now["pair"], "relation": now["relation"]}
+        terms = distillation_loss(student, target, anchors, now["tau"], weights)
         terms["loss"] = terms.pop("total")
+        if self.schedule != DistillationSchedule():
+            terms |= {f"now_{name}": torch.tensor(value) for name, value in now.items()}
         return terms
 
     def training_step(self, batch: CTBatch, batch_idx: int) -> Tensor:
         """L_distill of a batch."""
-        del batch_idx
-        terms = self._terms(batch, augment=True)
+        terms = self._terms(batch, train=True)
+        if batch_idx == 0 and not self._warned:
+            self._warn_of_uniform_targets(terms)
         self.log_terms(terms, "train", len(batch.row))
         return terms["loss"]
 
+    def _warn_of_uniform_targets(self, terms: dict[str, Tensor]) -> None:
+        """Say once a run, on rank zero, that p* says next to nothing."""
+        if rank() != 0 or not terms.get("target_near_uniform", torch.zeros(())):
+            return
+        self._warned = True
+        warnings.warn(
+            f"stage 2: the relation's target p* is nearly uniform: entropy {float(terms['target_entropy']):.3f} nats, "
+            f"{100 * float(terms['target_entropy_share']):.1f} % of log |A| (warned above {100 * NEAR_UNIFORM:.0f} %), "
+            f"at tau {self._now(self._progress())['tau']:g}. It teaches next to nothing: set a smaller "
+            "model.init_args.tau.",
+            stacklevel=2,
+        )
+
     def validation_step(self, batch: CTBatch, batch_idx: int) -> None:
-        """The same without augmentation."""
+        """The same without augmentation, on whole reports, at the schedule's last values."""
         del batch_idx
-        self.log_terms(self._terms(batch, augment=False), "val", len(batch.row))
+        self.log_terms(self._terms(batch, train=False), "val", len(batch.row))
 
     def predict_step(self, batch: CTBatch, batch_idx: int) -> dict[str, Tensor]:
         """Normalised features (B, D_e)."""
@@ -155,6 +279,10 @@ class DistillationTask(TrainedTask):
         """Mark what the checkpoint belongs to; the expert is not in it."""
         checkpoint["expert"] = self.teacher.fingerprint()
 
+    def _upstream(self) -> dict[str, str]:
+        upstream = {"xray-expert": self.teacher.fingerprint(), "xray-index": self.store.fingerprint}
+        return upstream | ({"projection": str(PROJECTION_VERSION)} if self.teachers.projection > 0 else {})
+
     def finish(self, trainer: L.Trainer, datamodule: L.LightningDataModule, folder: Path) -> dict[str, Any]:
         """Write the student; ask it with the expert's prompts on CT `val`, where there are labels."""
         assert isinstance(datamodule, CTDataModule)
@@ -163,17 +291,18 @@ class DistillationTask(TrainedTask):
                 folder / "artefact",
                 self.encoder,
                 self.projection,
-                {"xray-expert": self.teacher.fingerprint(), "xray-index": self.store.fingerprint},
+                self._upstream(),
                 datamodule.volume.to_config(),
             )
         metrics: dict[str, Any] = last_values(trainer)
         metrics["tau"] = self.tau
         val = datamodule.manifest.split("val")
-        if len(val) and datamodule.manifest.finding_names:
+        if len(val) and datamodule.manifest.finding_names and self.teacher.has_joint_space:
             found = predict_rows(trainer, self, datamodule.loader(val), list(val.frame.index))
             names = list(datamodule.manifest.finding_names)
             positive, negative = prompt_features(self.teacher.encode_text, names, "normal")
-            scores = pair_probabilities(found["features"], positive.cpu(), negative.cpu(), 1 / self.tau)
+            scale = self.teacher.logit_scale or 1.0
+            scores = pair_probabilities(found["features"], positive.cpu(), negative.cpu(), scale)
             studies, means = study_means(val, scores.numpy())
             labels = studies[[f"label:{name}" for name in names]].to_numpy()
             report = classification_report(labels, means, names, studies["patient_id"].tolist())

@@ -8,22 +8,24 @@ from typing import Any
 
 import lightning as L
 import numpy as np
-import pandas as pd
 import torch
-import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ctx_distill.data.datamodules import XrayDataModule
 from ctx_distill.data.manifest import Manifest
 from ctx_distill.distributed import barrier, rank, world_size
 from ctx_distill.errors import InputError
-from ctx_distill.files import write_text
-from ctx_distill.metrics.retrieval import retrieval_quality
+from ctx_distill.models.report_encoder import FrozenReportEncoder, ReportEncoder, open_report_encoder
+from ctx_distill.models.weights import HUB
 from ctx_distill.models.xray_expert import XrayExpert, open_expert
 from ctx_distill.retrieval.index import IndexKind
-from ctx_distill.retrieval.store import XrayIndexArtefact, merge_shards, write_index_artefact, write_shard
+from ctx_distill.retrieval.keys import KeyKind, make_keys
+from ctx_distill.retrieval.shards import merge_shards, write_shard
+from ctx_distill.retrieval.store import ReportSource, XrayIndexArtefact, write_index_artefact
 from ctx_distill.tasks.base import StageTask
+from ctx_distill.tasks.findings_reader import FindingsReader
+from ctx_distill.tasks.index_quality import held_out_studies, measure_retrieval
+from ctx_distill.text.findings import extract_many, load_vocabulary
 from ctx_distill.types import XrayBatch
 
 
@@ -39,6 +41,17 @@ class IndexTask(StageTask):
             all X-ray reports and what all CT reports share in style does not count (**ours**, after Mu and
             Viswanath 2018, "All-but-the-Top").
         neighbours: how many X-rays a study `retrieval.csv` lists.
+        key: what a CT report is compared with: the X-ray's report (`text`), its image (`image`), or the mean of both
+            cosines (`both`); the latter two in the expert's joint space. X-rays without a report can be found by
+            `image` alone.
+        report_encoder: folder or hub name of what embeds the reports in place of the expert's text tower: an expert
+            with a text tower, or a BERT-like encoder. Needed where the expert has none; for `text` keys.
+        report_encoder_revision: pinned commit of a hub encoder.
+        vocabulary: findings that are read from the pool's reports for the findings re-rank of later stages; name or
+            YAML file.
+
+    Raises:
+        InputError: expert, key and report encoder do not fit together.
     """
 
     def __init__(
@@ -49,45 +62,66 @@ class IndexTask(StageTask):
         minimum_recall: float = 0.95,
         centre: bool = True,
         neighbours: int = 10,
+        key: KeyKind = "text",
+        report_encoder: str | None = None,
+        report_encoder_revision: str | None = None,
+        vocabulary: str = "ct-rate",
     ) -> None:
         super().__init__()
         self.expert: XrayExpert = open_expert(expert, expert_revision)
-        if not self.expert.has_text:
+        self.separate: FrozenReportEncoder | None = None
+        self.report_source: ReportSource | None = None
+        if report_encoder is not None:
+            self.separate = open_report_encoder(report_encoder, report_encoder_revision)
+            place = report_encoder if report_encoder.startswith(HUB) else str(Path(report_encoder).resolve())
+            self.report_source = ReportSource(place, report_encoder_revision, self.separate.fingerprint())
+        elif not self.expert.has_text:
             raise InputError(
-                f"{expert}: this expert has no text tower, so that reports cannot be keys. Give one with text "
-                "(open_clip, SigLIP) with EXPERT= or ARGS=--model.init_args.expert=<folder>."
+                f"{expert}: this expert has no text tower, so reports cannot be embedded with it. Give a report encoder"
+                " with ARGS=--model.init_args.report_encoder=<folder>, or an expert with text (open_clip, SigLIP)."
             )
+        if key != "text" and (self.separate is not None or not self.expert.has_joint_space):
+            found = (
+                f"the reports are embedded by {self.separate.name}" if self.separate is not None
+                else f"the expert's images have {self.expert.embed_dim} dimensions, its texts {self.expert.text_dim}, "
+                f"its temperature is {self.expert.logit_scale}"
+            )  # fmt: skip
+            raise InputError(
+                f"{expert}: key {key} compares reports with images, which needs both in the joint space of one "
+                f"contrastively trained expert, but {found}. Set ARGS=--model.init_args.key=text."
+            )
+        self.key: KeyKind = key
         self.index_kind, self.minimum_recall, self.neighbours = index_kind, minimum_recall, neighbours
         self.centre = centre
+        self.vocabulary_name, self.vocabulary = vocabulary, load_vocabulary(vocabulary)
+
+    @property
+    def reports(self) -> ReportEncoder:
+        """What embeds reports, for keys and queries."""
+        return self.separate if self.separate is not None else self.expert
 
     def describe(self) -> dict[str, Any]:
-        """The expert."""
-        return {"expert": self.expert.describe()}
+        """The expert, and the report encoder where it is another."""
+        return {"expert": self.expert.describe()} | self._describe_separate()
+
+    def _describe_separate(self) -> dict[str, Any]:
+        if self.separate is None or self.report_source is None:
+            return {}
+        encoder = {"name": self.separate.name, "revision": self.report_source.revision}
+        return {"report_encoder": {**encoder, "fingerprint": self.report_source.fingerprint,
+                                   "text_dim": self.separate.text_dim}}  # fmt: skip
 
     def predict_step(self, batch: XrayBatch, batch_idx: int) -> dict[str, Tensor]:
-        """Values u_j (B, D_e) and keys v_j (B, D_t) of a batch."""
+        """Values u_j (B, D_e) of a batch and its texts' v_j (B, D_t); those of images alone where no text is a key."""
         del batch_idx
-        return {
-            "values": self.expert.encode_image(batch.image),
-            "keys": self.expert.encode_text(batch.report),
-            "row": batch.row,
-        }
+        values = self.expert.encode_image(batch.image)
+        keys = values if self.key == "image" else self.reports.encode_text(batch.report)
+        return {"values": values, "keys": keys, "row": batch.row}
 
     def run(self, trainer: L.Trainer, datamodule: L.LightningDataModule, folder: Path) -> dict[str, Any]:
         """Embed, join the ranks' shards, build, look up the held-out CT studies."""
         assert isinstance(datamodule, XrayDataModule)
-        pool, left_out = datamodule.pool()
-        texts = [pool.report(row) for row in pool.frame.index]
-        silent = sum(not text for text in texts)
-        if silent:
-            pool = pool.where(np.array([bool(text) for text in texts]))
-            texts = [text for text in texts if text]
-            left_out = {**left_out, "no report text": silent}
-        for reason, count in left_out.items():
-            if count:
-                print(f"left out of the index: {count} X-rays ({reason})")
-        if not len(pool):
-            raise InputError(f"{datamodule.manifest.path}: no X-ray is left for the index; left out: {left_out}.")
+        pool, left_out = self._pool(datamodule)
         datamodule.preprocess, datamodule.preprocess_key = self.expert.preprocess, self.expert.fingerprint()
         outputs: list[Any] = trainer.predict(self, dataloaders=datamodule.loader(pool)) or []
         shards = folder / "shards"
@@ -99,29 +133,59 @@ class IndexTask(StageTask):
         barrier()
         metrics: dict[str, Any] = {}
         if rank() == 0:
+            self.to(trainer.strategy.root_device)
             table = merge_shards(shards, [int(row) for row in pool.frame.index])
-            expert = {name: value for name, value in self.expert.describe().items() if name != "source"}
-            query_centre = self._query_centre(datamodule.ct)
-            keys = table["keys"]
-            if query_centre is not None:
-                keys = F.normalize(keys - keys.mean(dim=0), dim=-1)
-            store = write_index_artefact(
-                folder / "artefact",
-                keys,
-                table["values"],
-                pool.frame.assign(row=pool.frame.index),
-                {"xray-expert": self.expert.fingerprint(), "xray-manifest": datamodule.manifest.fingerprint},
-                {"expert": expert, "left_out": left_out, "query_centre": query_centre},
-                texts=texts,
-                kind=self.index_kind,
-                minimum_recall=self.minimum_recall if self.index_kind != "exact" else None,
-            )
+            store = self._write(folder / "artefact", table, pool, datamodule, left_out)
             shutil.rmtree(shards)
             metrics = {"pool": len(pool), "left_out": left_out, "key_dim": store.key_dim, "value_dim": store.value_dim}
             if datamodule.ct is not None:
-                metrics |= self._quality(store, pool, datamodule.ct, folder)
+                metrics |= self._quality(store, pool, held_out_studies(datamodule.ct))
         barrier()
         return metrics
+
+    def _pool(self, datamodule: XrayDataModule) -> tuple[Manifest, dict[str, int]]:
+        """The X-rays that the index takes; those without a report only where images are the key."""
+        pool, left_out = datamodule.pool()
+        told = np.array([bool(pool.report(row)) for row in pool.frame.index], dtype=bool)
+        if self.key != "image" and not told.all():
+            pool, left_out = pool.where(told), {**left_out, "no report text": int((~told).sum())}
+        for reason, count in left_out.items():
+            if count:
+                print(f"left out of the index: {count} X-rays ({reason})")
+        if not len(pool):
+            raise InputError(f"{datamodule.manifest.path}: no X-ray is left for the index; left out: {left_out}.")
+        return pool, left_out
+
+    def _write(
+        self,
+        folder: Path,
+        table: dict[str, Tensor],
+        pool: Manifest,
+        datamodule: XrayDataModule,
+        left_out: dict[str, int],
+    ) -> XrayIndexArtefact:
+        """Keys, index, and findings read from the pool's texts, as an artefact."""
+        texts = [pool.report(row) for row in pool.frame.index]
+        # A silent X-ray may show anything; beside it, what a text does not mention counts as absent.
+        told = all(texts)
+        query_centre = self._query_centre(datamodule.ct)
+        described = {name: value for name, value in self.expert.describe().items() if name != "source"}
+        config = {"expert": described, "key": self.key, "vocabulary": self.vocabulary.name, "left_out": left_out,
+                  "query_centre": query_centre, **self._describe_separate()}  # fmt: skip
+        return write_index_artefact(
+            folder,
+            make_keys(self.key, table["keys"], table["values"], centred=query_centre is not None),
+            table["values"],
+            pool.frame.assign(row=pool.frame.index),
+            {"xray-expert": self.expert.fingerprint(), "xray-manifest": datamodule.manifest.fingerprint},
+            config,
+            texts=texts,
+            findings=torch.from_numpy(extract_many(texts, self.vocabulary)) if told else None,
+            finding_names=self.vocabulary.names if told else None,
+            kind=self.index_kind,
+            minimum_recall=self.minimum_recall if self.index_kind != "exact" else None,
+            report_source=self.report_source,
+        )
 
     def _query_centre(self, ct: Manifest | None) -> list[float] | None:
         """Mean embedding of the CT `train` reports, (D_t,); None where nothing is to be centred."""
@@ -131,53 +195,13 @@ class IndexTask(StageTask):
         texts = [text for text in (train.report(row) for row in train.frame.index) if text]
         if not texts:
             return None
-        mean: list[float] = self.expert.encode_text(texts).mean(dim=0).tolist()
+        mean: list[float] = self.reports.encode_text(texts).mean(dim=0).tolist()
         return mean
 
-    def _quality(self, store: XrayIndexArtefact, pool: Manifest, ct: Manifest, folder: Path) -> dict[str, Any]:
-        """Look up each held-out CT study's report; write `retrieval.csv`; compare findings where both have labels."""
-        held_out = ct.split("val", "test")
-        held_out = held_out.where(~held_out.frame["study_id"].duplicated().to_numpy())
-        texts = [held_out.report(row) for row in held_out.frame.index]
-        held_out = held_out.where(np.array([bool(text) for text in texts], dtype=bool))
+    def _quality(self, store: XrayIndexArtefact, pool: Manifest, held_out: Manifest) -> dict[str, Any]:
+        """See `measure_retrieval`."""
         if not len(held_out):
             return {"queries": 0}
-        with torch.no_grad():
-            queries = self.expert.encode_text([text for text in texts if text]).cpu()
-        k = min(self.neighbours, len(pool))
-        similarity, positions = store.search(queries, k)
-        write_neighbours(folder / "retrieval.csv", held_out, pool, similarity.numpy(), positions.numpy())
-        names = [name for name in ct.finding_names if name in pool.finding_names]
-        metrics: dict[str, Any] = {"queries": len(held_out), "findings_compared": names}
-        if names:
-            metrics |= retrieval_quality(
-                label_columns(held_out, names),
-                label_columns(pool, names),
-                positions.numpy(),
-                patients=held_out.frame["patient_id"].tolist(),
-            )
-        return metrics
-
-
-def label_columns(manifest: Manifest, names: list[str]) -> NDArray[np.float32]:
-    """(N, F) labels of the findings named, 1, 0, -1 or NaN."""
-    return manifest.frame[[f"label:{name}" for name in names]].to_numpy(np.float32)
-
-
-def write_neighbours(
-    path: Path, queries: Manifest, pool: Manifest, similarity: NDArray[np.float32], positions: NDArray[np.int64]
-) -> None:
-    """Write the nearest X-rays of each CT study (contract: `retrieval.csv`)."""
-    count, k = positions.shape
-    nearest = pool.frame.iloc[positions.reshape(-1)]
-    table = pd.DataFrame(
-        {
-            "study_id": np.repeat(queries.frame["study_id"].to_numpy(), k),
-            "split": np.repeat(queries.frame["split"].to_numpy(), k),
-            "rank": np.tile(np.arange(1, k + 1), count),
-            "xray_study_id": nearest["study_id"].to_numpy(),
-            "xray_image_id": nearest["image_id"].to_numpy(),
-            "similarity": similarity.reshape(-1),
-        }
-    )
-    write_text(path, table.to_csv(index=False, float_format="%.5f", lineterminator="\n"))
+        queries = self.reports.encode_text([held_out.report(row) for row in held_out.frame.index]).cpu()
+        reader = FindingsReader(store, self.vocabulary_name) if store.finding_names else None
+        return measure_retrieval(store, queries, held_out, pool, self.neighbours, self.vocabulary, reader)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ctx_distill.checkpoint import require_same
+from ctx_distill.models.report_encoder import ReportEncoder, open_report_encoder
 from ctx_distill.models.xray_expert import XrayExpert, open_expert
 from ctx_distill.retrieval.store import XrayIndexArtefact
 
@@ -23,3 +24,21 @@ def open_teacher(expert: str, revision: str | None, index: str) -> tuple[XrayExp
         "Build the index again with this expert (make stage-1), or give the expert that it was built with.",
     )  # fmt: skip
     return teacher, store
+
+
+def open_queries(teacher: XrayExpert, store: XrayIndexArtefact) -> ReportEncoder:
+    """What embeds the CT reports that the index is asked with: the teacher, or the index's own report encoder.
+
+    Raises:
+        InputError: the report encoder cannot be had, or is not the one that the index was built with.
+    """
+    asked = store.report_source
+    if asked is None:
+        return teacher
+    encoder = open_report_encoder(asked.source, asked.revision)
+    require_same(
+        f"the report encoder {asked.source}", encoder.fingerprint(),
+        f"the report encoder that the index {store.folder} was built with", asked.fingerprint,
+        "Build the index again (make stage-1), or put back the files that it was built with.",
+    )  # fmt: skip
+    return encoder

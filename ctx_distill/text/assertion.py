@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import re
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ T = TypeVar("T")
 PRESENT, ABSENT, UNCERTAIN = 1, 0, -1
 
 _TOKEN = re.compile(r"[^\W_]+(?:\.\d+)?|[,;:?()]")
+_CONTRACTED = re.compile("n['’]t")
 _GAP = "..."
 _GAP_WORDS = 8
 _BREAKS = frozenset(",;:?()")
@@ -63,9 +65,26 @@ def stem(word: str) -> str:
     return word[:-1]
 
 
+def _lower(text: str) -> str:
+    lowered = text.lower()
+    # the small letters of a few capitals ("İ") are two characters, after which no place would fit the text
+    return lowered if len(lowered) == len(text) else "".join(c.lower()[0] for c in text)
+
+
 def words(text: str) -> list[str]:
     """Stemmed lower-case words and the marks , ; : ? ( ) of a text; hyphens, slashes and periods part words."""
-    return [stem(word) for word in _TOKEN.findall(text.lower().replace("n't", " not").replace("n’t", " not"))]
+    return [stem(word) for word in _TOKEN.findall(_CONTRACTED.sub(" not", _lower(text)))]
+
+
+def word_spans(text: str) -> list[tuple[int, int]]:
+    """Where each of `words(text)` stands: its first character and one past its last; "n't" stands for "not"."""
+    lowered = _lower(text)
+    spaces = [match.start() + i for i, match in enumerate(_CONTRACTED.finditer(lowered))]
+    matches = _TOKEN.finditer(_CONTRACTED.sub(" not", lowered))
+    return [
+        (match.start() - bisect_left(spaces, match.start()), match.end() - bisect_left(spaces, match.end()))
+        for match in matches
+    ]
 
 
 @dataclass
@@ -185,6 +204,10 @@ class Sentence:
                     break
                 return {"negation_before": ABSENT, "uncertain_before": UNCERTAIN}.get(cue.kind)
         return PRESENT
+
+    def cues(self) -> list[tuple[int, int, str]]:
+        """The cues as (first word, one behind the last word, kind in cues.yaml), by place."""
+        return [(cue.start, cue.end, cue.kind) for cue in self._cues]
 
     def interrupted(self, start: int, end: int) -> bool:
         """Whether a negation or an end of scope lies within tokens[start:end], the span of a phrase with gaps."""

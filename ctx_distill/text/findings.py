@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from ctx_distill.types import InputError
 _FOLDER = Path(__file__).with_name("vocabularies")
 _LISTS = ("synonyms", "normal", "exclude")
 _SENTENCE_CACHE = 65536
+_NO_VOCABULARIES = ("attributes", "cues")
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,11 @@ class Vocabulary:
         """The findings' names, in order."""
         return [finding.name for finding in self.findings]
 
+    @property
+    def visible_on_xray(self) -> NDArray[np.bool_]:
+        """(F,): which findings a radiograph shows; one of which nothing is said counts as shown."""
+        return np.array([finding.visible_on_xray is not False for finding in self.findings], dtype=bool)
+
     @functools.cached_property
     def _index(self) -> PhraseIndex[tuple[int, bool]]:
         """Phrases with (number of the finding, whether the phrase is a synonym rather than a normal phrase)."""
@@ -82,6 +88,19 @@ class Vocabulary:
     def _sentences(self) -> dict[str, tuple[tuple[int, int], ...]]:
         return {}
 
+    def _matches(self, parsed: Sentence) -> Iterator[tuple[int, int, int, bool]]:
+        """(first word, one behind the last word, number of the finding, whether by a synonym) of each mention."""
+        for start, end, gapped, (number, synonym) in self._index.find(parsed.tokens):
+            if not (gapped and parsed.interrupted(start, end)):
+                yield start, end, number, synonym
+
+    def mentions(self, sentence: Sentence) -> list[tuple[int, int, str]]:
+        """Mentions in a sentence, whatever is said of them, as (first word, one behind the last word, finding).
+
+        Synonyms and normal phrases, by place; a phrase with gaps reaches from its first word to its last one.
+        """
+        return [(start, end, self.findings[number].name) for start, end, number, _ in self._matches(sentence)]
+
     def _read(self, sentence: str) -> tuple[tuple[int, int], ...]:
         """(number of the finding, assertion) of each mention in a sentence; remembered, since reports repeat."""
         known = self._sentences.get(sentence)
@@ -89,9 +108,7 @@ class Vocabulary:
             return known
         parsed = Sentence(sentence)
         result = []
-        for start, end, gapped, (number, synonym) in self._index.find(parsed.tokens):
-            if gapped and parsed.interrupted(start, end):
-                continue
+        for start, end, number, synonym in self._matches(parsed):
             assertion = parsed.assertion(start, end)
             if synonym and assertion is not None:
                 result.append((number, assertion))
@@ -157,7 +174,7 @@ def findings_set(text: str, vocabulary: Vocabulary | None = None) -> frozenset[s
 
 def shipped_vocabularies() -> list[str]:
     """Names that `load_vocabulary` knows, sorted."""
-    return sorted(path.stem.replace("_", "-") for path in _FOLDER.glob("*.yaml") if path.stem != "cues")
+    return sorted(path.stem.replace("_", "-") for path in _FOLDER.glob("*.yaml") if path.stem not in _NO_VOCABULARIES)
 
 
 def load_vocabulary(name_or_path: str | Path) -> Vocabulary:
@@ -172,7 +189,7 @@ def load_vocabulary(name_or_path: str | Path) -> Vocabulary:
     path = Path(name_or_path)
     if path.suffix.lower() not in (".yaml", ".yml"):
         path = _FOLDER / f"{str(name_or_path).lower().replace('-', '_')}.yaml"
-        if path.parent != _FOLDER or path.stem == "cues" or not path.is_file():
+        if path.parent != _FOLDER or path.stem in _NO_VOCABULARIES or not path.is_file():
             raise InputError(
                 f"vocabulary {str(name_or_path)!r} is not known; expected one of {', '.join(shipped_vocabularies())}, "
                 "or the path of a .yaml file: give one of these."

@@ -12,7 +12,9 @@ import torch
 from ctx_distill.data.cache import TensorCache
 from ctx_distill.data.datamodules import CTDataModule
 from ctx_distill.data.datasets import EpochShuffle
+from ctx_distill.data.projection import PROJECTION_VERSION, square_projection
 from ctx_distill.data.transforms import VolumeSpec, load_ct
+from ctx_distill.data.volume import read_volume
 from ctx_distill.types import CTBatch
 
 SPEC = VolumeSpec(spacing=(12.0, 12.0, 12.0), shape=(24, 32, 32))
@@ -35,6 +37,37 @@ def test_a_batch_holds_the_volumes_texts_and_labels_of_its_rows(cohort: Path) ->
 def test_tasks_that_must_not_see_labels_get_none(cohort: Path) -> None:
     batch = next(iter(CTDataModule(str(cohort / "ct.csv"), SPEC, batch_size=4).train_dataloader()))
     assert batch.labels is None
+
+
+def test_a_batch_carries_the_scans_own_projections_where_asked(cohort: Path) -> None:
+    """Out of one read of the file, kept beside the volume."""
+    module = CTDataModule(str(cohort / "ct.csv"), SPEC, batch_size=4, cache_gb=0.5, projection=True)
+    plain = CTDataModule(str(cohort / "ct.csv"), SPEC, batch_size=4, cache_gb=0.5)
+    first, again = (next(iter(module.loader(module.manifest.split("val")))) for _ in range(2))
+    without = next(iter(plain.loader(plain.manifest.split("val"))))
+    assert without.projection is None
+    assert torch.equal(first.volume, without.volume)
+    assert torch.equal(first.projection, again.projection)
+    for picture, row in zip(first.projection, first.row.tolist(), strict=True):
+        assert torch.equal(picture, square_projection(read_volume(module.manifest.image_file(row))))
+    assert module.describe()["projection_version"] == PROJECTION_VERSION
+    assert "projection_version" not in plain.describe()
+
+
+def test_tensors_made_together_are_kept_together() -> None:
+    cache = TensorCache(limit_bytes=4 * 15)
+    made: list[int] = []
+
+    def make() -> tuple[torch.Tensor, ...]:
+        made.append(1)
+        return torch.zeros(10), torch.ones(5)
+
+    for _ in range(2):
+        volume, picture = cache.get_all(("volume", "picture"), make)
+        assert (volume.sum(), picture.sum()) == (0, 5)
+    assert made == [1]
+    assert cache.get("volume", lambda: torch.ones(10)).sum() == 0
+    assert cache.held_bytes == 60
 
 
 def test_the_shuffle_is_a_function_of_seed_and_epoch() -> None:

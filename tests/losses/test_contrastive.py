@@ -185,3 +185,47 @@ def test_two_ranks_equal_one(pool: Callable[[int], Any], first: int, chunk: int 
         assert torch.allclose(result["total"], expected["total"], atol=1e-12)
         for value, gradient in zip(result["grads"], expected["grads"], strict=True):
             assert torch.allclose(value, gradient, atol=1e-12)
+
+
+def rank_beside_open_clip(image: Tensor, text: Tensor, scale: Tensor, local_loss: bool | None) -> dict[str, Any]:
+    """Loss and gradients of this rank's half: by open_clip's loss, or by ours where `local_loss` is None."""
+    from open_clip.loss import ClipLoss
+
+    rank, world = distributed.rank(), distributed.world_size()
+    mine = slice(rank * len(image) // world, (rank + 1) * len(image) // world)
+    image, text, scale = (x.clone().requires_grad_() for x in (image[mine], text[mine], scale))
+    if local_loss is None:
+        gather = distributed.gather_with_gradient
+        loss = contrastive_loss(gather(image), gather(text), scale)["total"]
+    else:
+        theirs = ClipLoss(local_loss=local_loss, gather_with_grad=True, rank=rank, world_size=world)
+        loss = theirs(image, text, scale)
+    loss.backward()
+    return {"loss": loss.detach(), "image": image.grad, "text": text.grad, "scale": scale.grad}
+
+
+@pytest.mark.ddp
+@pytest.mark.parametrize("local_loss", [False, True])
+@pytest.mark.parametrize(("dtype", "scale", "atol"), [(torch.float64, 100.0, 1e-12), (torch.float32, 14.3, 1e-6)])
+def test_agrees_with_open_clip_on_two_ranks(
+    pool: Callable[[int], Any], local_loss: bool, dtype: torch.dtype, scale: float, atol: float
+) -> None:
+    """Forward and gradient, of both of open_clip's ways to gather.
+
+    With L the loss of the global batch, each of ours is L, and backward gives a rank's features the sum over ranks,
+    2 dL/dx, of which DDP's mean makes dL/dtheta. open_clip's all_gather sums over ranks as well: without `local_loss`
+    each rank has L, so the same 2 dL/dx; with it, ranks have halves of L's rows, L_0 + L_1 = 2 L, so the same again.
+    The temperature stands behind the gather: ranks' gradients differ with `local_loss`, their mean does not.
+    """
+    arguments = {"image": unit(16, 8, 0, dtype), "text": unit(16, 8, 1, dtype), "scale": torch.tensor(scale).to(dtype)}
+    mine = pool(2).run(__file__, "rank_beside_open_clip", {**arguments, "local_loss": None})
+    theirs = pool(2).run(__file__, "rank_beside_open_clip", {**arguments, "local_loss": local_loss})
+    whole = rank_beside_open_clip(**arguments, local_loss=False)
+    for name in ("image", "text"):
+        for own, other in zip(mine, theirs, strict=True):
+            assert torch.allclose(own[name], other[name], rtol=0, atol=atol)
+        assert torch.allclose(torch.cat([own[name] for own in mine]) / 2, whole[name], rtol=0, atol=atol)
+    for name in ("loss", "scale"):
+        mean = (theirs[0][name] + theirs[1][name]) / 2
+        for value in (*(own[name] for own in mine), whole[name]):
+            assert torch.allclose(value, mean, rtol=0, atol=atol)

@@ -69,6 +69,21 @@ def test_identification_joins_evidence_on_one_scale() -> None:
         robust.identify(evidence, {})
 
 
+def test_evidence_without_a_margin_has_full_strength_and_without_a_threshold_none() -> None:
+    agree = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
+    found, strength = robust.identify({"findings": agree}, {"findings": 1.0})
+    assert torch.equal(found, agree.bool())
+    assert torch.equal(strength, agree)
+    cosine = torch.tensor([[1.0, 0.9], [0.2, 1.0]])
+    evidence, thresholds = {"report": cosine, "ema": cosine}, {"report": 0.8, "ema": float("inf")}
+    found, strength = robust.identify(evidence, thresholds)
+    assert torch.equal(found, cosine >= 0.8)
+    assert torch.allclose(strength, torch.tensor([[1.0, 0.5], [0.0, 1.0]]))
+    found, strength = robust.identify(evidence, thresholds, combine="all")
+    assert not found.any()
+    assert not strength.any()
+
+
 def test_corrections_against_numpy() -> None:
     found = torch.zeros(8, 8, dtype=torch.bool)
     found[0, 1] = found[1, 0] = found[4, 6] = True

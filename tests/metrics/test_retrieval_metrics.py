@@ -52,7 +52,8 @@ def test_quality_equals_brute_force(
     a, b = labels
     nearest = np.array([np.random.default_rng(i).permutation(40)[:10] for i in range(25)])
     patients = [f"p{i // 2}" for i in range(25)]
-    result = retrieval_quality(a, b, nearest, patients, n=100)
+    other = nearest[:, ::-1][:, :6]
+    result = retrieval_quality(a, b, nearest, patients, n=100, others={"other": other})
     sets, pool = _sets(a), _sets(b)
     at_one = [_jaccard(x, pool[near[0]]) for x, near in zip(sets, nearest)]
     random = [np.mean([_jaccard(x, y) for y in pool]) for x in sets]
@@ -63,7 +64,15 @@ def test_quality_equals_brute_force(
     assert result["jaccard_random"] == pytest.approx(np.mean(random))
     assert result["jaccard_at_1_without_normals"]["value"] == pytest.approx(np.mean([at_one[i] for i in ill]))
     assert result["jaccard_random_without_normals"] == pytest.approx(np.mean([random[i] for i in ill]))
+    best = [max(_jaccard(x, y) for y in pool) for x in sets]
+    second = [_jaccard(x, pool[near[0]]) for x, near in zip(sets, other)]
+    for name, values in (("oracle", best), ("other", second)):
+        assert result[f"jaccard_{name}"] == pytest.approx(np.mean(values))
+        assert result[f"jaccard_{name}_without_normals"] == pytest.approx(np.mean([values[i] for i in ill]))
     for k in (1, 5, 10):
+        others = [any(pool[j] == x for j in near[:k]) for x, near in zip(sets, other)]
+        assert result[f"recall_at_{k}_other"] == (None if k == 10 else pytest.approx(np.mean(others)))
+        assert result[f"recall_at_{k}_oracle"] == pytest.approx(np.mean([x in pool for x in sets]))
         hits = [any(pool[j] == x for j in near[:k]) for x, near in zip(sets, nearest)]
         assert result[f"recall_at_{k}"] == pytest.approx(np.mean(hits))
         chance = [1 - math.comb(40 - pool.count(x), k) / math.comb(40, k) for x in sets]
@@ -99,6 +108,8 @@ def test_edges_and_refusals() -> None:
         retrieval_quality([[1.0]], [[1.0]], [[-1]], ["p"])
     with pytest.raises(ValueError, match="expected"):
         retrieval_quality([[1.0]], [[1.0]], [[0]], ["p", "q"])
+    with pytest.raises(ValueError, match="nearest of tfidf: a neighbour lies outside"):
+        retrieval_quality([[1.0]], [[1.0]], [[0]], ["p"], others={"tfidf": [[2]]})
 
 
 def test_three_hundred_by_ten_thousand() -> None:

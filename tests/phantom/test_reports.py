@@ -36,6 +36,12 @@ def test_vocabulary_names_are_the_label_columns() -> None:
     assert list(VOCABULARY) == list(FINDINGS)
 
 
+def test_the_vocabulary_says_what_the_generator_shows_on_a_film() -> None:
+    vocabulary = load_vocabulary("phantom")
+    assert vocabulary.visible_on_xray.tolist() == [KINDS[name].on_film >= 0.5 for name in vocabulary.names]
+    assert 0 < vocabulary.visible_on_xray.sum() < len(FINDINGS)
+
+
 @pytest.mark.parametrize("style", ["ct", "xray"])
 @pytest.mark.parametrize("name", FINDINGS)
 def test_every_wording_names_its_finding_and_no_other(name: str, style: Style) -> None:

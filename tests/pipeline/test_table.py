@@ -16,3 +16,16 @@ def test_values_intervals_and_chance_stand_in_their_row_and_undefined_ones_are_l
     assert "0.330 [0.280, 0.376]" in lines[3]
     assert lines[3].endswith("0.139")
     assert "0.158" in lines[4]
+
+
+def test_the_retrieval_stands_beside_its_baselines() -> None:
+    retrieval = {"jaccard_at_1": {"value": 0.5, "low": 0.4, "high": 0.6}, "jaccard_random": 0.1, "jaccard_tfidf": 0.3,
+                 "jaccard_oracle": 0.9, "recall_at_5": None, "recall_at_5_random": 0.2, "recall_at_5_tfidf": 0.25,
+                 "recall_at_5_oracle": 1.0, "jaccard_at_1_visible": 0.7, "jaccard_oracle_visible": 0.95}  # fmt: skip
+    lines = result_table({"retrieval": retrieval}).splitlines()[-5:]
+    assert lines[0].split()[-4:] == ["index", "random", "TF-IDF", "oracle"]
+    assert lines[2].endswith("0.500 [0.400, 0.600]  0.100   0.300   0.900")
+    assert lines[3].split()[-4:] == ["-", "0.200", "0.250", "1.000"]
+    assert "an X-ray shows" in lines[4]
+    assert lines[4].split()[-4:] == ["0.700", "-", "-", "0.950"]
+    assert "oracle" not in result_table({"retrieval": {"jaccard_at_1": 0.5}})

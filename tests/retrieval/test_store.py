@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ctx_distill.checkpoint import write_artefact
-from ctx_distill.retrieval.store import XrayIndexArtefact, merge_shards, write_index_artefact, write_shard
+from ctx_distill.retrieval.shards import merge_shards, write_shard
+from ctx_distill.retrieval.store import XrayIndexArtefact, write_index_artefact
 from ctx_distill.types import InputError
 
 UPSTREAM = {"xray-expert": "e" * 64, "xray-manifest": "m" * 64}

@@ -237,3 +237,19 @@ def test_thousands_of_short_reports_a_second() -> None:
     started = time.process_time()
     assert (extract_many(reports, vocabulary) == 1).sum() == 3000
     assert time.process_time() - started < 3  # measured .4 s; the bound is for a busy machine
+
+
+@pytest.mark.parametrize("name", ["ct-rate", "chexpert", "phantom"])
+def test_every_shipped_finding_says_whether_an_x_ray_shows_it(name: str) -> None:
+    vocabulary = load_vocabulary(name)
+    assert not [finding.name for finding in vocabulary.findings if finding.visible_on_xray is None]
+    hidden = {finding.name for finding in vocabulary.findings if finding.visible_on_xray is False}
+    assert {
+        "ct-rate": hidden
+        >= {"Coronary artery wall calcification", "Pericardial effusion", "Mosaic attenuation pattern"},
+        "chexpert": not hidden,
+        "phantom": hidden == {"pericardial effusion", "coronary calcification", "lymphadenopathy"},
+    }[name]
+    assert Vocabulary(
+        "x", (Finding("a", ("a",)), Finding("b", ("b",), visible_on_xray=False))
+    ).visible_on_xray.tolist() == [True, False]

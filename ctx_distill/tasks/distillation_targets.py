@@ -1,0 +1,200 @@
+"""What stage 2 distils towards: retrieved X-rays, the CT's own projection, or both; and the controls of the former."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ctx_distill.checkpoint import require_same
+from ctx_distill.data.manifest import read_manifest
+from ctx_distill.errors import InputError
+from ctx_distill.losses.distillation import mix_neighbours
+from ctx_distill.models.xray_expert import XrayExpert
+from ctx_distill.retrieval.lookup import LookupMode, NeighbourLookup
+from ctx_distill.retrieval.store import XrayIndexArtefact
+from ctx_distill.tasks.findings_reader import FindingsReader
+from ctx_distill.tasks.row_features import RowFeatures
+from ctx_distill.types import CTBatch
+
+
+@dataclass(frozen=True)
+class TeacherSettings:
+    """Weights of the two teachers: u_i = norm(retrieved * u*_i + projection * u'_i).
+
+    Attributes:
+        retrieved: of the X-rays that the report retrieves (the paper's teacher).
+        projection: of the CT's own frontal projection (**ours**); needs `data.init_args.projection=true`. Where it is
+            above 0, a CT without report text is distilled towards its projection alone.
+    """
+
+    retrieved: float = 1.0
+    projection: float = 0.0
+
+    def __post_init__(self) -> None:
+        if min(self.retrieved, self.projection) < 0 or self.retrieved + self.projection <= 0:
+            raise InputError(
+                f"stage 2: teachers are weighted retrieved {self.retrieved} and projection {self.projection}; expected "
+                "weights of 0 or more, one of them above 0."
+            )
+
+
+@dataclass(frozen=True)
+class NeighbourSettings:
+    """How a CT report's nearest X-rays become one target; see `NeighbourLookup`.
+
+    Attributes:
+        k: X-rays a report; at most the pool.
+        mode: how they are mixed.
+        temperature: of the modes `softmax` and `sample`.
+        rerank: prefer X-rays whose findings agree with the report's (**ours**); the index must hold findings.
+        subset_share: share of the steps in which a random subset of the report's sentences asks in place of the whole
+            (**ours**): another target each time.
+        control: for the ablation alone. `shuffled`: each X-ray stands for a random other. `oracle`: the k X-rays whose
+            labels are nearest the CT's labels; it reads labels, so it is a bound and no method.
+        control_seed: of either control.
+        oracle_manifest: the X-ray manifest that the index was built from, for the pool's labels.
+    """
+
+    k: int = 8
+    mode: LookupMode = "mean"
+    temperature: float = 0.07
+    rerank: bool = False
+    subset_share: float = 0.0
+    control: Literal["none", "shuffled", "oracle"] = "none"
+    control_seed: int = 0
+    oracle_manifest: str | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.subset_share <= 1:
+            raise InputError(f"stage 2: neighbours.subset_share is {self.subset_share}; expected a share from 0 to 1.")
+        if self.control == "oracle" and self.oracle_manifest is None:
+            raise InputError(
+                "stage 2: neighbours.control is oracle, but neighbours.oracle_manifest names no X-ray manifest. Give "
+                "the one that the index was built from."
+            )
+
+
+class RetrievedTeacher:
+    """u*_i: the mix of the X-rays that a report retrieves.
+
+    Args:
+        store: the X-ray index.
+        settings: how.
+        vocabulary: findings that are read from the CT reports for the re-rank.
+
+    Raises:
+        InputError: the re-rank is asked of an index without findings, or the vocabulary lacks one of the index's.
+    """
+
+    def __init__(self, store: XrayIndexArtefact, settings: NeighbourSettings, vocabulary: str) -> None:
+        self._reader = FindingsReader(store, vocabulary) if settings.rerank else None
+        self.lookup = NeighbourLookup(
+            store,
+            min(settings.k, len(store)),
+            settings.mode,
+            settings.temperature,
+            findings_rerank=self._reader is not None,
+            visible=None if self._reader is None else self._reader.visible,
+            shuffle_seed=settings.control_seed if settings.control == "shuffled" else None,
+        )
+
+    def __call__(self, queries: Tensor, reports: Sequence[str]) -> Tensor:
+        """(b, D_v) unit rows of b queries (b, D_t) and the reports that they come from."""
+        return self.lookup(queries, None if self._reader is None else self._reader(reports))["features"]
+
+
+class OracleTeacher:
+    """Control of the ablation: the mean of the k X-rays whose labels are nearest the CT's. It reads labels.
+
+    Near is the Jaccard index of the sets of findings labelled 1 (1 where both are empty); among equals a random order,
+    of its own for each CT, decides.
+
+    Args:
+        store: the X-ray index.
+        settings: k, control_seed and oracle_manifest.
+        finding_names: the columns of the CT's labels.
+
+    Raises:
+        InputError: the manifest is not the index's, or shares no finding with the CTs.
+    """
+
+    def __init__(self, store: XrayIndexArtefact, settings: NeighbourSettings, finding_names: Sequence[str]) -> None:
+        pool = read_manifest(Path(settings.oracle_manifest or ""), check_images=False)
+        require_same(
+            f"the X-ray manifest {pool.path}", pool.fingerprint,
+            f"the manifest that the index {store.folder} was built from", store.upstream["xray-manifest"],
+            "Give neighbours.oracle_manifest the X-ray manifest of stage 1.",
+        )  # fmt: skip
+        shared = [name for name in finding_names if name in pool.finding_names]
+        if not shared:
+            raise InputError(
+                f"{pool.path}: shares no label:<finding> column with the CT manifest, so the oracle has nothing to "
+                "compare. Use another control."
+            )
+        self._own = [list(finding_names).index(name) for name in shared]
+        labels = pool.labels()[:, [pool.finding_names.index(name) for name in shared]]
+        self._pool = torch.from_numpy(labels[store.items["row"].to_numpy()] == 1).double()
+        self.store, self.k, self.seed = store, min(settings.k, len(store)), settings.control_seed
+
+    def positions(self, labels: Tensor, rows: Sequence[int]) -> Tensor:
+        """(b, k) places in the index, on the CPU, of CTs with labels (b, F) and their manifest rows."""
+        own = (labels.cpu()[:, self._own] == 1).double()
+        both = own @ self._pool.T
+        either = own.sum(1)[:, None] + self._pool.sum(1)[None] - both
+        jaccard = torch.where(either > 0, both / either.clamp_min(1), 1.0)
+        # Two Jaccard indices over F findings differ by 1 / F^2 at least.
+        tie = torch.stack([self._order(row) for row in rows]) * (0.5 / len(self._own) ** 2)
+        return (jaccard + tie).topk(self.k, dim=1).indices
+
+    def _order(self, row: int) -> Tensor:
+        draw = torch.Generator().manual_seed(self.seed * 1_000_003 + row)
+        return torch.rand(len(self.store), generator=draw, dtype=torch.float64)
+
+    def __call__(self, batch: CTBatch) -> Tensor:
+        """(b, D_v) unit rows.
+
+        Raises:
+            InputError: the batch carries no labels.
+        """
+        if batch.labels is None:
+            raise InputError(
+                "stage 2: neighbours.control is oracle, but the batches carry no labels. Set "
+                "data.init_args.with_labels=true."
+            )
+        positions = self.positions(batch.labels, batch.row.tolist())
+        return mix_neighbours(self.store.values(positions)).to(batch.row.device)
+
+
+class ProjectionTeacher:
+    """u'_i = norm(E_v(projection of V_i)): the CT's own digital radiograph through the frozen expert (**ours**)."""
+
+    def __init__(self) -> None:
+        self._features = RowFeatures()
+
+    def __call__(self, batch: CTBatch, expert: XrayExpert) -> Tensor:
+        """(b, D_e) unit rows; each row is embedded once, since the projection is of the file, before augmentation.
+
+        Raises:
+            InputError: the batch carries no projections.
+        """
+        return self._features(batch.row.tolist(), lambda new: embed_projection(batch, expert, new)).to(batch.row.device)
+
+
+def embed_projection(batch: CTBatch, expert: XrayExpert, places: list[int] | None = None) -> Tensor:
+    """Expert features (b, D_e), unit rows, of a batch's projections, or of those at some places.
+
+    Raises:
+        InputError: the batch carries no projections.
+    """
+    if batch.projection is None:
+        raise InputError(
+            "the CTs' own projections are asked for, but the batches carry none. Set data.init_args.projection=true."
+        )
+    pictures = batch.projection if places is None else batch.projection[places]
+    return F.normalize(expert.encode_image(expert.preprocess_batch(pictures)), dim=-1)
