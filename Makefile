@@ -10,6 +10,10 @@ PRESET ?= demo
 ARGS ?=
 EXPERT ?=
 FORCE ?=
+ARMS ?=
+REGIMES ?=
+SEEDS ?=
+RECORD ?= $(RUN)
 CT ?= 480
 XRAY ?= 1000
 SEED ?= 0
@@ -29,7 +33,7 @@ CLI := $(VENV)/bin/ctx-distill
 OPTIONS = --data "$(DATA)" --run "$(RUN)" --preset "$(PRESET)" $(if $(EXPERT),--expert "$(EXPERT)") $(if $(FORCE),--force)
 PYTEST := $(VENV)/bin/python -m pytest
 
-.PHONY: help setup demo data expert all stage-1 stage-2 stage-3 stage-4 page check test test-quick test-slow lock clean
+.PHONY: help setup demo data expert all stage-1 stage-2 stage-3 stage-4 ablation page check test test-quick test-slow lock clean
 
 help: ## list the targets
 	@echo "ctx-distill: chest CT, taught by chest X-ray experts. A research tool, not a medical device."
@@ -76,6 +80,14 @@ stage-3: $(READY) ## robust contrastive alignment of CT and report
 
 stage-4: $(READY) ## downstream: zero-shot findings, classifier, report decoder
 	@$(CLI) heads $(OPTIONS) $(ARGS)
+
+ablation: RUN = runs/ablation
+ablation: DATA = runs/ablation/data
+ablation: PRESET = ablation
+ablation: $(READY) ## compare the method's parts: DATA= RUN= PRESET= SEEDS= ARMS="name name" REGIMES= RECORD=docs/ablation
+	@test -e "$(DATA)/ct.csv" || $(CLI) phantom "$(DATA)" --ct 3400 --xray 10400 --seed 7
+	@$(CLI) ablation --data "$(DATA)" --run "$(RUN)" --preset "$(PRESET)" --record "$(RECORD)" --arms "$(ARMS)" \
+		--regimes "$(REGIMES)" $(if $(SEEDS),--seeds $(SEEDS)) $(ARGS)
 
 page: $(READY) ## write RUN/index.html again
 	@$(CLI) page --run "$(RUN)"

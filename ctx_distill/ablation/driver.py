@@ -20,7 +20,9 @@ from ctx_distill.ablation.plan import Job, Plan, config_hash, read_plan, selecti
 from ctx_distill.ablation.records import Records
 from ctx_distill.ablation.report import write_report
 from ctx_distill.errors import InputError
+from ctx_distill.files import hash_file, hash_json
 from ctx_distill.pipeline.plan import load_preset
+from ctx_distill.pipeline.runner import find_manifest
 
 # Raised so that glibc keeps freed volumes: giving each back to the kernel costs a quarter of the time.
 REPORT = "ablation.md"
@@ -111,7 +113,8 @@ def _run(
     title: str,
 ) -> None:
     preset = load_preset(options.preset)
-    hashes = {job: config_hash(plan, job, preset) for job in jobs}
+    data = hash_json([hash_file(find_manifest(options.data, kind)) for kind in ("ct", "xray")])
+    hashes = {job: config_hash(plan, job, preset, data) for job in jobs}
     waiting = [job for job in hashes if (options.again and not job.select) or not records.has(job, hashes[job])]
     print(f"{title}: {len(hashes)} runs, {len(hashes) - len(waiting)} of them done before")
     futures: dict[Future[tuple[Score, float]], Job] = {

@@ -218,16 +218,18 @@ def table_jobs(
     return jobs
 
 
-def config_hash(plan: Plan, job: Job, preset: dict[str, Any]) -> str:
-    """What decides a job's figures besides its data: the arm, the preset, the schedule and the expert."""
+def config_hash(plan: Plan, job: Job, preset: dict[str, Any], data: str) -> str:
+    """What decides a job's figures: the cohort (its hash), the arm, the preset, the schedule and the expert."""
     return hash_json(
         {
+            "data": data,
             "arm": job.arm.stages,
             "preset": preset,
             "steps": plan.steps,
             "distill_share": plan.distill_share,
             "learning_rate": job.learning_rate if job.arm.trains else None,
             "seed": job.seed,
+            "regime": [job.regime.pairs, job.regime.normals, job.regime.pool if job.arm.pool_matters else None],
             "expert": vars(plan.experts[job.regime.expert]) if job.arm.pool_matters else None,
         }
     )[:16]

@@ -2,9 +2,9 @@
 
 The matcher is the project's own (`text.findings`, `text.assertion`), so that what is masked is what labels, retrieval
 and false negatives read, and one YAML that a radiologist edits rules them all. The maintained clinical libraries were
-looked at first: no release of medSpaCy installs from wheels alone on Python 3.11 (its QuickUMLS needs leveldb, which
-has none), and negspaCy 1.1.0, which brings spaCy and 22 packages more, is NegEx alone: it takes its entities from
-elsewhere, so this vocabulary would still have to find them.
+looked at first: no release of medSpaCy installs from wheels alone on Python 3.11 (1.0.0 needs leveldb, which has none;
+those after it are sources), and negspaCy 1.1.0, which brings spaCy and 21 packages more, is NegEx alone: it takes its
+entities from elsewhere, so this vocabulary would still have to find them.
 """
 
 from __future__ import annotations

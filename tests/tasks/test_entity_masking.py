@@ -1,4 +1,4 @@
-"""Entity-focused masking in stage 3: draws, refusals, what learns from it, training, resume, micro-batches, ranks."""
+"""Entity-focused masking in stage 3: draws, refusals, what learns from it, resume, micro-batches, two ranks."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from ctx_distill.checkpoint import read_artefact
 from ctx_distill.cli import main
@@ -29,7 +30,8 @@ from ctx_distill.errors import InputError
 from ctx_distill.losses.masked_language import masked_language_loss
 from ctx_distill.models.ct_encoder import ResNet3D
 from ctx_distill.models.dual_encoder import DualEncoder
-from ctx_distill.models.text_encoder import BertTextEncoder
+from ctx_distill.models.experts.open_clip_expert import make_expert_folder
+from ctx_distill.models.text_encoder import BertTextEncoder, ExpertTextEncoder
 from ctx_distill.tasks.alignment import AlignmentTask, TextSettings
 from ctx_distill.tasks.entity_masking import EntityMasking, MaskingSettings
 
@@ -175,6 +177,22 @@ def test_towers_that_cannot_learn_from_it_are_refused(
         masking(encoder)
 
 
+def test_of_the_x_ray_expert_s_towers_the_causal_one_is_refused(tmp_path: Path) -> None:
+    folder = make_expert_folder(
+        tmp_path / "expert", REPORTS * 4, image_size=32, embed_dim=24, vision="vit", text_width=32, text_layers=1,
+        context_length=24, vocab_size=200, seed=3,
+    )  # fmt: skip
+    shipped = ExpertTextEncoder.from_expert(str(folder), trainable=True)
+    assert EntityMasking(MaskingSettings(weight=1.0), shipped, 8).mask(shipped, REPORTS, REPORTS).chosen.any()
+    path = folder / "open_clip_config.json"
+    config = json.loads(path.read_text())
+    config["model_cfg"]["text_cfg"]["no_causal_mask"] = False
+    path.write_text(json.dumps(config))
+    causal = ExpertTextEncoder.from_expert(str(folder), trainable=True)
+    with pytest.raises(InputError, match=r"\(ExpertTextEncoder\) is causal"):
+        EntityMasking(MaskingSettings(weight=1.0), causal, 8)
+
+
 def test_a_tokenizer_without_places_is_refused(encoder: BertTextEncoder) -> None:
     def tokens(texts: Any) -> Any:
         raise NotImplementedError("return_offset_mapping is not available when using Python tokenizers")
@@ -251,6 +269,15 @@ def test_a_frozen_tower_is_refused_before_training(
     assert "is frozen; expected one that learns" in capsys.readouterr().err
 
 
+class Ordered(CTDataModule):
+    """The first 12 training rows in their order, dealt out to the ranks: a global batch is the same on any number."""
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        mine = range(rank(), 12, world_size())
+        dataset = self.dataset(self.training_rows())
+        return DataLoader(dataset, self.batch_size, sampler=mine, collate_fn=self.collate)
+
+
 def train(run: str, cohort: str, folder: str, micro_batch: int | None, batch: int) -> dict[str, Any]:
     """Weights and losses of 2 optimiser steps with masking in float64, on this process's ranks."""
     root, world = Path(run), world_size()
@@ -263,7 +290,7 @@ def train(run: str, cohort: str, folder: str, micro_batch: int | None, batch: in
         optimizer=partial(torch.optim.SGD, lr=0.05, momentum=0.9),
         scheduler=partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.5),
     )  # fmt: skip
-    data = CTDataModule(f"{cohort}/ct.csv", VOLUME, batch_size=batch, text="required")
+    data = Ordered(f"{cohort}/ct.csv", VOLUME, batch_size=batch, text="required")
     task.finish = lambda *_: {}  # type: ignore[method-assign]
     strategy: Any = SingleDeviceStrategy("cpu")
     if world > 1:
@@ -274,7 +301,7 @@ def train(run: str, cohort: str, folder: str, micro_batch: int | None, batch: in
     trainer = L.Trainer(
         accelerator="cpu", devices=world, strategy=strategy, precision="64-true", max_steps=2, logger=False,
         default_root_dir=folder, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
-        limit_val_batches=0,
+        limit_val_batches=0, use_distributed_sampler=False,
     )  # fmt: skip
     task.run(trainer, data, Path(folder))
     return {
