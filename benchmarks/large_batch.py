@@ -4,13 +4,16 @@
 
 Every line is measured in a process of its own. Memory is what one forward and backward adds to the process with its
 model and inputs in it: the peak of the resident set (Linux), or of what torch allocated on a GPU, where volumes wait on
-the host. Seconds are those of the CPU, all threads together, or of the clock on a GPU. Volumes are random, of the demo preset's size; reports are random sentences.
+the host. Seconds are those of the clock on a GPU, else of the CPU: other work on the machine does not show in them.
+Volumes are random, of the demo preset's size; reports are random sentences.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
+import os
 import random
 import subprocess
 import sys
@@ -45,6 +48,7 @@ def measure(step: Callable[[], Any]) -> dict[str, float]:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated() / 2**20
     else:
+        ctypes.CDLL(None).malloc_trim(0)  # freed blocks that the step would fill again must not hide what it needs
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
         before = resident("VmRSS")
     start, work = time.perf_counter(), time.process_time()
@@ -68,6 +72,7 @@ def measure_step(rows: int, micro_batch: int | None) -> dict[str, float]:
     from ctx_distill.types import CTBatch
 
     torch.manual_seed(SEED)
+    torch.set_num_threads(1)
     draw = random.Random(SEED)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sentences = [f"There is a {size} {side} {what}." for size in ("small", "large") for side in ("left", "right")
@@ -85,7 +90,7 @@ def measure_step(rows: int, micro_batch: int | None) -> dict[str, float]:
         image, text = encode_in_micro_batches(
             encode, batch, micro_batch or rows, model.parameters(), device, torch.float32
         )
-        contrastive_loss(image, text, model.logit_scale.exp())["total"].backward()
+        torch.autograd.backward(contrastive_loss(image, text, model.logit_scale.exp())["total"])
 
     step(CTBatch(batch.volume[:2], batch.study[:2], batch.row[:2], reports[:2]))
     model.zero_grad()
@@ -109,7 +114,7 @@ def measure_loss(rows: int, dim: int, chunk: int | None) -> dict[str, float]:
 
     def step(image: torch.Tensor, text: torch.Tensor) -> None:
         study = torch.arange(len(image), device=device) // 2
-        contrastive_loss(image, text, 20.0, study=study, chunk=chunk)["total"].backward()
+        torch.autograd.backward(contrastive_loss(image, text, 20.0, study=study, chunk=chunk)["total"])
 
     step(*inputs(2 * (chunk or 64)))
     features = inputs(rows)
@@ -119,7 +124,9 @@ def measure_loss(rows: int, dim: int, chunk: int | None) -> dict[str, float]:
 def in_its_own_process(what: str, **arguments: Any) -> dict[str, float]:
     """Run a `measure_` function in a fresh process."""
     command = [sys.executable, __file__, "--measure", what, json.dumps(arguments)]
-    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    # Threads that spin while they wait would count as work.
+    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
+    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
     result: dict[str, float] = json.loads(printed.splitlines()[-1])
     return result
 
@@ -128,10 +135,10 @@ def report() -> None:
     """Measure everything and print it as it comes."""
     import torch
 
-    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
+    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores, no GPU"
     print(f"{machine}, torch {torch.__version__}, seed {SEED}\n", flush=True)
     volume = " x ".join(map(str, SHAPE))
-    print(f"Stage-3 step, ResNet3D small and a 2-layer BERT, volumes of {volume}, float32")
+    print(f"Stage-3 step, ResNet3D small and a 2-layer BERT, volumes of {volume}, float32, one thread")
     print(f"{'volumes':>8}  {'step':<24}{'peak MB':>9}{'seconds':>9}{'|gradient|':>12}", flush=True)
     seconds: dict[tuple[str, int], float] = {}
     for name, sizes, micro_batch in (("plain", PLAIN, None), ("cached", CACHED, MICRO_BATCH)):

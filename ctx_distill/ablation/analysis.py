@@ -47,12 +47,16 @@ def crossed(
         seed: of the draws.
 
     Raises:
-        ValueError: no seeds, or resamplings that do not fit.
+        ValueError: no seeds, resamplings that do not fit, or none that defines the statistic (those that do not are left
+            out).
     """
     seeds = sorted(values)
     if not seeds or sorted(resampled) != seeds:
         raise ValueError(f"crossed: values of seeds {seeds}, resamplings of seeds {sorted(resampled)}")
     table = np.stack([resampled[number] for number in seeds])  # (S, R)
+    table = table[:, ~np.isnan(table).any(axis=0)]
+    if not table.shape[1]:
+        raise ValueError("crossed: no resampling of the patients defines the statistic; score more patients")
     rng = np.random.default_rng(seed)
     columns = rng.integers(table.shape[1], size=draws)
     rows = rng.integers(len(seeds), size=(draws, len(seeds)))

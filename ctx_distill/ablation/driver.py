@@ -136,7 +136,7 @@ def _run(
             told = f"{job.folder} lr {job.learning_rate:g}: macro AUROC {value:.3f} ({seconds:.0f} s)"
             if records.has(job, hashes[job]):
                 before = records.values(job.regime.name, job.arm.name)[job.seed]
-                low, high = np.quantile(records.resampled(job.regime.name, job.arm.name)[job.seed], [0.025, 0.975])
+                low, high = np.nanquantile(records.resampled(job.regime.name, job.arm.name)[job.seed], [0.025, 0.975])
                 told += f"; before {before:.3f} [{low:.3f}, {high:.3f}]" + ("" if low <= value <= high else ", OUTSIDE")
             else:
                 records.add(job, hashes[job], score)

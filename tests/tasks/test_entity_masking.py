@@ -178,8 +178,9 @@ def test_towers_that_cannot_learn_from_it_are_refused(
 
 
 def test_of_the_x_ray_expert_s_towers_the_causal_one_is_refused(tmp_path: Path) -> None:
-    folder = make_expert_folder(
-        tmp_path / "expert", REPORTS * 4, image_size=32, embed_dim=24, vision="vit", text_width=32, text_layers=1,
+    folder = tmp_path / "expert"
+    make_expert_folder(
+        folder, REPORTS * 4, image_size=32, embed_dim=24, vision="vit", text_width=32, text_layers=1,
         context_length=24, vocab_size=200, seed=3,
     )  # fmt: skip
     shipped = ExpertTextEncoder.from_expert(str(folder), trainable=True)
