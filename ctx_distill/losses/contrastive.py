@@ -13,16 +13,13 @@ The functions see the global batch: gather features first (`ctx_distill.distribu
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-# Rows start..stop of a direction -> (stop - start, B), or None for "all ones" (denominator) or the identity (targets).
-_Rows = Callable[[int, int], Tensor | None]
+from ctx_distill.losses.chunked import Rows, chunked_cross_entropy
 
 
 @dataclass(frozen=True)
@@ -31,8 +28,8 @@ class _Direction:
 
     queries: Tensor
     keys: Tensor
-    targets: _Rows
-    keep: _Rows
+    targets: Rows
+    keep: Rows
 
 
 def working_precision(x: Tensor) -> Tensor:
@@ -54,52 +51,36 @@ def study_targets(study: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return same / same.sum(dim=1, keepdim=True)
 
 
-def _block(
-    queries: Tensor, keys: Tensor, scale: Tensor, targets: Tensor | None, keep: Tensor | None, start: int
-) -> Tensor:
-    """Sum of the rows' cross-entropies; queries are rows start.. of the batch."""
+def _block(queries: Tensor, keys: Tensor, scale: Tensor, targets: Tensor | None, keep: Tensor | None) -> Tensor:
+    """Sum of the rows' cross-entropies."""
     logits = scale * queries @ keys.T
     if keep is not None:
         logits = logits.masked_fill(~keep, -torch.inf)
     log_p = F.log_softmax(logits, dim=1)
     if targets is None:
-        own = torch.arange(start, start + len(queries), device=queries.device)
-        return -log_p.gather(1, own[:, None]).sum()
+        return -log_p.diagonal().sum()
     if keep is not None:  # 0 * -inf would be nan
         log_p = log_p.masked_fill(~keep, 0.0)
     return -(targets.to(log_p.dtype) * log_p).sum()
 
 
 def _cross_entropy(direction: _Direction, scale: Tensor, chunk: int | None) -> Tensor:
-    """Mean over rows, `chunk` rows at a time; a chunk's logits are computed again in backward, not kept."""
-    rows = len(direction.queries)
-    step = chunk or rows
-    total = scale.new_zeros(())
-    for start in range(0, rows, step):
-        stop = min(start + step, rows)
-
-        def block(queries: Tensor, keys: Tensor, scale: Tensor, start: int = start, stop: int = stop) -> Tensor:
-            # Targets are made inside, so that nothing of (chunk, B) outlives its chunk.
-            return _block(queries, keys, scale, direction.targets(start, stop), direction.keep(start, stop), start)
-
-        queries = direction.queries[start:stop]
-        if step < rows and torch.is_grad_enabled():
-            part = checkpoint(block, queries, direction.keys, scale, use_reentrant=False, preserve_rng_state=False)
-            total = total + part
-        else:
-            total = total + block(queries, direction.keys, scale)
-    return total / rows
+    """Mean over rows, `chunk` rows at a time."""
+    queries, keys, rows = direction.queries, direction.keys, len(direction.queries)
+    if chunk is not None and chunk < rows:
+        return chunked_cross_entropy(queries, keys, scale, direction.targets, direction.keep, chunk)
+    return _block(queries, keys, scale, direction.targets(0, rows), direction.keep(0, rows)) / rows
 
 
-def _same_study(study: Tensor, dtype: torch.dtype) -> _Rows:
+def _same_study(study: Tensor, dtype: torch.dtype) -> Rows:
     def rows(start: int, stop: int) -> Tensor:
         same = (study[start:stop, None] == study[None, :]).to(dtype)
-        return same / same.sum(dim=1, keepdim=True)
+        return same.div_(same.sum(dim=1, keepdim=True))
 
     return rows
 
 
-def _matrix(matrix: Tensor | None) -> _Rows:
+def _matrix(matrix: Tensor | None) -> Rows:
     return lambda start, stop: None if matrix is None else matrix[start:stop]
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +26,6 @@ from ctx_distill.metrics.retrieval import recall_at_k
 from ctx_distill.models.ct_encoder import CTEncoder
 from ctx_distill.models.dual_encoder import DualEncoder, load_ct_encoder
 from ctx_distill.models.heads import ProjectionHead
-from ctx_distill.models.text_encoder import BertTextEncoder, ExpertTextEncoder, TextEncoder
 from ctx_distill.models.weights import resolve_source
 from ctx_distill.retrieval.lookup import NeighbourLookup
 from ctx_distill.tasks.base import LARGEST_LOGIT_SCALE, TrainedTask, adamw, decay_groups, last_values
@@ -40,41 +37,11 @@ from ctx_distill.tasks.moving_average import MovingAverage
 from ctx_distill.tasks.objective import Objective, SoftTargetSettings, check_objective, own_temperature
 from ctx_distill.tasks.predict import predict_rows
 from ctx_distill.tasks.prior import PriorSettings, ProjectionPrior
+from ctx_distill.tasks.report_tower import TextSettings, build_report_tower
 from ctx_distill.tasks.teacher import open_queries, open_teacher
 from ctx_distill.tasks.training_reports import TrainingReports
 from ctx_distill.text.report import sample_sentences
 from ctx_distill.types import CTBatch
-
-
-@dataclass(frozen=True)
-class TextSettings:
-    """The report tower.
-
-    Attributes:
-        tower: `expert`: a copy of the X-ray expert's text tower, in whose space the student already lies; `bert`: any
-            BERT-like folder or hub repository; `scratch`: a small BERT whose WordPiece vocabulary is trained on the
-            manifest's `train` reports.
-        trainable: whether it learns.
-        lr_factor: of its learning rate, against that of the CT encoder.
-        source: of `bert`.
-        revision: pinned commit of a hub source.
-        width: of `scratch`.
-        layers: of `scratch`.
-        vocab_size: of `scratch`.
-        context_length: tokens of `bert` and `scratch`.
-        projection_dim: width of the joint space; None keeps the text tower's own.
-    """
-
-    tower: Literal["expert", "bert", "scratch"] = "expert"
-    trainable: bool = True
-    lr_factor: float = 1.0
-    source: str | None = None
-    revision: str | None = None
-    width: int = 128
-    layers: int = 2
-    vocab_size: int = 2000
-    context_length: int = 256
-    projection_dim: int | None = None
 
 
 class AlignmentTask(TrainedTask):
@@ -185,7 +152,7 @@ class AlignmentTask(TrainedTask):
     def run(self, trainer: L.Trainer, datamodule: L.LightningDataModule, folder: Path) -> dict[str, Any]:
         """Join the two encoders, then train."""
         assert isinstance(datamodule, CTDataModule)
-        text_encoder = self._text_encoder(datamodule)
+        text_encoder = build_report_tower(self.text, self.text_source, datamodule.training_rows())
         space = self.text.projection_dim or text_encoder.embed_dim
         projection = self.image_projection
         if projection is not None and projection.config["out_dim"] != space:
@@ -207,21 +174,6 @@ class AlignmentTask(TrainedTask):
         if self.masking.weight:
             self.entity_masking = EntityMasking.beside(self.model, self.masking, datamodule.volume.shape)
         return super().run(trainer, datamodule, folder)
-
-    def _text_encoder(self, datamodule: CTDataModule) -> TextEncoder:
-        text = self.text
-        if text.tower == "expert":
-            return ExpertTextEncoder.from_expert(*self.text_source, trainable=text.trainable)
-        if text.tower == "bert":
-            if text.source is None:
-                raise InputError("stage 3: text.tower is bert, but text.source names no folder or hf-hub: repository.")
-            return BertTextEncoder.from_pretrained(text.source, text.revision, text.context_length, text.trainable)
-        train = datamodule.training_rows()
-        reports = [train.report(row) for row in train.frame.index]
-        with tempfile.TemporaryDirectory() as scratch:
-            return BertTextEncoder.from_scratch(
-                reports, Path(scratch), text.vocab_size, text.width, text.layers, text.context_length
-            )
 
     @property
     def dual(self) -> DualEncoder:

@@ -114,6 +114,19 @@ def test_dropout_draws_in_the_second_pass_what_it_drew_in_the_first() -> None:
     assert not torch.allclose(without[1], expected[1], atol=1e-3)
 
 
+@pytest.mark.gpu
+def test_dropout_is_replayed_on_a_gpu() -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    towers, parts = Towers(dropout=0.4).to(device), [(x.to(device), y.to(device)) for x, y in parts_of(data(), 3)]
+    study = STUDY.to(device)
+    torch.manual_seed(5)
+    expected = gradients(towers, encode_plainly(towers, parts), study)
+    after = torch.rand(3, device=device)
+    torch.manual_seed(5)
+    assert_same(gradients(towers, encode_cached(towers, parts, towers.parameters(), device), study), expected)
+    assert torch.equal(torch.rand(3, device=device), after)
+
+
 def test_a_step_may_be_differentiated_after_others_have_drawn() -> None:
     towers, parts = Towers(dropout=0.4), parts_of(data(), 4)
     results = []

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,8 +24,9 @@ from ctx_distill.data.datamodules import CTDataModule
 from ctx_distill.data.transforms import VolumeSpec
 from ctx_distill.distributed import rank, world_size
 from ctx_distill.errors import InputError
-from ctx_distill.tasks.alignment import AlignmentTask, TextSettings
+from ctx_distill.tasks.alignment import AlignmentTask
 from ctx_distill.tasks.cached_gradients import check_micro_batch, on_host, split_rows
+from ctx_distill.tasks.report_tower import TextSettings
 from ctx_distill.types import CTBatch
 
 HELPER = Path(__file__).parents[1] / "helpers" / "ddp.py"
@@ -157,3 +160,21 @@ def test_two_ranks_train_the_weights_of_plain_steps(
     plain, _ = steps(None)
     for result in steps(2):
         assert_same(result, plain)
+
+
+@pytest.mark.full
+def test_the_stage_runs_in_micro_batches_with_volumes_in_half_precision(
+    finished_run: Path, cohort: Path, tiny_preset: Path, tmp_path: Path
+) -> None:
+    from ctx_distill.cli import main
+
+    losses = []
+    for storage in ("float32", "float16"):
+        run = tmp_path / storage
+        shutil.copytree(finished_run, run)
+        given = ["align", "--data", str(cohort), "--run", str(run), "--preset", str(tiny_preset)]
+        options = [f"--model.init_args.storage={storage}", "--model.init_args.augmentation.noise=0.02"]
+        assert main([*given, "--model.init_args.micro_batch=3", "--model.init_args.chunk=4", *options]) == 0
+        losses.append(json.loads((run / "align" / "metrics.json").read_text())["train_loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    assert losses[1] != losses[0]

@@ -32,8 +32,9 @@ from ctx_distill.models.ct_encoder import ResNet3D
 from ctx_distill.models.dual_encoder import DualEncoder
 from ctx_distill.models.experts.open_clip_expert import make_expert_folder
 from ctx_distill.models.text_encoder import BertTextEncoder, ExpertTextEncoder
-from ctx_distill.tasks.alignment import AlignmentTask, TextSettings
+from ctx_distill.tasks.alignment import AlignmentTask
 from ctx_distill.tasks.entity_masking import EntityMasking, MaskingSettings
+from ctx_distill.tasks.report_tower import TextSettings
 
 VOLUME = VolumeSpec(spacing=(12.0, 12.0, 12.0), shape=(24, 32, 32), window=(-1000.0, 600.0))
 FINDINGS = ["pleural effusion", "consolidation", "emphysema", "atelectasis"]

@@ -1,0 +1,90 @@
+"""Cross-entropy between rows of products, a chunk of rows at a time, so that no matrix of all logits stands.
+
+    l_ij = s <q_i, k_j>,   loss = mean_i - sum_j T_ij log( exp l_ij / sum_{j' kept} exp l_ij' )
+
+A chunk's logits become their own gradient in place, G = p_i sum_j T_ij - T_i, and so the gradients of q, k and s while
+they are there: nothing is computed twice, and one (chunk, B) serves all chunks (**ours**; the idea is that of the fused
+linear cross-entropy in Liger Kernel, Hsu et al. 2024, arXiv 2410.10989). Fresh ones would each be a new block to glibc,
+which hands aligned blocks out badly: the process would grow to several times what is alive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+Rows = Callable[[int, int], Tensor | None]
+"""Rows start..stop -> (stop - start, B), or None for "all ones" (of what is kept) or the identity (of targets)."""
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, queries: Tensor, keys: Tensor, scale: Tensor, targets: Rows, keep: Rows, chunk: int, learn: bool
+    ) -> Tensor:
+        rows = len(queries)
+        buffer = queries.new_empty(chunk, len(keys))
+        total, of_scale = scale.new_zeros(()), scale.new_zeros(())
+        of_queries, of_keys = (torch.zeros_like(x) if learn else x for x in (queries, keys))
+        for start in range(0, rows, chunk):
+            stop = min(start + chunk, rows)
+            block, own = queries[start:stop], torch.arange(stop - start, device=queries.device)
+            logits = torch.mm(block, keys.T, out=buffer[: stop - start]).mul_(scale)
+            kept, target = keep(start, stop), targets(start, stop)
+            if kept is not None:
+                logits.masked_fill_(~kept, -torch.inf)
+            logits.sub_(logits.amax(1, keepdim=True))
+            if target is None:
+                mass = torch.ones_like(logits[:, :1])
+                of_positives = logits[own, own + start]
+            else:
+                target = target.to(logits.dtype)
+                mass = target.sum(1, keepdim=True)
+                # The product with 0 of a pair that is left out would be nan.
+                of_positives = torch.where(target > 0, logits, 0.0).mul_(target).sum(1)
+            p = logits.exp_()
+            denominator = p.sum(1, keepdim=True)
+            total += (mass * denominator.log()).sum() - of_positives.sum()
+            if not learn:
+                continue
+            gradient = p.mul_(mass / denominator)
+            if target is None:
+                gradient[own, own + start] -= 1
+            else:
+                gradient.sub_(target)
+            of_block = torch.mm(gradient, keys, out=of_queries[start:stop])
+            of_scale += (of_block * block).sum()
+            of_keys.addmm_(gradient.T, block)
+        if learn:
+            ctx.save_for_backward(of_queries.mul_(scale / rows), of_keys.mul_(scale / rows), of_scale / rows)
+        return total / rows
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+        return (*(outer[0] * gradient for gradient in ctx.saved_tensors), None, None, None, None)
+
+
+def chunked_cross_entropy(
+    queries: Tensor, keys: Tensor, scale: Tensor, targets: Rows, keep: Rows, chunk: int
+) -> Tensor:
+    """The loss of the module's docstring, with gradients for queries, keys and scale; targets are constants.
+
+    Args:
+        queries: (B, D).
+        keys: (B, D); key i belongs to query i.
+        scale: (), s.
+        targets: gives rows of T, non-negative.
+        keep: gives rows of bool; False leaves a pair out of the denominator. Pairs with a target stay in.
+        chunk: rows at a time.
+
+    Returns:
+        ().
+    """
+    learn = torch.is_grad_enabled() and any(x.requires_grad for x in (queries, keys, scale))
+    loss: Tensor = _ChunkedCrossEntropy.apply(queries, keys, scale, targets, keep, min(chunk, len(queries)), learn)
+    return loss

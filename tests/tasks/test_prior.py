@@ -1,0 +1,107 @@
+"""The projection as a prior: training starts at what the expert says of the projection, and the artefact stands alone."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ctx_distill.data.datamodules import CTDataModule
+from ctx_distill.data.transforms import VolumeSpec
+from ctx_distill.errors import InputError
+from ctx_distill.models.ct_encoder import ResNet3D
+from ctx_distill.models.dual_encoder import DualEncoder
+from ctx_distill.models.xray_expert import open_expert
+from ctx_distill.tasks.alignment import AlignmentTask
+from ctx_distill.tasks.distillation_targets import embed_projection
+from ctx_distill.tasks.false_negatives import RobustSettings
+from ctx_distill.tasks.prior import PriorSettings, open_prior
+from ctx_distill.tasks.report_tower import TextSettings
+from ctx_distill.tasks.zero_shot import ZeroShotTask
+
+pytestmark = pytest.mark.full
+SPEC = VolumeSpec(spacing=(24.0, 24.0, 24.0), shape=(12, 16, 16))
+
+
+def trained(run: Path, cohort: Path, folder: Path, rate: float, steps: int = 3, weight: float = 1.0) -> AlignmentTask:
+    task = AlignmentTask(
+        str(run / "expert/artefact"), str(run / "index/artefact"), TextSettings(trainable=False),
+        encoder=ResNet3D("small", base_width=8), robust=RobustSettings(evidence=()), prior=PriorSettings(weight),
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=rate),
+    )  # fmt: skip
+    trainer = L.Trainer(
+        accelerator="cpu", devices=1, max_epochs=-1, max_steps=steps, logger=False, default_root_dir=folder,
+        enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
+    )  # fmt: skip
+    task.run(trainer, module(cohort), folder)
+    return task
+
+
+def module(cohort: Path, projection: bool = True) -> CTDataModule:
+    return CTDataModule(str(cohort / "ct.csv"), SPEC, batch_size=4, text="required", projection=projection)
+
+
+def test_it_starts_at_the_expert_s_feature_and_learns_from_there(
+    finished_run: Path, cohort: Path, tmp_path: Path
+) -> None:
+    batch = next(iter(module(cohort).train_dataloader()))
+    expected = embed_projection(batch, open_expert(str(finished_run / "expert/artefact")))
+    torch.manual_seed(0)
+    still = trained(finished_run, cohort, tmp_path / "still", rate=0.0).eval()
+    torch.testing.assert_close(still.predict_step(batch, 0)["image"], expected)
+    moved = trained(finished_run, cohort, tmp_path / "moved", rate=1e-2).eval()
+    assert (moved.predict_step(batch, 0)["image"] * expected).sum(dim=-1).max() < 0.9999
+    assert not any("prior" in name or "visual" in name for name in moved.state_dict())
+
+    artefact = tmp_path / "moved/artefact"
+    away = artefact.rename(tmp_path / "away")
+    model, read = DualEncoder.load(away)
+    prior = open_prior(read, model.embed_dim)
+    assert prior is not None
+    with torch.no_grad():
+        alone = model.encode_volume(batch.volume, prior(batch))[0]
+    torch.testing.assert_close(alone, moved.predict_step(batch, 0)["image"])
+    zero_shot = ZeroShotTask(str(away)).eval()
+    torch.testing.assert_close(zero_shot.predict_step(batch, 0)["image"], alone)
+
+    other = next((away / "prior_expert").glob("*.safetensors"))
+    weights = away / "prior_expert"
+    shutil.copytree(finished_run / "expert/artefact", tmp_path / "copy")
+    assert open_expert(str(weights)).fingerprint() == open_expert(str(tmp_path / "copy")).fingerprint()
+    content = bytearray(other.read_bytes())
+    content[-1] ^= 1
+    other.write_bytes(bytes(content))
+    with pytest.raises(InputError, match="was trained with"):
+        open_prior(read, model.embed_dim)
+
+
+def test_the_feature_is_the_sum_by_hand() -> None:
+    torch.manual_seed(1)
+
+    class Text(torch.nn.Module):
+        embed_dim = 6
+
+    model = DualEncoder(ResNet3D("small", base_width=8), Text(), prior_weight=2.0)  # type: ignore[arg-type]
+    torch.nn.init.normal_(model.image_projection.net.weight)
+    volume, prior = torch.randn(2, 1, 16, 16, 16), F.normalize(torch.randn(2, 6), dim=-1)
+    image, output = model.encode_volume(volume, prior)
+    raw = output.pooled @ model.image_projection.net.weight.T + model.image_projection.net.bias + 2.0 * prior
+    torch.testing.assert_close(image, raw / raw.norm(dim=-1, keepdim=True))
+    with pytest.raises(InputError, match=r"data\.init_args\.projection=true"):
+        model.encode_volume(volume)
+
+
+def test_refusals(finished_run: Path, cohort: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="0 or more"):
+        PriorSettings(-1.0)
+    expert, index = str(finished_run / "expert/artefact"), str(finished_run / "index/artefact")
+    narrow = AlignmentTask(
+        expert, index, TextSettings(projection_dim=8), encoder=ResNet3D("small", base_width=8), prior=PriorSettings(1.0)
+    )
+    trainer = L.Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path)
+    with pytest.raises(InputError, match="Keep the expert's own space"):
+        narrow.run(trainer, module(cohort), tmp_path)
