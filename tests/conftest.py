@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,3 +50,15 @@ def real_mini() -> Path:
     if not REAL_MINI.is_dir():
         pytest.skip(f"the real scans are not here (looked for {REAL_MINI.relative_to(Path(__file__).parents[2])})")
     return REAL_MINI
+
+
+@pytest.fixture(scope="session")
+def pool() -> Callable[[int], Any]:
+    """`pool(2).run(__file__, "function", arguments)` runs a function of a test file on two ranks."""
+    if "ddp_helper" not in sys.modules:
+        spec = importlib.util.spec_from_file_location("ddp_helper", Path(__file__).parent / "helpers" / "ddp.py")
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules["ddp_helper"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules["ddp_helper"])
+    return sys.modules["ddp_helper"].pool

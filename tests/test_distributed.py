@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,17 +14,6 @@ from torch import Tensor, nn
 from ctx_distill import distributed
 
 ROWS = {2: [3, 5], 4: [2, 1, 4, 1]}
-
-
-@pytest.fixture(scope="session")
-def pool() -> Callable[[int], Any]:
-    if "ddp_helper" not in sys.modules:
-        spec = importlib.util.spec_from_file_location("ddp_helper", Path(__file__).parent / "helpers" / "ddp.py")
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules["ddp_helper"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules["ddp_helper"])
-    return sys.modules["ddp_helper"].pool
 
 
 class Model(nn.Module):

@@ -2,7 +2,7 @@
 
     pool(2).run(__file__, "rank_of_mean", {"x": x})   ->   [what rank 0 returned, what rank 1 returned]
 
-Tests load this file by its path (`tests` is no package): `conftest.py` of `tests/losses` shows how. The processes are
+Tests load this file by its path (`tests` is no package): `tests/conftest.py` does. The processes are
 this very file run as a script, started once a session and fed one JSON line a task, so that importing torch is paid
 once; functions are found by file and name, so that nothing has to be pickled. Inputs and results (tensors, numbers,
 dicts, lists) travel as torch files.

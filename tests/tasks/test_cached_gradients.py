@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -29,19 +27,7 @@ from ctx_distill.tasks.cached_gradients import check_micro_batch, on_host, split
 from ctx_distill.tasks.report_tower import TextSettings
 from ctx_distill.types import CTBatch
 
-HELPER = Path(__file__).parents[1] / "helpers" / "ddp.py"
 VOLUME = VolumeSpec(spacing=(12.0, 12.0, 12.0), shape=(24, 32, 32), window=(-1000.0, 600.0))
-
-
-@pytest.fixture(scope="session")
-def pool() -> Callable[[int], Any]:
-    if "ddp_helper" not in sys.modules:
-        spec = importlib.util.spec_from_file_location("ddp_helper", HELPER)
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules["ddp_helper"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules["ddp_helper"])
-    return sys.modules["ddp_helper"].pool
 
 
 def batch_of(rows: int) -> CTBatch:
