@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import multiprocessing
 import os
+import shutil
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -17,15 +18,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ctx_distill.ablation.cohort import Cohort, open_cohort
 from ctx_distill.ablation.execute import Place, Score, ensure_expert, run_job
 from ctx_distill.ablation.plan import Job, Plan, config_hash, read_plan, selection_jobs, table_jobs
-from ctx_distill.ablation.records import Records
+from ctx_distill.ablation.records import ROWS, Records
 from ctx_distill.ablation.report import write_report
 from ctx_distill.errors import InputError
 from ctx_distill.files import hash_file, hash_json
-from ctx_distill.pipeline.plan import load_preset
 from ctx_distill.pipeline.runner import find_manifest
 
 # Raised so that glibc keeps freed volumes: giving each back to the kernel costs a quarter of the time.
-REPORT = "ablation.md"
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": "1000000000", "MALLOC_TRIM_THRESHOLD_": "4000000000"}
 
 
@@ -72,7 +71,7 @@ def run_ablation(options: Options) -> Path:
     records = Records.open(options.record)
     if not options.report:
         _run_all(options, plan, records, arms, regimes)
-    return write_report(plan, records, options.run, options.record / REPORT)
+    return write_report(plan, records, options.run, options.record.with_name(f"{options.record.name}.md"))
 
 
 def _known(what: str, asked: Sequence[str], known: Iterable[str]) -> list[str]:
@@ -112,9 +111,8 @@ def _run(
     jobs: Iterable[Job],
     title: str,
 ) -> None:
-    preset = load_preset(options.preset)
     data = hash_json([hash_file(find_manifest(options.data, kind)) for kind in ("ct", "xray")])
-    hashes = {job: config_hash(plan, job, preset, data) for job in jobs}
+    hashes = {job: config_hash(plan, job, options.preset, data) for job in jobs}
     waiting = [job for job in hashes if (options.again and not job.select) or not records.has(job, hashes[job])]
     print(f"{title}: {len(hashes)} runs, {len(hashes) - len(waiting)} of them done before")
     futures: dict[Future[tuple[Score, float]], Job] = {
@@ -140,6 +138,8 @@ def _run(
                 told += f"; before {before:.3f} [{low:.3f}, {high:.3f}]" + ("" if low <= value <= high else ", OUTSIDE")
             else:
                 records.add(job, hashes[job], score)
+                if options.record != options.run and not job.select:
+                    shutil.copyfile(options.record / ROWS, options.run / ROWS)
             progress.advance(bar)
             print(told, flush=True)
 

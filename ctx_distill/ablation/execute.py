@@ -19,7 +19,7 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 from ctx_distill.ablation.cohort import Cohort, write_corpus, write_ct, write_probe, write_xray
-from ctx_distill.ablation.plan import CORE, Job, Plan, laid_over
+from ctx_distill.ablation.plan import CORE, Job, Plan, job_layers, laid_over
 from ctx_distill.data.manifest import Manifest
 from ctx_distill.files import hash_json, write_json, write_text
 from ctx_distill.metrics.bootstrap import resample_counts
@@ -73,9 +73,9 @@ def run_job(place: Place, plan: Plan, cohort: Cohort, job: Job) -> Score:
     paths["{student}"] = str(folder / STAGES["distill"].folder / ARTEFACT)
     paths["{model}"] = str(folder / STAGES["align"].folder / ARTEFACT)
     found: dict[str, Any] = {}
-    for name, overrides in job.arm.stages.items():
-        schedule = _schedule(plan, job, name)
-        found[name] = run_layers(place, name, folder / STAGES[name].folder, paths, schedule, overrides, job)
+    for name in job.arm.stages:
+        config = job_layers(plan, job, name, place.preset)
+        found[name] = run_layers(folder / STAGES[name].folder, paths, config)
         shutil.rmtree(folder / STAGES[name].folder / "checkpoints", ignore_errors=True)
     scored = ct.split("test")
     scorer = STAGES[list(job.arm.stages)[-1]].folder
@@ -89,35 +89,10 @@ def run_job(place: Place, plan: Plan, cohort: Cohort, job: Job) -> Score:
     return Score(metrics, replicates, data)
 
 
-def _schedule(plan: Plan, job: Job, stage: str) -> dict[str, Any]:
-    """The optimiser steps of a stage: all, or distillation's share and the rest."""
-    both = "distill" in job.arm.stages and len({"align", "classifier"} & set(job.arm.stages)) > 0
-    distilling = round(plan.steps * plan.distill_share) if both else plan.steps
-    steps = distilling if stage == "distill" else plan.steps - (distilling if both else 0)
-    if stage not in ("distill", "align", "classifier"):
-        return {}
-    rate = {"init_args": {"lr": job.learning_rate}}
-    return {
-        "trainer": {"max_epochs": -1, "max_steps": steps, "limit_val_batches": 0},
-        "model": {"init_args": {"optimizer": rate, "select": "last"}},
-    }
-
-
-def run_layers(
-    place: Place,
-    stage: str,
-    folder: Path,
-    paths: dict[str, str],
-    schedule: dict[str, Any],
-    overrides: dict[str, Any],
-    job: Job | None = None,
-) -> dict[str, Any]:
+def run_layers(folder: Path, paths: dict[str, str], config: dict[str, Any]) -> dict[str, Any]:
     """Run one stage from merged layers; returns its metrics."""
     from ctx_distill.pipeline.lightning import build
 
-    config = laid_over(stage_config(STAGES[stage], place.preset), schedule, overrides)
-    if job is not None:
-        config = laid_over(config, {"seed_everything": job.seed, "data": {"init_args": {"seed": job.seed}}})
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "layers.yaml"
     write_text(path, yaml.safe_dump(fill(config, {**paths, "{folder}": str(folder)}), sort_keys=False))
@@ -135,7 +110,7 @@ def ensure_expert(place: Place, plan: Plan, cohort: Cohort, name: str) -> Path:
     with FileLock(folder.with_suffix(".lock")):
         if not (folder / DONE).is_file():
             xray = write_xray(cohort, spec.xrays)
-            schedule = {"trainer": {"max_epochs": spec.epochs, "limit_val_batches": 0}}
+            steps = {"trainer": {"max_epochs": spec.epochs, "limit_val_batches": 0}}
             paths = {"{xray}": str(xray.path)}
             # no report of the pairs reaches the expert: it would have read more of them than an arm is given
             corpus = str(write_corpus(cohort, spec.corpus)) if spec.corpus else None
@@ -143,7 +118,7 @@ def ensure_expert(place: Place, plan: Plan, cohort: Cohort, name: str) -> Path:
                 "data": {"init_args": {"ct_manifest": None}},
                 "model": {"init_args": {"read_ct_reports": False, "report_corpus": corpus}},
             }
-            run_layers(place, "expert", folder, paths, schedule, alone)
+            run_layers(folder, paths, laid_over(stage_config(STAGES["expert"], place.preset), steps, alone))
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return folder / ARTEFACT
 
@@ -162,7 +137,7 @@ def ensure_index(place: Place, plan: Plan, ct: Manifest, xray: Manifest, expert:
         if not (folder / DONE).is_file():
             paths = {"{xray}": str(xray.path), "{ct}": str(ct.path)}
             paths["{expert}"] = str(place.run / "experts" / expert / ARTEFACT)
-            run_layers(place, "index", folder, paths, {}, {})
+            run_layers(folder, paths, stage_config(STAGES["index"], place.preset))
     return folder / ARTEFACT
 
 

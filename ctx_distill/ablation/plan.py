@@ -9,7 +9,7 @@ from typing import Any
 
 from ctx_distill.errors import InputError
 from ctx_distill.files import hash_json
-from ctx_distill.pipeline.plan import STAGES, merge, read_layer, stages_folder
+from ctx_distill.pipeline.plan import STAGES, merge, read_layer, stage_config, stages_folder
 
 CORE = "core"
 
@@ -218,16 +218,50 @@ def table_jobs(
     return jobs
 
 
-def config_hash(plan: Plan, job: Job, preset: dict[str, Any], data: str) -> str:
-    """What decides a job's figures: the cohort (its hash), the arm, the preset, the schedule and the expert."""
+def schedule(plan: Plan, job: Job, stage: str) -> dict[str, Any]:
+    """The optimiser steps of a stage (all, or distillation's share and the rest) and its learning rate."""
+    both = "distill" in job.arm.stages and len({"align", "classifier"} & set(job.arm.stages)) > 0
+    distilling = round(plan.steps * plan.distill_share) if both else plan.steps
+    steps = distilling if stage == "distill" else plan.steps - (distilling if both else 0)
+    if stage not in ("distill", "align", "classifier"):
+        return {}
+    rate = {"init_args": {"lr": job.learning_rate}}
+    return {
+        "trainer": {"max_epochs": -1, "max_steps": steps, "limit_val_batches": 0},
+        "model": {"init_args": {"optimizer": rate, "select": "last"}},
+    }
+
+
+def job_layers(plan: Plan, job: Job, stage: str, preset: str) -> dict[str, Any]:
+    """The merged layers of one stage of a job: the pipeline's own, the schedule, the arm's, the seed."""
+    seed = {"seed_everything": job.seed, "data": {"init_args": {"seed": job.seed}}}
+    return laid_over(stage_config(STAGES[stage], preset), schedule(plan, job, stage), job.arm.stages[stage], seed)
+
+
+_UNHASHED = {
+    "logger",
+    "callbacks",
+    "default_root_dir",
+    "enable_progress_bar",
+    "enable_model_summary",
+    "log_every_n_steps",
+}
+
+
+def config_hash(plan: Plan, job: Job, preset: str, data: str) -> str:
+    """What decides a job's figures: the cohort (its hash), the merged layers of its stages, the regime and the expert.
+
+    A default that changes in `stages/` changes the hash of the arms that rest on it, and of no other.
+    """
+    upstream = ("expert", "index") if job.arm.pool_matters else ()
+    layers = {name: stage_config(STAGES[name], preset) for name in upstream}
+    layers |= {name: job_layers(plan, job, name, preset) for name in job.arm.stages}
+    for layer in layers.values():
+        layer["trainer"] = {key: value for key, value in layer["trainer"].items() if key not in _UNHASHED}
     return hash_json(
         {
             "data": data,
-            "arm": job.arm.stages,
-            "preset": preset,
-            "steps": plan.steps,
-            "distill_share": plan.distill_share,
-            "learning_rate": job.learning_rate if job.arm.trains else None,
+            "layers": layers,
             "seed": job.seed,
             "regime": [job.regime.pairs, job.regime.normals, job.regime.pool if job.arm.pool_matters else None],
             "expert": vars(plan.experts[job.regime.expert]) if job.arm.pool_matters else None,

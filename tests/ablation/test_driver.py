@@ -72,7 +72,7 @@ def test_from_cohort_to_table_and_on_from_there(
     ]  # fmt: skip
     assert primary[(primary["arm"] == "infonce") & (primary["seed"] == 0)]["value"].item() == first
     assert {"probe_auroc_100", "report_recall_at_10"} <= set(rows["metric"])
-    table = (record / "ablation.md").read_text()
+    table = record.with_name(f"{record.name}.md").read_text()
     assert "**paper − infonce**" in table
     page = (run / "index.html").read_text()
     assert "not a medical device" in page

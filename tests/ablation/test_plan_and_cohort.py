@@ -56,10 +56,10 @@ def test_a_hash_changes_with_what_matters_and_not_with_the_pool_of_an_arm_withou
     plan = read_plan()
     job = table_jobs(plan, ["infonce"], ["core"], 1, {"infonce": 1e-3})[0]
     weak = replace(job, regime=replace(job.regime, expert="weak"))
-    assert config_hash(plan, job, {}, "") == config_hash(plan, weak, {}, "")
-    assert config_hash(plan, job, {}, "") != config_hash(plan, replace(job, learning_rate=2e-3), {}, "")
-    assert config_hash(plan, job, {}, "") != config_hash(replace(plan, steps=1), job, {}, "")
-    assert config_hash(plan, job, {}, "") != config_hash(plan, job, {}, "another cohort")
+    assert config_hash(plan, job, "ablation", "") == config_hash(plan, weak, "ablation", "")
+    assert config_hash(plan, job, "ablation", "") != config_hash(plan, replace(job, learning_rate=2e-3), "ablation", "")
+    assert config_hash(plan, job, "ablation", "") != config_hash(replace(plan, steps=1), job, "ablation", "")
+    assert config_hash(plan, job, "ablation", "") != config_hash(plan, job, "ablation", "another cohort")
 
 
 def test_a_plan_of_another_form_is_refused(tmp_path: Path) -> None:
