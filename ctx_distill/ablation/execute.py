@@ -171,7 +171,7 @@ def _watched(found: dict[str, Any]) -> dict[str, float]:
 
 def _secondary(place: Place, plan: Plan, cohort: Cohort, job: Job, scored: Manifest) -> dict[str, float]:
     """Report-to-volume recall, and in the core regime's own seeds a linear probe at several shares of labels."""
-    from ctx_distill.ablation.probe import embed, linear_probe, report_recall
+    from ctx_distill.ablation.probe import embed_aligned, embed_classifier, linear_probe, report_recall
 
     if not job.arm.trains:
         return {}
@@ -179,9 +179,14 @@ def _secondary(place: Place, plan: Plan, cohort: Cohort, job: Job, scored: Manif
     aligned = "align" in job.arm.stages
     artefact = place.run / job.folder / STAGES["align" if aligned else "classifier"].folder / ARTEFACT
     manifest = write_probe(cohort, plan.cohort["labelled"]) if probing else scored
-    pooled = embed(artefact, manifest, stage_config(STAGES["align"], place.preset))
-    # one image a study, and the scored studies come last in either manifest
-    metrics = report_recall(artefact, scored, pooled[-len(scored) :]) if aligned else {}
+    config = stage_config(STAGES["align"], place.preset)
+    metrics = {}
+    if aligned:
+        pooled, image = embed_aligned(artefact, manifest, config)
+        # one image a study, and the scored studies come last in either manifest
+        metrics = report_recall(artefact, scored, image[-len(scored) :])
+    else:
+        pooled = embed_classifier(artefact, manifest, config)
     if probing:
         metrics |= linear_probe(manifest, pooled, plan.probe_shares, job.seed)
     return metrics

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,45 +13,62 @@ from torch import Tensor
 
 from ctx_distill.checkpoint import load_weights, read_artefact
 from ctx_distill.data.cache import shared_cache
-from ctx_distill.data.datasets import ct_dataset
+from ctx_distill.data.datasets import Collate, ct_dataset
 from ctx_distill.data.manifest import Manifest
 from ctx_distill.data.transforms import VolumeSpec
 from ctx_distill.metrics.classification import macro_auroc
 from ctx_distill.metrics.retrieval import recall_at_k
-from ctx_distill.models.ct_encoder import CTEncoder, build_ct_encoder
-from ctx_distill.models.dual_encoder import TEXT_FOLDER, DualEncoder
+from ctx_distill.models.ct_encoder import build_ct_encoder
+from ctx_distill.models.dual_encoder import DualEncoder
+from ctx_distill.tasks.prior import open_prior
+from ctx_distill.types import CTBatch
 
 
-def _volumes(manifest: Manifest, config: dict[str, Any], batch: int = 32) -> Any:
-    """Batches (b, 1, D, H, W) of a manifest's volumes in order, out of the process's cache."""
+def _batches(manifest: Manifest, config: dict[str, Any], projection: bool, size: int = 32) -> Iterator[CTBatch]:
+    """A manifest's volumes in order, and their projections where asked, out of the process's cache."""
     data = config["data"]["init_args"]
     spec = VolumeSpec.from_config(data["volume"])
-    dataset = ct_dataset(manifest, spec, shared_cache(data.get("cache_gb", 1.0)), False)
-    for start in range(0, len(dataset), batch):
-        yield torch.stack([dataset[index].tensor for index in range(start, min(start + batch, len(dataset)))])
-
-
-def _open_encoder(artefact: Path) -> CTEncoder:
-    """The CT encoder of a dual encoder's or a fine-tuned classifier's artefact."""
-    if (artefact / TEXT_FOLDER).is_dir():
-        return DualEncoder.load(artefact)[0].ct_encoder
-    found = read_artefact(artefact, "classifier")
-    encoder = build_ct_encoder(found.config["encoder"])
-    load_weights(encoder, found.weights(), "encoder.", str(artefact))
-    return encoder.eval()
+    dataset = ct_dataset(manifest, spec, shared_cache(data.get("cache_gb", 1.0)), False, projection)
+    collate = Collate(CTBatch)
+    for start in range(0, len(dataset), size):
+        batch = collate([dataset[index] for index in range(start, min(start + size, len(dataset)))])
+        assert isinstance(batch, CTBatch)
+        yield batch
 
 
 @torch.no_grad()
-def embed(artefact: Path, manifest: Manifest, config: dict[str, Any]) -> Tensor:
-    """Pooled CT features (N, D_c) of a manifest's rows in order.
+def embed_classifier(artefact: Path, manifest: Manifest, config: dict[str, Any]) -> Tensor:
+    """Pooled CT features (N, D_c) of a manifest's rows in order, by a fine-tuned classifier's encoder.
 
     Args:
-        artefact: of stage 3 or of a fine-tuned classifier.
+        artefact: of the classifier.
         manifest: N rows.
         config: merged layers of a CT stage: volume spec and cache.
     """
-    encoder = _open_encoder(artefact)
-    return torch.cat([encoder(volume).pooled for volume in _volumes(manifest, config)])
+    found = read_artefact(artefact, "classifier")
+    encoder = build_ct_encoder(found.config["encoder"])
+    load_weights(encoder, found.weights(), "encoder.", str(artefact))
+    encoder.eval()
+    return torch.cat([encoder(batch.volume).pooled for batch in _batches(manifest, config, False)])
+
+
+@torch.no_grad()
+def embed_aligned(artefact: Path, manifest: Manifest, config: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Pooled CT features (N, D_c) and image features (N, D), the prior's part included, of a manifest's rows in order.
+
+    Args:
+        artefact: of stage 3.
+        manifest: N rows.
+        config: merged layers of a CT stage: volume spec and cache.
+    """
+    model, read = DualEncoder.load(artefact)
+    prior = open_prior(read, model.embed_dim)
+    pooled, image = [], []
+    for batch in _batches(manifest, config, prior is not None):
+        features, output = model.encode_volume(batch.volume, None if prior is None else prior(batch))
+        pooled.append(output.pooled)
+        image.append(features)
+    return torch.cat(pooled), torch.cat(image)
 
 
 def linear_probe(manifest: Manifest, pooled: Tensor, shares: Sequence[float], seed: int) -> dict[str, float]:
@@ -93,19 +110,18 @@ def linear_probe(manifest: Manifest, pooled: Tensor, shares: Sequence[float], se
 
 
 @torch.no_grad()
-def report_recall(artefact: Path, scored: Manifest, pooled: Tensor) -> dict[str, float]:
+def report_recall(artefact: Path, scored: Manifest, image: Tensor) -> dict[str, float]:
     """Report-to-volume recall over the scored studies.
 
     Args:
         artefact: of stage 3.
         scored: N rows, one image a study.
-        pooled: (N, D_c), what `embed` gave of them.
+        image: (N, D), what `embed_aligned` gave of them.
 
     Returns:
         `report_recall_at_5`, `_at_10`, `_at_50`.
     """
     model, _ = DualEncoder.load(artefact)
-    image = torch.nn.functional.normalize(model.image_projection(pooled), dim=-1)
     reports = [scored.report(row) for row in scored.frame.index]
     text = torch.cat([model.encode_text(reports[start : start + 64]) for start in range(0, len(reports), 64)])
     similarity: NDArray[np.float32] = (text @ image.T).numpy()

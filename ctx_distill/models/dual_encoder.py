@@ -25,7 +25,7 @@ PRIOR_FOLDER = "prior_expert"
 class DualEncoder(nn.Module):
     """CT and report in one space: image_features = norm(P_a f(V)), text_features = norm(P_t E(r)).
 
-    With a prior (**ours**), image_features = norm(P_a f(V) + w u'), u' the expert's feature of the CT's projection.
+    With a prior (**ours**), image_features = norm(norm(P_a f(V)) + w u'), u' the expert's feature of the CT's projection.
 
     Attributes:
         ct_encoder: f.
@@ -55,7 +55,7 @@ class DualEncoder(nn.Module):
                 text tower of the expert needs.
             image_projection: P_a to start from (P_d of stage 2, say); None for a new linear one.
             init_logit_scale: 1 / temperature at the start.
-            prior_weight: w; above 0, a new P_a starts at zero, and so the image features at the prior.
+            prior_weight: w.
 
         Raises:
             InputError: image_projection does not lead from D_c to D.
@@ -73,9 +73,6 @@ class DualEncoder(nn.Module):
                 f" to {shape[1]}."
             )
         self.prior_weight = prior_weight
-        if prior_weight and image_projection is None:
-            for parameter in self.image_projection.parameters():
-                nn.init.zeros_(parameter)
         self.text_projection: nn.Module = (
             nn.Identity() if projection_dim is None else nn.Linear(text_encoder.embed_dim, projection_dim, bias=False)
         )
@@ -91,19 +88,24 @@ class DualEncoder(nn.Module):
         Raises:
             InputError: the model has a prior and none is given.
         """
-        output = self.ct_encoder(volume)
-        return self.join_prior(self.image_projection(output.pooled), prior), output
+        own, output = self.encode_alone(volume)
+        return self.join_prior(own, prior), output
 
-    def join_prior(self, projected: Tensor, prior: Tensor | None) -> Tensor:
-        """Image features (B, D), unit rows, of P_a's output (B, D) and the prior's features (B, D)."""
-        if self.prior_weight:
-            if prior is None:
-                raise InputError(
-                    "this model adds to what the X-ray expert says of the CT's own projection, and got no projections."
-                    " Set data.init_args.projection=true."
-                )
-            projected = projected + self.prior_weight * prior.to(projected)
-        return F.normalize(projected, dim=-1)
+    def encode_alone(self, volume: Tensor) -> tuple[Tensor, EncoderOutput]:
+        """norm(P_a f(V)) (B, D), the image features without a prior, and the encoder's own output."""
+        output = self.ct_encoder(volume)
+        return F.normalize(self.image_projection(output.pooled), dim=-1), output
+
+    def join_prior(self, own: Tensor, prior: Tensor | None) -> Tensor:
+        """Image features (B, D), unit rows, of `encode_alone`'s (B, D) and the prior's (B, D)."""
+        if not self.prior_weight:
+            return own
+        if prior is None:
+            raise InputError(
+                "this model adds to what the X-ray expert says of the CT's own projection, and got no projections."
+                " Set data.init_args.projection=true."
+            )
+        return F.normalize(own + self.prior_weight * prior.to(own), dim=-1)
 
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         """Text features (B, D), L2-normalised."""

@@ -59,7 +59,7 @@ class AlignmentTask(TrainedTask):
         soft_targets: of `soft-targets`.
         robust: which false negatives are corrected and how.
         keep: how much of distillation goes on.
-        prior: whether the CT encoder adds to what the expert says of the CT's own projection.
+        prior: what the expert says of the CT's own projection, added to the image features once they are trained.
         neighbours: X-rays mixed into the evidence `retrieved`.
         subset_share: share of steps in which a report is cut to a random subset of its sentences, down to one.
         augmentation: of the volumes.
@@ -163,11 +163,6 @@ class AlignmentTask(TrainedTask):
         self.model = DualEncoder(
             self.ct_encoder, text_encoder, self.text.projection_dim, projection, self.scale, weight
         )  # fmt: skip
-        if self.robust.needs_moving_average() and weight:
-            raise InputError(
-                f"stage 3: robust.evidence holds ema and prior.weight is {weight}; the moving average has no prior. "
-                "Take report, findings or retrieved as evidence, or set prior.weight=0."
-            )
         if self.robust.needs_moving_average():
             given = self.robust.thresholds.get("ema")
             self.moving_average = MovingAverage(self.model, self.robust.ema_decay, given)
@@ -226,19 +221,18 @@ class AlignmentTask(TrainedTask):
     def _encode(self, batch: CTBatch) -> tuple[Tensor, ...]:
         """Features of this rank's rows, both (b, D), of augmented volumes and of this epoch's views of the reports.
 
+        No prior has a part in training: beside it the encoder would learn next to nothing (docs/ablation.md).
+
         With `masking`, also what each row adds to the loss of its masked report (see `masked_language_loss`).
         With `micro_batch` it runs twice a micro-batch (see `encode_cached`): whatever else it may return has one row
         a volume, and gathers wait for `_contrast`.
         """
-        image, output = self.dual.encode_volume(self.augmentation(batch.volume), self._prior(batch))
+        image, output = self.dual.encode_alone(self.augmentation(batch.volume))
         text = self.dual.encode_text(self._views(batch))
         if self.entity_masking is None:
             return image, text
         seeds = [f"masking-{self.current_epoch}-{row}" for row in batch.row.tolist()]
         return image, text, *self.entity_masking(self.dual.text_encoder, batch.report, seeds, output.tokens)
-
-    def _prior(self, batch: CTBatch) -> Tensor | None:
-        return None if self.prior is None else self.prior(batch)
 
     def _contrast(self, image: Tensor, text: Tensor, batch: CTBatch) -> dict[str, Tensor]:
         """The contrastive terms of the global batch, `loss` among them, from this rank's features."""
@@ -318,7 +312,7 @@ class AlignmentTask(TrainedTask):
     def validation_step(self, batch: CTBatch, batch_idx: int) -> None:
         """Plain InfoNCE, or the sigmoid loss, on whole reports, without augmentation and corrections."""
         del batch_idx
-        image, _ = self.dual.encode_volume(batch.volume, self._prior(batch))
+        image, _ = self.dual.encode_alone(batch.volume)
         text = self.dual.encode_text(batch.report)
         image, text = gather_with_gradient(image), gather_with_gradient(text)
         study = gather_with_gradient(batch.study)
@@ -334,7 +328,8 @@ class AlignmentTask(TrainedTask):
     def predict_step(self, batch: CTBatch, batch_idx: int) -> dict[str, Tensor]:
         """Image and report features of a batch, both (B, D), unit rows."""
         del batch_idx
-        image, _ = self.dual.encode_volume(batch.volume, self._prior(batch))
+        prior = None if self.prior is None else self.prior(batch)
+        image, _ = self.dual.encode_volume(batch.volume, prior)
         return {"image": image, "text": self.dual.encode_text(batch.report), "row": batch.row}
 
     def finish(self, trainer: L.Trainer, datamodule: L.LightningDataModule, folder: Path) -> dict[str, Any]:

@@ -52,7 +52,7 @@ class MovingAverage(AveragedModel):
         assert isinstance(copy, DualEncoder)
         scale = copy.logit_scale
         images = [
-            copy.encode_volume(part.to(device=scale.device, dtype=scale.dtype))[0]
+            copy.encode_alone(part.to(device=scale.device, dtype=scale.dtype))[0]
             for part in torch.split(volume, VOLUMES_AT_ONCE)
         ]
         return torch.cat(images), copy.encode_text(reports)

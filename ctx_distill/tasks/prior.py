@@ -1,9 +1,10 @@
-"""The CT's own projection as a prior of its image feature: the CT encoder learns what a radiograph does not show (**ours**).
+"""The CT's own projection as a prior of its image feature (**ours**).
 
-    h_i = norm(P_a f(V_i) + w u'_i),   u'_i = norm(E_v(projection of V_i))
+    h_i = norm(norm(P_a f(V_i)) + w u'_i),   u'_i = norm(E_v(projection of V_i))
 
-P_a starts at zero, so that training starts from what the frozen X-ray expert says of the projection and adds to it. The
-paper's student has to learn that from pairs; where pairs are few it does not get there (docs/ablation.md).
+The CT encoder trains without it; what the frozen X-ray expert says of the projection is added wherever the image feature
+is used. The paper's student has to learn that from pairs; where pairs are few it does not get there. Trained with the
+prior in the loss, the encoder learns less of its own and nothing is gained (docs/protocol.md).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from ctx_distill.types import CTBatch
 @dataclass(frozen=True)
 class PriorSettings:
     """Attributes:
-    weight: w, against 1 of the CT encoder's unnormalised projection; 0 leaves the prior out. It needs
+    weight: w, against 1 of the CT encoder's own feature; 0 leaves the prior out. It needs
         `data.init_args.projection=true` in stage 3 and wherever the model is used.
     """
 

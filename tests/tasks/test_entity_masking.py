@@ -216,7 +216,8 @@ def test_settings_out_of_range_are_refused(encoder: BertTextEncoder) -> None:
 
 
 def align(run: Path, cohort: Path, preset: Path, *more: str) -> int:
-    options = ["--model.init_args.masking.weight=0.5", "--model.init_args.masking.vocabulary=phantom", *more]
+    options = ["--model.init_args.masking.weight=0.5", "--model.init_args.masking.vocabulary=phantom"]
+    options += ["--model.init_args.text.trainable=true", *more]
     return main(["align", "--data", str(cohort), "--run", str(run), "--preset", str(preset), *options])
 
 

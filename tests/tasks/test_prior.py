@@ -1,4 +1,4 @@
-"""The projection as a prior: training starts at what the expert says of the projection, and the artefact stands alone."""
+"""The projection as a prior: added after training, which it leaves alone; and the artefact stands alone."""
 
 from __future__ import annotations
 
@@ -45,16 +45,22 @@ def module(cohort: Path, projection: bool = True) -> CTDataModule:
     return CTDataModule(str(cohort / "ct.csv"), SPEC, batch_size=4, text="required", projection=projection)
 
 
-def test_it_starts_at_the_expert_s_feature_and_learns_from_there(
+def test_it_leaves_training_alone_and_is_added_to_the_image_feature(
     finished_run: Path, cohort: Path, tmp_path: Path
 ) -> None:
     batch = next(iter(module(cohort).train_dataloader()))
     expected = embed_projection(batch, open_expert(str(finished_run / "expert/artefact")))
     torch.manual_seed(0)
-    still = trained(finished_run, cohort, tmp_path / "still", rate=0.0).eval()
-    torch.testing.assert_close(still.predict_step(batch, 0)["image"], expected)
-    moved = trained(finished_run, cohort, tmp_path / "moved", rate=1e-2).eval()
-    assert (moved.predict_step(batch, 0)["image"] * expected).sum(dim=-1).max() < 0.9999
+    without = trained(finished_run, cohort, tmp_path / "without", rate=1e-2, weight=0.0).eval()
+    torch.manual_seed(0)
+    moved = trained(finished_run, cohort, tmp_path / "moved", rate=1e-2, weight=3.0).eval()
+    for name, value in without.state_dict().items():
+        assert torch.equal(moved.state_dict()[name], value), name
+    own = without.predict_step(batch, 0)["image"]
+    joint = own + 3.0 * expected
+    torch.testing.assert_close(
+        moved.predict_step(batch, 0)["image"], joint / joint.norm(dim=-1, keepdim=True), rtol=1e-5, atol=1e-6
+    )
     assert not any("prior" in name or "visual" in name for name in moved.state_dict())
 
     artefact = tmp_path / "moved/artefact"
@@ -86,10 +92,10 @@ def test_the_feature_is_the_sum_by_hand() -> None:
         embed_dim = 6
 
     model = DualEncoder(ResNet3D("small", base_width=8), Text(), prior_weight=2.0)  # type: ignore[arg-type]
-    torch.nn.init.normal_(model.image_projection.net.weight)
     volume, prior = torch.randn(2, 1, 16, 16, 16), F.normalize(torch.randn(2, 6), dim=-1)
     image, output = model.encode_volume(volume, prior)
-    raw = output.pooled @ model.image_projection.net.weight.T + model.image_projection.net.bias + 2.0 * prior
+    own = output.pooled @ model.image_projection.net.weight.T + model.image_projection.net.bias
+    raw = own / own.norm(dim=-1, keepdim=True) + 2.0 * prior
     torch.testing.assert_close(image, raw / raw.norm(dim=-1, keepdim=True))
     with pytest.raises(InputError, match=r"data\.init_args\.projection=true"):
         model.encode_volume(volume)

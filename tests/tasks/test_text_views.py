@@ -38,7 +38,7 @@ class Dual(torch.nn.Module):
         super().__init__()
         self.read: list[str] = []
 
-    def encode_volume(self, volume: torch.Tensor, *_: Any) -> tuple[torch.Tensor, None]:
+    def encode_alone(self, volume: torch.Tensor) -> tuple[torch.Tensor, None]:
         return volume.flatten(1), None
 
     def encode_text(self, texts: list[str]) -> torch.Tensor:
