@@ -49,8 +49,10 @@ def open_cohort(data: Path, plan: Plan) -> Cohort:
     The first `candidates` studies of the split `train` are drawn from; the rest of `train` joins `val`.
 
     Raises:
-        InputError: a manifest is missing or too small, or has no labels.
+        InputError: a manifest is missing or too small or has no labels, or the phantom cohort is of another generator
+            version or seed than the plan's.
     """
+    _check_generator(data, plan)
     ct, xray = (read_manifest(find_manifest(data, kind)) for kind in ("ct", "xray"))
     if not ct.finding_names:
         raise InputError(f"{ct.path}: has no label:<finding> columns; the ablation is scored against them.")
@@ -66,6 +68,19 @@ def open_cohort(data: Path, plan: Plan) -> Cohort:
     if not len(test) or not len(val):
         raise InputError(f"{data}: {len(val)} studies to choose on and {len(test)} to score; expected some of both.")
     return Cohort(data, train[:wanted], val, test, xray.frame, ct.finding_names, unused)
+
+
+def _check_generator(data: Path, plan: Plan) -> None:
+    made = data / DONE
+    if not made.is_file():
+        return
+    cohort = json.loads(made.read_text())
+    for key in ("generator", "seed"):
+        if key in plan.cohort and cohort[key] != plan.cohort[key]:
+            raise InputError(
+                f"{made}: made with {key} {cohort[key]}, the plan's cohort has {key} {plan.cohort[key]}; rows of two"
+                f" cohorts make no table. Make the plan's cohort, or give a --plan whose cohort is this one."
+            )
 
 
 def draw_pairs(cohort: Cohort, regime: Regime, seed: int) -> pd.DataFrame:

@@ -127,13 +127,13 @@ def read_plan(path: Path | None = None) -> Plan:
     """Read the plan.
 
     Args:
-        path: default `stages/ablation.yaml`.
+        path: default `stages/ablation.yaml`. A plan may name another one beside it as its `base` and is laid over it.
 
     Raises:
         InputError: the file does not have the plan's form.
     """
     path = path or stages_folder() / "ablation.yaml"
-    raw = read_layer(path)
+    raw = _raw_plan(path)
     try:
         arms = {name: _arm(path, name, raw["arms"]) for name in raw["arms"]}
         common = raw["regimes"].pop("common")
@@ -157,6 +157,12 @@ def read_plan(path: Path | None = None) -> Plan:
         if contrast.regime not in regimes or {contrast.arm, contrast.against} - set(regimes[contrast.regime].arms):
             raise InputError(f"{path}: contrast {contrast} names an arm or a regime that is not run.")
     return plan
+
+
+def _raw_plan(path: Path) -> dict[str, Any]:
+    raw = read_layer(path)
+    base = raw.pop("base", None)
+    return merge(_raw_plan(path.with_name(base)), raw) if base else raw
 
 
 def _arm(path: Path, name: str, arms: dict[str, Any]) -> Arm:

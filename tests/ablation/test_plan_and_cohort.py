@@ -10,6 +10,7 @@ import pytest
 from ctx_distill.ablation.cohort import draw_pairs, open_cohort, write_corpus, write_ct, write_probe, write_xray
 from ctx_distill.ablation.plan import Plan, config_hash, read_plan, selection_jobs, table_jobs
 from ctx_distill.errors import InputError
+from ctx_distill.pipeline.plan import stages_folder
 
 SMALL = {"candidates": 8, "val": 6, "labelled": 4, "corpus": 3}
 
@@ -69,6 +70,23 @@ def test_a_plan_of_another_form_is_refused(tmp_path: Path) -> None:
         read_plan(path)
 
 
+def test_a_plan_is_laid_over_its_base_and_the_shipped_ones_change_the_cohort_alone() -> None:
+    shipped, fresh = read_plan(), read_plan(stages_folder() / "ablation_fresh.yaml")
+    assert fresh.cohort == {**shipped.cohort, "seed": fresh.cohort["seed"]}
+    assert fresh.cohort["seed"] != shipped.cohort["seed"]
+    assert (fresh.regimes, fresh.contrasts, fresh.learning_rates, fresh.steps, fresh.experts) == (
+        shipped.regimes, shipped.contrasts, shipped.learning_rates, shipped.steps, shipped.experts,
+    )  # fmt: skip
+    assert {name: arm.stages for name, arm in fresh.arms.items()} == {
+        name: arm.stages for name, arm in shipped.arms.items()
+    }
+
+
+def test_a_cohort_of_another_seed_is_refused(cohort: Path, plan: Plan) -> None:
+    with pytest.raises(InputError, match=r"cohort.json: made with seed 5, the plan's cohort has seed 7"):
+        open_cohort(cohort, replace(plan, cohort={**SMALL, "seed": 7}))
+
+
 def test_no_patient_is_in_two_parts_and_selection_sees_no_test_patient(cohort: Path, plan: Plan) -> None:
     parts = open_cohort(cohort, plan)
     groups = [set(frame["patient_id"]) for frame in (parts.candidates, parts.val, parts.test, parts.unused)]
@@ -111,5 +129,6 @@ def test_corpus_pool_and_probe(cohort: Path, plan: Plan) -> None:
 
 
 def test_a_small_cohort_is_refused_with_the_number_needed(cohort: Path) -> None:
+    shipped = read_plan()
     with pytest.raises(InputError, match="needs 1320"):
-        open_cohort(cohort, read_plan())
+        open_cohort(cohort, replace(shipped, cohort={**shipped.cohort, "seed": 5}))
