@@ -112,7 +112,7 @@ bench-large-batch: $(READY) ## memory and time of cached gradients and of chunke
 
 lock: $(UV) ## compile the locks again from pyproject.toml
 	@for extra in cpu gpu; do $(UV) pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header \
-		--no-annotate --extra $$extra --extra dev pyproject.toml --output-file requirements/$$extra.txt; done
+		--no-annotate --extra $$extra --extra bench --extra dev pyproject.toml --output-file requirements/$$extra.txt; done
 	@$(UV) pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header --no-annotate \
 		requirements/uv.in --output-file requirements/uv.txt
 
