@@ -46,9 +46,9 @@ class Difference:
 
 
 def table_rows(plan: Plan, records: Records, regime: Regime) -> list[Row]:
-    """The arms of a regime that have been run, in the plan's order."""
+    """The arms of a regime that have been run, by group and in the plan's order."""
     rows = []
-    for name in regime.arms:
+    for name in sorted(regime.arms, key=lambda name: list(GROUPS).index(plan.arms[name].group)):
         values = records.values(regime.name, name)
         if not values:
             continue
@@ -127,10 +127,10 @@ def _regime_table(rows: Sequence[Row], core: bool) -> str:
 
 
 def forest_plot(rows: Sequence[Row], label: str) -> str:
-    """Dot and interval an arm."""
+    """Dot and interval an arm: triangles are ours, squares the paper's, circles baselines and controls."""
     values = [end for row in rows for end in (row.estimate.low, row.estimate.high)]
     ticks = svg.nice_ticks(min(values), max(values), 5)
-    left, top, pitch, width = 330.0, 8.0, 24, 860.0
+    left, top, pitch, width = 390.0, 8.0, 24, 900.0
     bottom = top + pitch * len(rows)
     x = svg.Scale(ticks[0], ticks[-1], left, width - 25)
     parts = []
@@ -140,17 +140,17 @@ def forest_plot(rows: Sequence[Row], label: str) -> str:
     shapes = {"baseline": "circle", "paper": "square", "ours": "triangle", "control": "circle"}
     for number, row in enumerate(rows):
         middle = top + pitch * (number + 0.5)
-        css = {"ours": "series-0", "paper": "series-1"}.get(row.arm.group, "series-2")
+        css = {"ours": "s0", "paper": "s1"}.get(row.arm.group, "other")
         parts.append(svg.text(left - 12, middle + 4.5, row.arm.title, "label", "end"))
         parts.append(svg.line(x(row.estimate.low), middle, x(row.estimate.high), middle, f"whisker {css}"))
-        parts.append(svg.marker(shapes[row.arm.group], x(row.estimate.value), middle, f"dot {css}"))
+        parts.append(svg.marker(shapes[row.arm.group], x(row.estimate.value), middle, f"mark {css}"))
     return svg.frame(width, bottom + 26, label, parts)
 
 
 _STYLE = """
 svg{font:13px system-ui,sans-serif;background:#fff;color:#111}
 .grid{stroke:#ddd}.tick,.label{fill:#222}.whisker{stroke-width:2}
-.series-0{stroke:#0b6e99;fill:#0b6e99}.series-1{stroke:#b35900;fill:#b35900}.series-2{stroke:#555;fill:#555}
+.s0{stroke:#0072b2;fill:#0072b2}.s1{stroke:#c8641b;fill:#c8641b}.other{stroke:#555;fill:#555}
 """
 BEGIN, END = "<!-- tables: written by `make ablation` -->", "<!-- end of the tables -->"
 
@@ -199,9 +199,10 @@ def page_tables(plan: Plan, records: Records) -> list[tuple[str, str, list[list[
         rows = table_rows(plan, records, regime)
         if not rows:
             continue
-        cells = [["arm", "what it is", "macro AUROC [95 %]", "seeds", *SECONDARY.values()]]
+        shown = [metric for metric in SECONDARY if any(metric in row.secondary for row in rows)]
+        cells = [["arm", "what it is", "macro AUROC [95 %]", "seeds", *(SECONDARY[metric] for metric in shown)]]
         for row in rows:
-            second = [f"{row.secondary[metric]:.3f}" if metric in row.secondary else "–" for metric in SECONDARY]
+            second = [f"{row.secondary[metric]:.3f}" if metric in row.secondary else "–" for metric in shown]
             cells.append([row.arm.name, row.arm.title, show(row.estimate), str(row.estimate.seeds), *second])
         tables.append((_title(regime), forest_plot(rows, f"Macro AUROC of each arm, {regime.name}"), cells))
     cells = [["contrast", "regime", "difference [95 %]", "p", "seeds"]]
