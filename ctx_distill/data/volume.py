@@ -110,6 +110,8 @@ def _compact(path: Path, voxels: NDArray[np.generic]) -> VoxelArray:
             f"{path}: an array of {' x '.join(map(str, voxels.shape))} voxels; expected a volume, two or more voxels "
             "along each axis"
         )
+    if voxels.dtype == np.int16:
+        return np.ascontiguousarray(voxels)
     # min and max carry NaN along: one pass and no boolean array as large as the scan.
     low, high = float(voxels.min()), float(voxels.max())
     if not (math.isfinite(low) and math.isfinite(high)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import logging
 import os
 import struct
@@ -154,6 +155,34 @@ def test_extensions_and_members_are_passed(tmp_path: Path) -> None:
     data = (tmp_path / "a.nii").read_bytes()
     (tmp_path / "b.nii.gz").write_bytes(gzip.compress(data[:3000]) + gzip.compress(data[3000:]) + b"\0" * 100)
     check_same(read_volume(tmp_path / "b.nii.gz"), hu())
+
+
+@pytest.mark.parametrize("tail", [b"", b"\0" * 512])
+def test_one_member_and_several_and_padding_give_the_same_voxels(tmp_path: Path, tail: bytes) -> None:
+    plain = nifti(tmp_path / "a.nii", hu()).read_bytes()
+    for number, cuts in enumerate(([], [352], [0], [100, 5000], [len(plain)])):
+        ends = [0, *cuts, len(plain)]
+        members = b"".join(gzip.compress(plain[a:b]) for a, b in itertools.pairwise(ends))
+        path = tmp_path / f"{number}.nii.gz"
+        path.write_bytes(members + tail)
+        check_same(read_volume(path), hu())
+
+
+@pytest.mark.parametrize("extra", [1, 600])
+def test_a_few_bytes_after_the_voxels_are_padding(tmp_path: Path, extra: int) -> None:
+    plain = nifti(tmp_path / "a.nii", hu()).read_bytes()
+    path = tmp_path / "b.nii.gz"
+    path.write_bytes(gzip.compress(plain + b"\1" * extra))
+    check_same(read_volume(path), hu())
+
+
+def test_a_wrong_checksum_is_refused(tmp_path: Path) -> None:
+    packed = bytearray(gzip.compress(nifti(tmp_path / "a.nii", hu()).read_bytes()))
+    packed[-8] ^= 1
+    path = tmp_path / "b.nii.gz"
+    path.write_bytes(packed)
+    with pytest.raises(InputError, match=r"b\.nii\.gz: the gzip data are damaged"):
+        read_volume(path)
 
 
 def test_no_orientation_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
