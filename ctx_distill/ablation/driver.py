@@ -12,9 +12,9 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from ctx_distill.ablation.analysis import crossed
 from ctx_distill.ablation.cohort import Cohort, open_cohort
 from ctx_distill.ablation.execute import Place, Score, ensure_expert, run_job
 from ctx_distill.ablation.plan import Job, Plan, config_hash, read_plan, selection_jobs, table_jobs
@@ -133,9 +133,11 @@ def _run(
             value = score.metrics["macro_auroc"]
             told = f"{job.folder} lr {job.learning_rate:g}: macro AUROC {value:.3f} ({seconds:.0f} s)"
             if records.has(job, hashes[job]):
-                before = records.values(job.regime.name, job.arm.name)[job.seed]
-                low, high = np.nanquantile(records.resampled(job.regime.name, job.arm.name)[job.seed], [0.025, 0.975])
-                told += f"; before {before:.3f} [{low:.3f}, {high:.3f}]" + ("" if low <= value <= high else ", OUTSIDE")
+                arm = job.regime.name, job.arm.name
+                values = records.values(*arm)
+                interval = crossed(values, records.resampled(*arm))
+                told += f"; before {values[job.seed]:.3f}, the arm's interval [{interval.low:.3f}, {interval.high:.3f}]"
+                told += "" if interval.low <= value <= interval.high else ", OUTSIDE"
             else:
                 records.add(job, hashes[job], score)
                 if options.record != options.run and not job.select:
