@@ -33,7 +33,7 @@ CLI := $(VENV)/bin/ctx-distill
 OPTIONS = --data "$(DATA)" --run "$(RUN)" --preset "$(PRESET)" $(if $(EXPERT),--expert "$(EXPERT)") $(if $(FORCE),--force)
 PYTEST := $(VENV)/bin/python -m pytest
 
-.PHONY: help setup demo data expert all stage-1 stage-2 stage-3 stage-4 ablation page check test test-quick test-slow bench-large-batch lock clean
+.PHONY: help setup demo data expert all stage-1 stage-2 stage-3 stage-4 ablation page check test test-quick test-slow bench-large-batch bench-data lock clean
 
 help: ## list the targets
 	@echo "ctx-distill: chest CT, taught by chest X-ray experts. A research tool, not a medical device."
@@ -109,6 +109,9 @@ test-slow: $(READY) ## the slow tests: the whole pipeline, and real scans where 
 
 bench-large-batch: $(READY) ## memory and time of cached gradients and of chunked logits; 4 minutes on 2 cores
 	@$(VENV)/bin/python benchmarks/large_batch.py
+
+bench-data: $(READY) ## volumes a second and memory of reading CTs, beside MONAI, TorchIO, SimpleITK and the floor; 5 minutes
+	@$(VENV)/bin/python benchmarks/data.py
 
 lock: $(UV) ## compile the locks again from pyproject.toml
 	@for extra in cpu gpu; do $(UV) pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header \

@@ -1,0 +1,252 @@
+"""Volumes a second and memory of reading CTs: this project beside MONAI, TorchIO and SimpleITK, and the floor.
+
+    make bench-data          (or: python benchmarks/data.py)
+
+Every row is measured in a process of its own, on the same files, with one thread and the same malloc settings, page cache
+warm. Seconds are those of the CPU, so that other work on the machine does not show in them, and medians over repeats.
+Memory is the most that one volume adds to the process (resident set). Prepares to 96 x 192 x 192 voxels of 3 x 1.5 x 1.5 mm.
+Writes every row to runs/bench/data.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from large_batch import measure
+
+SPACING, SHAPE, WINDOW = (3.0, 1.5, 1.5), (96, 192, 192), (-1000.0, 1000.0)
+OUT = Path("runs/bench")
+REAL = Path("../shared/data/real_mini/ct")
+REPEATS = 5
+SEED = 0
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "1000000000", "MALLOC_TRIM_THRESHOLD_": "4000000000"}
+FLOOR = ("deflate", "isal", "zlib")
+
+
+def synthetic_ct(path: Path) -> None:
+    """A 512 x 512 x 300 int16 CT of 0.7 x 0.7 x 1 mm, with the noise that makes a real one compress to about half."""
+    import nibabel as nib
+    import numpy as np
+    from scipy.ndimage import gaussian_filter
+
+    z, y, x = np.mgrid[0:300, 0:512:4, 0:512:4]
+    body = ((x - 256) / 220) ** 2 + ((y - 256) / 160) ** 2 < 1
+    lungs = [((x - at) / 90) ** 2 + ((y - 256) / 120) ** 2 < 1 for at in (150, 362)]
+    hu = np.where(body, 40, -1000).astype(np.float32)
+    hu[(lungs[0] | lungs[1]) & (z > 20) & (z < 280)] = -850
+    hu = hu.repeat(4, axis=1).repeat(4, axis=2)
+    noise = np.random.default_rng(SEED).standard_normal(hu.shape, dtype=np.float32)
+    hu += gaussian_filter(noise, (0, 0.7, 0.7)) * np.where(hu > -999, 70, 10).astype(np.float32)
+    voxels = np.clip(hu.round(), -1024, 3071).astype(np.int16)
+    affine = np.diag([-0.7, -0.7, 1.0, 1.0])
+    affine[:3, 3] = (179.0, 179.0, -150.0)
+    nib.save(nib.Nifti1Image(voxels.transpose(2, 1, 0), affine), path)
+
+
+def floor(inflater: str) -> Callable[[Path], Any]:
+    """The file read and inflated, and nothing else."""
+    import deflate
+    from isal import isal_zlib
+
+    def inflate(path: Path) -> Any:
+        packed = path.read_bytes()
+        if inflater == "deflate":
+            return deflate.gzip_decompress(packed)
+        if inflater == "isal":
+            size = int.from_bytes(packed[-4:], "little")
+            return isal_zlib.decompress(packed, wbits=31, bufsize=size)
+        return zlib.decompress(packed, wbits=31)
+
+    return inflate
+
+
+def copied(path: Path) -> Callable[[Path], Any]:
+    """The inflated voxels copied once in memory."""
+    import numpy as np
+
+    from ctx_distill.data.volume import read_volume
+
+    voxels = read_volume(path).voxels
+    return lambda _: np.array(voxels)
+
+
+def ours(antialias: bool) -> Callable[[Path], Any]:
+    """This project's raw path."""
+    from ctx_distill.data.transforms import VolumeSpec, load_ct
+
+    spec = VolumeSpec(spacing=SPACING, shape=SHAPE, window=WINDOW, antialias=antialias)
+    return lambda path: load_ct(path, spec)
+
+
+def simpleitk() -> Callable[[Path], Any]:
+    """Read, one linear resample onto the target grid, window."""
+    import numpy as np
+    import SimpleITK as sitk
+
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
+
+    def load(path: Path) -> Any:
+        image = sitk.ReadImage(str(path))
+        centre = np.array(image.TransformContinuousIndexToPhysicalPoint([(n - 1) / 2 for n in image.GetSize()]))
+        size, spacing = np.array(SHAPE[::-1]), np.array(SPACING[::-1])
+        origin = centre - spacing * (size - 1) / 2
+        resampled = sitk.Resample(image, [int(n) for n in size], sitk.Transform(), sitk.sitkLinear, origin.tolist(),
+                                  spacing.tolist(), np.eye(3).ravel().tolist(), -1024.0, sitk.sitkFloat32)  # fmt: skip
+        low, high = WINDOW
+        return np.clip(sitk.GetArrayViewFromImage(resampled), low, high) / high
+
+    return load
+
+
+def monai_chain(lazy: bool) -> Any:
+    """MONAI's usual five transforms, on tensors throughout."""
+    from monai.transforms import Compose, LoadImage, Orientation, ResizeWithPadOrCrop, ScaleIntensityRange, Spacing
+
+    # ResizeWithPadOrCrop before the window, as lazy execution wants the spatial ones together; what it pads is air.
+    return Compose(
+        [
+            LoadImage(image_only=True, ensure_channel_first=True),
+            Orientation(axcodes="RAS", lazy=lazy),
+            Spacing(pixdim=SPACING[::-1], mode="bilinear", padding_mode="border", lazy=lazy),
+            ResizeWithPadOrCrop(SHAPE[::-1], constant_values=-1024, lazy=lazy),
+            ScaleIntensityRange(*WINDOW, -1.0, 1.0, clip=True),
+        ]
+    )
+
+
+def monai(kind: str) -> Callable[[Path], Any]:
+    """MONAI's datasets: Dataset reads each time; Persistent and Cache are measured when they are filled."""
+    from monai.data import CacheDataset, Dataset, PersistentDataset
+
+    chain = monai_chain(kind == "lazy")
+    if kind in ("Dataset", "lazy"):
+        return lambda path: Dataset([str(path)], chain)[0]
+    if kind == "CacheDataset":
+        cached = functools.cache(lambda path: CacheDataset([str(path)], chain, num_workers=1, progress=False))
+        return lambda path: cached(path)[0]
+    folder = tempfile.mkdtemp()
+    return lambda path: PersistentDataset([str(path)], chain, cache_dir=folder)[0]
+
+
+def torchio() -> Callable[[Path], Any]:
+    """TorchIO's transforms of the same names."""
+    import torchio as tio
+
+    chain = tio.Compose(
+        [tio.ToCanonical(), tio.Resample(SPACING[::-1]), tio.CropOrPad(SHAPE[::-1], padding_mode=-1024),
+         tio.Clamp(*WINDOW), tio.RescaleIntensity((-1, 1), in_min_max=WINDOW)]
+    )  # fmt: skip
+    return lambda path: chain(tio.ScalarImage(path)).data
+
+
+ROWS: dict[str, tuple[str, Callable[[Path], Callable[[Path], Any]]]] = {
+    "floor_deflate": ("floor: read and inflate, libdeflate", lambda _: floor("deflate")),
+    "floor_isal": ("floor: read and inflate, isal", lambda _: floor("isal")),
+    "floor_zlib": ("floor: read and inflate, zlib", lambda _: floor("zlib")),
+    "copy": ("floor: one copy of the voxels in memory", copied),
+    "raw": ("ctx-distill, raw, no anti-aliasing", lambda _: ours(False)),
+    "raw_antialias": ("ctx-distill, raw, anti-aliasing (the default)", lambda _: ours(True)),
+    "simpleitk": ("SimpleITK, read and one Resample", lambda _: simpleitk()),
+    "monai": ("MONAI Dataset, five transforms", lambda _: monai("Dataset")),
+    "monai_lazy": ("MONAI Dataset, five transforms, lazy", lambda _: monai("lazy")),
+    "torchio": ("TorchIO", lambda _: torchio()),
+    "monai_persistent": ("MONAI PersistentDataset, filled", lambda _: monai("PersistentDataset")),
+    "monai_cache": ("MONAI CacheDataset, filled", lambda _: monai("CacheDataset")),
+}
+
+
+def measure_row(name: str, path: str, repeats: int) -> dict[str, float]:
+    """Median CPU seconds a volume and the peak of memory in MB that the first measured one adds."""
+    import torch
+
+    torch.set_num_threads(1)
+    load = ROWS[name][1](Path(path))
+    load(Path(path))
+    found = [measure(lambda: load(Path(path))) for _ in range(repeats)]
+    return {
+        "seconds": statistics.median(one["seconds"] for one in found),
+        "megabytes": max(one["megabytes"] for one in found),
+    }
+
+
+def in_its_own_process(name: str, path: Path, repeats: int) -> dict[str, float]:
+    """`measure_row` in a fresh process with one thread."""
+    command = [sys.executable, __file__, "--measure", name, str(path), str(repeats)]
+    environment = {**os.environ, **MALLOC, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
+    result: dict[str, float] = json.loads(printed.splitlines()[-1])
+    return result
+
+
+def report(repeats: int) -> None:
+    """Measure every row on every file, print them, and write them with their ratios."""
+    import monai as monai_package
+    import SimpleITK as sitk
+    import torch
+    import torchio as torchio_package
+
+    versions = {"torch": torch.__version__, "monai": monai_package.__version__, "torchio": torchio_package.__version__,
+                "SimpleITK": sitk.Version_VersionString()}  # fmt: skip
+    print(f"{os.cpu_count()} CPU cores, one thread; " + ", ".join(f"{k} {v}" for k, v in versions.items()), flush=True)
+    OUT.mkdir(parents=True, exist_ok=True)
+    made = OUT / "ct_512x512x300.nii.gz"
+    if not made.is_file():
+        partial = made.with_name("partial.nii.gz")
+        synthetic_ct(partial)
+        partial.replace(made)
+    files = [made, *sorted(REAL.glob("*.nii.gz"))]
+    if len(files) == 1:
+        print(f"{REAL} is absent: the synthetic CT alone")
+    rows = []
+    for path in files:
+        print(f"\n{path.name} ({path.stat().st_size / 1e6:.0f} MB)\n{'':<48}{'ms':>8}{'volumes/s':>11}{'peak MB':>9}")
+        for name, (title, _) in ROWS.items():
+            found = in_its_own_process(name, path, repeats)
+            rows.append({"file": path.name, "row": name, **found})
+            rate = 1 / max(found["seconds"], 1e-6)
+            print(f"{title:<48}{found['seconds'] * 1e3:>8.1f}{rate:>11.2f}{found['megabytes']:>9.0f}", flush=True)
+    first = {row["row"]: float(row["seconds"]) for row in rows if row["file"] == made.name}
+    base = min(first[f"floor_{name}"] for name in FLOOR)
+    ratios = {
+        "raw_vs_monai": first["monai"] / first["raw"],
+        "raw_antialias_vs_monai": first["monai"] / first["raw_antialias"],
+        "raw_vs_floor": first["raw"] / base,
+        "raw_antialias_vs_floor": first["raw_antialias"] / base,
+    }
+    print("\n" + "\n".join(f"{name}: {value:.2f}" for name, value in ratios.items()))
+    cores = math.ceil(10 * first["raw_antialias"])
+    print(f"A GPU that takes 10 such volumes a second keeps {cores} cores busy with the raw path.")
+    table = {**ratios, "versions": versions, "repeats": repeats, "seed": SEED, "rows": rows}
+    partial = OUT / "data.json.partial"
+    partial.write_text(json.dumps(table, indent=1) + "\n")
+    shutil.move(partial, OUT / "data.json")
+
+
+def main() -> None:
+    """Print the report, or, as a child of it, one row."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=REPEATS, help="measurements a row (default: %(default)s)")
+    parser.add_argument("--measure", nargs=3, metavar=("ROW", "FILE", "REPEATS"), help="one row, as JSON")
+    given = parser.parse_args()
+    if given.measure is None:
+        report(given.repeats)
+        return
+    name, path, repeats = given.measure
+    print(json.dumps(measure_row(name, path, int(repeats))))
+
+
+if __name__ == "__main__":
+    main()
