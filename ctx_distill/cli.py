@@ -41,6 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--seed", type=int, default=0, metavar="S", help="same seed, same bytes (default: %(default)s)"
     )
     phantom.add_argument("--workers", type=int, default=None, metavar="W", help="processes (default: one a core)")
+    _add_prepare(commands.add_parser("prepare", help="write a manifest's volumes once in the form that training reads"))
     _add_ablation(
         commands.add_parser("ablation", help="compare the parts of the method on one cohort, with paired seeds")
     )
@@ -60,6 +61,16 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
                         help="an X-ray expert's folder or hf-hub:org/name; default: the run's own")  # fmt: skip
     parser.add_argument("--force", action="store_true", help="run again although it is complete")
     parser.epilog = "Any other option is a LightningCLI override, such as --trainer.max_epochs=5."
+
+
+def _add_prepare(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("manifest", type=Path, metavar="MANIFEST")
+    parser.add_argument("out", type=Path, metavar="OUT")
+    parser.add_argument("--preset", default="demo", metavar="PRESET", dest="volume_preset",
+                        help="whose volume spec is taken: demo, base, large, or a YAML file (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--workers", type=int, default=None, metavar="W", help="processes (default: one a core)")
+    parser.add_argument("--array", default=None, metavar="i/n",
+                        help="every n-th image from the i-th, from 0 (default: this task of a SLURM array, else all)")  # fmt: skip
 
 
 def _add_ablation(parser: argparse.ArgumentParser) -> None:
@@ -114,6 +125,10 @@ def _dispatch(options: argparse.Namespace, overrides: list[str], given: list[str
         from ctx_distill.phantom.cohort import write_cohort
 
         write_cohort(options.out, options.ct, options.xray, options.seed, options.workers)
+    elif options.command == "prepare":
+        from ctx_distill.pipeline.prepare import prepare_manifest
+
+        print(prepare_manifest(options.manifest, options.out, options.volume_preset, options.workers, options.array))
     elif options.command == "page":
         from ctx_distill.page.page import build_page
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,8 +14,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ctx_distill.data.cache import shared_cache
-from ctx_distill.data.datasets import Collate, EpochShuffle, Item, ManifestDataset, ct_dataset, xray_dataset
+from ctx_distill.data.datasets import (
+    Collate,
+    EpochShuffle,
+    Item,
+    ManifestDataset,
+    PreparedDataset,
+    ct_dataset,
+    xray_dataset,
+)
 from ctx_distill.data.manifest import Manifest, leave_out_for_index, read_manifest
+from ctx_distill.data.prepared import PreparedFolder
 from ctx_distill.data.projection import PROJECTION_VERSION
 from ctx_distill.data.transforms import VolumeSpec
 from ctx_distill.errors import InputError
@@ -101,6 +111,9 @@ class CTDataModule(ManifestDataModule):
         with_labels: whether batches carry labels: for the supervised heads, and for logs.
         text: `required` leaves studies without any report text out of training and validation, and says how many.
         projection: whether batches carry each scan's own frontal radiograph, computed from the file as it is read.
+        prepared: a folder that `ctx-distill prepare` wrote of this manifest and volume spec; volumes are read from there,
+            and the spec's `stored` becomes `int16`. A run on the scans themselves with `volume.stored: int16` gets
+            the same tensors bit for bit.
     """
 
     collate = Collate(CTBatch)
@@ -117,9 +130,14 @@ class CTDataModule(ManifestDataModule):
         with_labels: bool = False,
         text: Literal["required", "optional"] = "optional",
         projection: bool = False,
+        prepared: str | None = None,
     ) -> None:
         super().__init__(batch_size, eval_batch_size, num_workers, cache_gb, seed)
         self.volume, self.with_labels, self.text, self.projection = volume, with_labels, text, projection
+        self.prepared: PreparedFolder | None = None
+        if prepared is not None:
+            self.volume = replace(volume, stored="int16")
+            self.prepared = PreparedFolder.open(Path(prepared), self.volume, projection)
         self.manifest = read_manifest(Path(ct_manifest))
         if not len(self.manifest.split("train")):
             raise InputError(f"{ct_manifest}: no row has split `train`; every stage trains on some. Set column split.")
@@ -138,6 +156,8 @@ class CTDataModule(ManifestDataModule):
 
     def dataset(self, manifest: Manifest) -> ManifestDataset:
         """CT volumes of (part of) the manifest."""
+        if self.prepared is not None:
+            return PreparedDataset(manifest, self.prepared, self.with_labels)
         return ct_dataset(manifest, self.volume, self.cache, self.with_labels, self.projection)
 
 

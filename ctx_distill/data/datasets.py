@@ -13,8 +13,10 @@ from torch.utils.data import Dataset, Sampler
 
 from ctx_distill.data.cache import TensorCache
 from ctx_distill.data.manifest import Manifest
+from ctx_distill.data.prepared import PreparedFolder
 from ctx_distill.data.projection import PROJECTION_VERSION, square_projection
 from ctx_distill.data.radiograph import read_radiograph
+from ctx_distill.data.rounding import from_steps
 from ctx_distill.data.transforms import VolumeSpec, load_ct, prepare_volume
 from ctx_distill.data.volume import read_volume
 from ctx_distill.types import CTBatch, XrayBatch
@@ -25,12 +27,13 @@ class Item:
     """One image of a manifest.
 
     Attributes:
-        tensor: (1, D, H, W) or (C, H, W).
+        tensor: (1, D, H, W) or (C, H, W); int16 steps where `steps_of` is set.
         row: its row in the manifest's whole frame.
         study: integer of its study.
         report: its text.
         labels: (F,), where the task may see labels.
         projection: (H, W), a scan's own frontal radiograph where it is asked for.
+        steps_of: the output range whose steps a prepared volume holds; collation makes floats of them.
     """
 
     tensor: Tensor
@@ -39,6 +42,7 @@ class Item:
     report: str
     labels: Tensor | None
     projection: Tensor | None = None
+    steps_of: tuple[float, float] | None = None
 
 
 class ManifestDataset(Dataset[Item]):
@@ -93,6 +97,28 @@ def ct_dataset(
     return ManifestDataset(manifest, read, cache, keys, with_labels)
 
 
+class PreparedDataset(ManifestDataset):
+    """CT volumes of a prepared folder, mapped into memory; the page cache is their cache.
+
+    Args:
+        manifest: the rows to serve.
+        folder: where they are prepared.
+        with_labels: whether items carry labels.
+    """
+
+    def __init__(self, manifest: Manifest, folder: PreparedFolder, with_labels: bool) -> None:
+        def read(row: int) -> tuple[Tensor, ...]:
+            return folder.read(str(manifest.frame.at[row, "image_id"]), manifest.image_file(row))
+
+        super().__init__(manifest, read, TensorCache(0), ["prepared"] * (2 if folder.projection else 1), with_labels)
+        self.output_range = folder.spec.output_range
+
+    def __getitem__(self, index: int) -> Item:
+        item = super().__getitem__(index)
+        item.steps_of = self.output_range
+        return item
+
+
 def xray_dataset(
     manifest: Manifest, preprocess: Callable[[NDArray[np.float32]], Tensor], cache: TensorCache, cache_key: str
 ) -> ManifestDataset:
@@ -113,7 +139,7 @@ class Collate:
         self.batch = batch
 
     def __call__(self, items: Sequence[Item]) -> CTBatch | XrayBatch:
-        tensor = torch.stack([item.tensor for item in items])
+        tensor = _stacked(items)
         study = torch.tensor([item.study for item in items])
         row = torch.tensor([item.row for item in items])
         report = [item.report for item in items]
@@ -126,6 +152,15 @@ class Collate:
             labels=torch.stack(labels) if labels else None,
             projection=torch.stack(pictures) if pictures else None,
         )  # fmt: skip
+
+
+def _stacked(items: Sequence[Item]) -> Tensor:
+    if items[0].steps_of is None:
+        return torch.stack([item.tensor for item in items])
+    out = torch.empty((len(items), *items[0].tensor.shape), dtype=torch.float32)
+    for item, place in zip(items, out, strict=True):
+        from_steps(item.tensor, item.steps_of or (-1.0, 1.0), place)
+    return out
 
 
 class EpochShuffle(Sampler[int]):

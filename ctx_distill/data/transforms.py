@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ctx_distill.data._sizes import MAX_VOXELS
 from ctx_distill.data.resample import resample
+from ctx_distill.data.rounding import from_steps, to_steps
 from ctx_distill.data.volume import Volume, read_volume
 from ctx_distill.errors import InputError
 
@@ -47,6 +48,8 @@ class VolumeSpec:
         orientation: where the index grows to along x, y, z (W, H, D): one letter each of L/R, P/A, S/I, in any order.
             The default "LPS" shows an axial slice as radiologists see it, and slices from the feet upwards.
         antialias: smooth along axes that are reduced by more than 1.5, see `resample.gaussian_sigma`.
+        stored: `int16` rounds the tensor to the steps of the prepared form (`data.rounding`), whether it is read from
+            there or from the scan; None does not round.
 
     Raises:
         InputError: a value that is none of these.
@@ -58,6 +61,7 @@ class VolumeSpec:
     output_range: tuple[float, float] = (-1.0, 1.0)
     orientation: str = "LPS"
     antialias: bool = True
+    stored: Literal["int16"] | None = None
 
     def __post_init__(self) -> None:
         # Lists are what YAML and JSON give; held as tuples of plain numbers so that equal specs hash and print alike.
@@ -80,10 +84,13 @@ class VolumeSpec:
         object.__setattr__(self, "orientation", code)
         if not isinstance(self.antialias, bool):
             raise _refusal("antialias", self.antialias, "true or false")
+        if self.stored not in (None, "int16"):
+            raise _refusal("stored", self.stored, "int16 or null")
 
     def to_config(self) -> dict[str, Any]:
-        """The spec as plain JSON values."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        """The spec as plain JSON values; `stored` where it is set, so that specs older than it keep their fingerprint."""
+        plain = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        return plain if self.stored else {key: value for key, value in plain.items() if key != "stored"}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> VolumeSpec:
@@ -136,6 +143,16 @@ def target_affine(volume: Volume, spec: VolumeSpec) -> NDArray[np.float64]:
 
 def prepare_volume(volume: Volume, spec: VolumeSpec) -> Tensor:
     """Reorients, resamples, crops or pads and windows a scan: (1, D, H, W) float32 in `spec.output_range`."""
+    tensor = _windowed(volume, spec)
+    return from_steps(to_steps(tensor, spec.output_range), spec.output_range) if spec.stored else tensor
+
+
+def prepare_steps(volume: Volume, spec: VolumeSpec) -> Tensor:
+    """The same as (1, D, H, W) int16 steps of the prepared form."""
+    return to_steps(_windowed(volume, spec), spec.output_range)
+
+
+def _windowed(volume: Volume, spec: VolumeSpec) -> Tensor:
     to_source = np.linalg.inv(volume.affine_lps) @ target_affine(volume, spec)
     hu = resample(volume.voxels, to_source, spec.shape, outside=AIR_HU, antialias=spec.antialias)
     (low, high), (bottom, top) = spec.window, spec.output_range
