@@ -20,6 +20,7 @@ from ctx_distill.data.datasets import (
     Item,
     ManifestDataset,
     PreparedDataset,
+    PreparedLoader,
     ct_dataset,
     xray_dataset,
 )
@@ -77,7 +78,8 @@ class ManifestDataModule(L.LightningDataModule):
         """A loader over (part of) a manifest; training shuffles and drops a last batch that is not full."""
         dataset = self.dataset(manifest)
         batch_size = self.batch_size if train else self.eval_batch_size
-        return DataLoader(
+        kind = PreparedLoader if isinstance(dataset, PreparedDataset) else DataLoader
+        return kind(
             dataset,
             batch_size=batch_size,
             sampler=EpochShuffle(len(dataset), self.seed) if train else None,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from ctx_distill.data.cache import TensorCache
 from ctx_distill.data.manifest import Manifest
@@ -111,12 +112,34 @@ class PreparedDataset(ManifestDataset):
             return folder.read(str(manifest.frame.at[row, "image_id"]), manifest.image_file(row))
 
         super().__init__(manifest, read, TensorCache(0), ["prepared"] * (2 if folder.projection else 1), with_labels)
-        self.output_range = folder.spec.output_range
+        self.folder, self.output_range = folder, folder.spec.output_range
 
     def __getitem__(self, index: int) -> Item:
         item = super().__getitem__(index)
         item.steps_of = self.output_range
+        if get_worker_info() is not None:
+            self.folder.read_ahead(str(self.manifest.frame.at[item.row, "image_id"]))
         return item
+
+    def filled(self, batch: CTBatch) -> CTBatch:
+        """The batch of a worker process with its volumes, which are mapped here."""
+        if not batch.volume.is_meta:
+            return batch
+        steps = [self.read(row)[0] for row in batch.row.tolist()]
+        return replace(batch, volume=_floats(steps, self.output_range))
+
+
+class PreparedLoader(DataLoader[Item]):
+    """A loader over a `PreparedDataset` whose volumes do not travel between processes.
+
+    Workers read the files ahead and compare checksums; what they have brought into the page cache this process maps
+    too, so that a batch is written once, here, instead of once there, once into shared memory, and read from it.
+    """
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        dataset = cast(PreparedDataset, self.dataset)
+        for batch in super().__iter__():
+            yield dataset.filled(cast(CTBatch, batch))
 
 
 def xray_dataset(
@@ -157,9 +180,15 @@ class Collate:
 def _stacked(items: Sequence[Item]) -> Tensor:
     if items[0].steps_of is None:
         return torch.stack([item.tensor for item in items])
-    out = torch.empty((len(items), *items[0].tensor.shape), dtype=torch.float32)
-    for item, place in zip(items, out, strict=True):
-        from_steps(item.tensor, item.steps_of or (-1.0, 1.0), place)
+    if get_worker_info() is not None:
+        return torch.empty((len(items), *items[0].tensor.shape), device="meta")
+    return _floats([item.tensor for item in items], items[0].steps_of)
+
+
+def _floats(steps: Sequence[Tensor], output_range: tuple[float, float]) -> Tensor:
+    out = torch.empty((len(steps), *steps[0].shape), dtype=torch.float32)
+    for one, place in zip(steps, out, strict=True):
+        from_steps(one, output_range, place)
     return out
 
 

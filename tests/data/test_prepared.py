@@ -1,0 +1,160 @@
+"""Prepared volumes: the same tensors as from the scans, bit for bit, and never another scan's or half of one."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ctx_distill.cli import main
+from ctx_distill.data import prepared as prepared_module
+from ctx_distill.data.datamodules import CTDataModule
+from ctx_distill.data.manifest import read_manifest
+from ctx_distill.data.prepared import PreparedFolder
+from ctx_distill.data.transforms import VolumeSpec
+from ctx_distill.errors import InputError
+from ctx_distill.pipeline.prepare import _prepare_one, array_part
+
+SPEC = VolumeSpec(spacing=(12.0, 12.0, 12.0), shape=(24, 32, 32), window=(-1000.0, 600.0), stored="int16")
+
+
+@pytest.fixture
+def scans(cohort: Path, tmp_path: Path) -> list[tuple[str, Path]]:
+    manifest = read_manifest(cohort / "ct.csv")
+    rows = list(manifest.frame.index)[:3]
+    found = [(str(manifest.frame.at[row, "image_id"]), manifest.image_file(int(row))) for row in rows]
+    return [(name, Path(shutil.copy(path, tmp_path / path.name))) for name, path in found]
+
+
+def modules(cohort: Path, folder: Path, **more: int) -> tuple[CTDataModule, CTDataModule]:
+    """On the scans, and on the prepared folder."""
+    raw = CTDataModule(str(cohort / "ct.csv"), SPEC, batch_size=4, projection=True)
+    unrounded = VolumeSpec(spacing=SPEC.spacing, shape=SPEC.shape, window=SPEC.window)
+    made = CTDataModule(
+        str(cohort / "ct.csv"), unrounded, batch_size=4, projection=True, prepared=str(folder), num_workers=more.get("workers", 0)
+    )  # fmt: skip
+    return raw, made
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("workers", [0, 2])
+def test_training_reads_either_form_alike_bit_for_bit(cohort: Path, tmp_path: Path, workers: int) -> None:
+    folder = PreparedFolder.create(tmp_path / "out", SPEC, projection=True)
+    manifest = read_manifest(cohort / "ct.csv")
+    for row in manifest.frame.index:
+        folder.write(str(manifest.frame.at[row, "image_id"]), manifest.image_file(int(row)))
+    raw, made = modules(cohort, tmp_path / "out", workers=workers)
+    assert made.volume == raw.volume
+    count = 0
+    for one, other in zip(raw.train_dataloader(), made.train_dataloader(), strict=True):
+        assert torch.equal(one.volume, other.volume)
+        assert other.volume.is_contiguous()
+        assert other.volume.dtype == torch.float32
+        assert torch.equal(one.projection, other.projection)
+        assert torch.equal(one.row, other.row)
+        count += 1
+    assert count >= 2
+
+
+def test_the_command_goes_on_lists_what_failed_and_keeps_the_rest(
+    cohort: Path, tmp_path: Path, tiny_preset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(cohort / "ct", data / "ct")
+    shutil.copy(cohort / "ct.csv", data)
+    images = sorted((data / "ct").glob("*.nii.gz"))
+    images[0].write_bytes(images[0].read_bytes()[:500])
+    command = ["prepare", str(data / "ct.csv"), str(tmp_path / "out"), "--preset", str(tiny_preset), "--workers", "1"]
+    assert main(command) == 2
+    told = capsys.readouterr().err
+    assert f"{len(images) - 1} prepared, 0 stood already, 1 failed, of {len(images)}" in told
+    assert images[0].name in (tmp_path / "out" / "failed.0.csv").read_text()
+    shutil.copy(cohort / "ct" / images[0].name, images[0])
+    assert main(command) == 0
+    assert f"1 prepared, {len(images) - 1} stood already, 0 failed" in capsys.readouterr().out
+    assert not (tmp_path / "out" / "failed.0.csv").exists()
+    assert main([*command, "--array", "0/0"]) == 2
+
+
+def test_parts_of_an_array_are_disjoint_and_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [array_part(text) for text in ("0/3", "2/3", None)] == [(0, 3), (2, 3), (0, 1)]
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "7")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "4")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_MIN", "5")
+    assert array_part(None) == (2, 4)
+    for wrong in ("3/3", "x/2", "1", "-1/2"):
+        with pytest.raises(InputError, match="expected i/n"):
+            array_part(wrong)
+
+
+def test_another_spec_source_or_image_and_damage_are_refused(tmp_path: Path, scans: list[tuple[str, Path]]) -> None:
+    name, path = scans[0]
+    folder = PreparedFolder.create(tmp_path / "out", SPEC, projection=False)
+    folder.write(name, path)
+    assert folder.is_complete(name, path)
+    other = VolumeSpec(spacing=SPEC.spacing, shape=SPEC.shape, window=(-900.0, 600.0), stored="int16")
+    for opening in (PreparedFolder.open, PreparedFolder.create):
+        with pytest.raises(InputError, match=r"prepared under the volume spec .*-1000.* asked for .*-900"):
+            opening(tmp_path / "out", other, projection=False)
+    with pytest.raises(InputError, match="projections of version None"):
+        PreparedFolder.open(tmp_path / "out", SPEC, projection=True)
+    with pytest.raises(InputError, match=r"no prepared.json; prepare it first"):
+        PreparedFolder.open(tmp_path, SPEC, projection=False)
+    fresh = PreparedFolder.open(tmp_path / "out", SPEC, projection=False)
+    with pytest.raises(InputError, match="is not prepared"):
+        fresh.read(scans[1][0], scans[1][1])
+    with pytest.raises(InputError, match=r"source \(bytes, time\)"):
+        fresh.read(name, scans[1][1])
+    stored = next((tmp_path / "out" / "items").rglob("*.npy"))
+    content = bytearray(stored.read_bytes())
+    content[-1] ^= 1
+    stored.write_bytes(content)
+    with pytest.raises(InputError, match="its checksum is not the item's"):
+        fresh.read(name, path)
+    stored.write_bytes(content[:1000])
+    with pytest.raises(InputError, match="cannot be read"):
+        fresh.read(name, path)
+    assert not fresh.is_complete(name, path)
+    fresh.write(name, path)
+    assert fresh.is_complete(name, path)
+
+
+def test_a_pickle_in_place_of_a_volume_is_refused(tmp_path: Path, scans: list[tuple[str, Path]]) -> None:
+    name, path = scans[0]
+    folder = PreparedFolder.create(tmp_path / "out", SPEC, projection=False)
+    folder.write(name, path)
+    stored = next((tmp_path / "out" / "items").rglob("*.npy"))
+    np.save(stored, np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    with pytest.raises(InputError, match="cannot be read"):
+        PreparedFolder.open(tmp_path / "out", SPEC, projection=False).read(name, path)
+
+
+def test_a_full_disk_leaves_what_was_written_and_nothing_by_halves(
+    tmp_path: Path, scans: list[tuple[str, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = PreparedFolder.create(tmp_path / "out", SPEC, projection=True)
+    assert _prepare_one(folder, *scans[0]) == "prepared"
+    before = sorted((tmp_path / "out").rglob("*"))
+    written = prepared_module.write_bytes
+
+    def full(path: Path, content: bytes | memoryview) -> None:
+        if path.name.endswith("projection.npy"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written(path, content)
+
+    monkeypatch.setattr(prepared_module, "write_bytes", full)
+    with pytest.raises(InputError, match="No space left on device"):
+        _prepare_one(folder, *scans[1])
+    assert folder.is_complete(*scans[0])
+    assert not folder.is_complete(*scans[1])
+    monkeypatch.undo()
+    assert [_prepare_one(folder, *scan) for scan in scans] == ["stood", "prepared", "prepared"]
+    assert {json.loads(p.read_text())["image_id"] for p in (tmp_path / "out" / "items").rglob("*.json")} == {
+        name for name, _ in scans
+    }
+    assert set(before) < set((tmp_path / "out").rglob("*"))
