@@ -221,7 +221,8 @@ def measure_prepared(path: str, workers: int, repeats: int) -> dict[str, float]:
         counted = PREPARED - 8
         return counted / (time.perf_counter() - clock), counted / max(work() - cpu, 1e-6)
 
-    epoch()  # checksums are compared, the page cache is warm
+    for _ in range(3):  # checksums are compared, the page cache and the allocator are warm
+        epoch()
     found = [epoch() for _ in range(repeats)]
     return {"per_second": statistics.median(f[0] for f in found), "per_core": statistics.median(f[1] for f in found)}
 
@@ -230,6 +231,7 @@ def in_its_own_process(name: str, path: Path, repeats: int) -> dict[str, float]:
     """`measure_row` in a fresh process with one thread."""
     command = [sys.executable, __file__, "--measure", name, str(path), str(repeats)]
     environment = {**os.environ, **MALLOC, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+
     printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
     result: dict[str, float] = json.loads(printed.splitlines()[-1])
     return result
