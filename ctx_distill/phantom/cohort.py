@@ -22,8 +22,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ctx_distill.files import write_bytes
 from ctx_distill.phantom.findings import FINDINGS
-from ctx_distill.phantom.items import Modality, Study, make_images, plan_study, write_atomically
+from ctx_distill.phantom.items import Modality, Study, make_images, plan_study
 from ctx_distill.types import InputError
 
 GENERATOR = 1
@@ -75,19 +76,19 @@ def write_cohort(out: Path, ct: int, xray: int, seed: int, workers: int | None =
 
 
 def _write(out: Path, request: dict[str, int], workers: int | None) -> None:
-    write_atomically(out / REQUEST, _json(request))
+    write_bytes(out / REQUEST, _json(request))
     for folder in ("ct", "xray"):
         (out / folder).mkdir(exist_ok=True)
-        for left_over in (out / folder).glob(".*.tmp"):
+        for left_over in (out / folder).glob(".*.part"):
             left_over.unlink(missing_ok=True)
     seed = request["seed"]
     _make_all(out, seed, request["ct"], request["xray"], workers)
     ct = [plan_study(seed, "ct", index) for index in range(request["ct"])]
     xray = [plan_study(seed, "xray", index) for index in range(request["xray"])]
-    write_atomically(out / "ct.csv", _manifest(ct))
-    write_atomically(out / "xray.csv", _manifest(xray))
+    write_bytes(out / "ct.csv", _manifest(ct))
+    write_bytes(out / "xray.csv", _manifest(xray))
     counts = {name: _counts(studies) for name, studies in (("ct", ct), ("xray", xray))}
-    write_atomically(out / DONE, _json({**request, "counts": counts}))
+    write_bytes(out / DONE, _json({**request, "counts": counts}))
 
 
 def _finished(out: Path, request: dict[str, int]) -> bool:

@@ -7,7 +7,6 @@ module runs in worker processes: it imports neither torch nor `ctx_distill.types
 from __future__ import annotations
 
 import io
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,6 +14,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
+from ctx_distill.files import write_bytes
 from ctx_distill.phantom.anatomy import Person, sample_person
 from ctx_distill.phantom.findings import Finding, sample_findings
 from ctx_distill.phantom.projection import radiograph
@@ -102,13 +102,6 @@ def image_bytes(seed: int, study: Study, number: int) -> bytes:
     return nifti_bytes(volume, grid, _ORIENTATIONS[int(rng.integers(len(_ORIENTATIONS)))])
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file that is either whole or not there, whenever the process is killed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)  # os.replace: atomic within a folder
-
-
 def make_images(out: Path, seed: int, modality: Modality, indices: list[int]) -> int:
     """Writes those images of the given studies that are not there yet; returns how many studies it went through."""
     for index in indices:
@@ -116,5 +109,5 @@ def make_images(out: Path, seed: int, modality: Modality, indices: list[int]) ->
         for number, image_id in enumerate(study.image_ids):
             path = out / study.image_path(image_id)
             if not path.exists():
-                write_atomically(path, image_bytes(seed, study, number))
+                write_bytes(path, image_bytes(seed, study, number))
     return len(indices)

@@ -49,7 +49,7 @@ def test_a_stopped_run_is_finished_to_the_same_bytes(cohort: Path, tmp_path: Pat
     whole = digests(out)
     for name in ("cohort.json", "ct.csv", "ct/CT000002.nii.gz", "xray/XR000001.png", "xray/XR000008.png"):
         (out / name).unlink()
-    (out / "ct" / ".CT000002.nii.gz.99.tmp").write_bytes(b"half")
+    (out / "ct" / ".CT000002.nii.gz.99.part").write_bytes(b"half")
     kept = out / "xray" / "XR000000.png"
     stamp = kept.stat().st_mtime_ns
     write_cohort(out, CT, XRAY, SEED, workers=1)
