@@ -191,6 +191,7 @@ def measure_prepared(path: str, workers: int, repeats: int) -> dict[str, float]:
 
     from ctx_distill.data.datamodules import CTDataModule
     from ctx_distill.data.prepared import PreparedFolder
+    from ctx_distill.data.scan_file import ScanFile
     from ctx_distill.data.transforms import VolumeSpec
 
     torch.set_num_threads(1)
@@ -201,8 +202,8 @@ def measure_prepared(path: str, workers: int, repeats: int) -> dict[str, float]:
     manifest.write_text("study_id,patient_id,split,image_path,findings,impression\n" + "\n".join(rows) + "\n")
     prepared = PreparedFolder.create(folder / "prepared", spec, projection=False)
     for number in range(PREPARED):
-        if not prepared.is_complete(f"s{number}", Path(path)):
-            prepared.write(f"s{number}", Path(path))
+        if not prepared.is_complete(f"s{number}", ScanFile(Path(path))):
+            prepared.write(f"s{number}", ScanFile(Path(path)))
     module = CTDataModule(str(manifest), spec, eval_batch_size=8, num_workers=workers, prepared=str(prepared.folder))
     loader = module.loader(module.manifest)
     me = psutil.Process()

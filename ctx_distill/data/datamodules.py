@@ -24,7 +24,8 @@ from ctx_distill.data.datasets import (
     ct_dataset,
     xray_dataset,
 )
-from ctx_distill.data.manifest import Manifest, leave_out_for_index, read_manifest
+from ctx_distill.data.index_rows import leave_out_for_index
+from ctx_distill.data.manifest import Manifest, read_manifest
 from ctx_distill.data.prepared import PreparedFolder
 from ctx_distill.data.projection import PROJECTION_VERSION
 from ctx_distill.data.transforms import VolumeSpec

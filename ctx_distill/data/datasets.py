@@ -18,8 +18,7 @@ from ctx_distill.data.prepared import PreparedFolder
 from ctx_distill.data.projection import PROJECTION_VERSION, square_projection
 from ctx_distill.data.radiograph import read_radiograph
 from ctx_distill.data.rounding import from_steps
-from ctx_distill.data.transforms import VolumeSpec, load_ct, prepare_volume
-from ctx_distill.data.volume import read_volume
+from ctx_distill.data.transforms import VolumeSpec, prepare_volume
 from ctx_distill.types import CTBatch, XrayBatch
 
 
@@ -88,11 +87,9 @@ def ct_dataset(
     """CT volumes (1, D, H, W) under a volume spec, and out of the same read of the file their frontal projections."""
 
     def read(row: int) -> tuple[Tensor, ...]:
-        file = manifest.image_file(row)
-        if not projection:
-            return (load_ct(file, spec),)
-        scan = read_volume(file)
-        return prepare_volume(scan, spec), square_projection(scan)
+        scan = manifest.scan_file(row).read()
+        volume = prepare_volume(scan, spec)
+        return (volume, square_projection(scan)) if projection else (volume,)
 
     keys = [spec.fingerprint(), *([f"projection {PROJECTION_VERSION}"] if projection else [])]
     return ManifestDataset(manifest, read, cache, keys, with_labels)
@@ -109,7 +106,7 @@ class PreparedDataset(ManifestDataset):
 
     def __init__(self, manifest: Manifest, folder: PreparedFolder, with_labels: bool) -> None:
         def read(row: int) -> tuple[Tensor, ...]:
-            return folder.read(str(manifest.frame.at[row, "image_id"]), manifest.image_file(row))
+            return folder.read(str(manifest.frame.at[row, "image_id"]), manifest.scan_file(row))
 
         super().__init__(manifest, read, TensorCache(0), ["prepared"] * (2 if folder.projection else 1), with_labels)
         self.folder, self.output_range = folder, folder.spec.output_range
@@ -146,9 +143,11 @@ def xray_dataset(
     manifest: Manifest, preprocess: Callable[[NDArray[np.float32]], Tensor], cache: TensorCache, cache_key: str
 ) -> ManifestDataset:
     """Radiographs (C, H, W) as an expert's preprocessing gives them."""
-    return ManifestDataset(
-        manifest, lambda row: (preprocess(read_radiograph(manifest.image_file(row))),), cache, [cache_key], False
-    )
+
+    def read(row: int) -> tuple[Tensor, ...]:
+        return (preprocess(read_radiograph(manifest.image_file(row), manifest.inverted(row))),)
+
+    return ManifestDataset(manifest, read, cache, [cache_key], False)
 
 
 class Collate:

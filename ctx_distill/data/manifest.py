@@ -6,6 +6,7 @@ The schema is written down for users in `data_manifests/README.md`.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,15 +17,18 @@ from numpy.typing import NDArray
 
 from ctx_distill.data._problems import Problems, shorten
 from ctx_distill.data.image_paths import file_faults, path_fault
+from ctx_distill.data.scan_file import ScanFile
 from ctx_distill.data.tables import Table, read_table
 from ctx_distill.errors import InputError
 
 SPLITS = ("train", "val", "test")
 REQUIRED = ("study_id", "patient_id", "split", "image_path", "findings", "impression")
 OPTIONAL = ("image_id", "view", "language")
+PLACES = ("source", "root", "polarity")
+"""Optional text: the data set a row is of, the folder its path is relative to, and `inverted` for a white-is-low film."""
+NUMBERS = ("slope", "intercept", "spacing_x", "spacing_y", "spacing_z")
+"""Optional numbers that override a scan's header, see `ScanFile`."""
 LABEL = "label:"
-FRONTAL_VIEWS = frozenset({"", "frontal", "pa", "ap"})
-"""Views (lower case) that the X-ray index takes as frontal; blank counts as frontal."""
 
 # pandas writes a column of 1, 0 and blanks as "1.0", "0.0" and "".
 _LABEL_VALUES: Mapping[str, float] = {
@@ -40,7 +44,8 @@ class Manifest:
         path: the file it came from; image paths are relative to its folder.
         frame: one row an image; its index holds the row's number (from 0) in the whole manifest. Columns `study_id,
             patient_id, split, image_path, findings, impression, image_id, view, language` are text ("" for blank),
-            `study_code` is an integer a study, `label:<finding>` are 1, 0, -1 (uncertain) or NaN (blank).
+            `study_code` is an integer a study, `label:<finding>` are 1, 0, -1 (uncertain) or NaN (blank). Of `PLACES`
+            (text) and `NUMBERS` (NaN for blank) those that the file has.
         finding_names: the findings of the label columns, in the manifest's order; may be empty.
         fingerprint: SHA-256 (hex) of the rows held here; the same wherever the file lies and however it is stored.
     """
@@ -71,7 +76,23 @@ class Manifest:
 
     def image_file(self, row: int) -> Path:
         """The image of a row; `row` is a value of the frame's index, so the same for the whole and a split."""
-        return self.path.parent / str(self.frame.at[row, "image_path"])
+        root = str(self.frame.at[row, "root"]) if "root" in self.frame.columns else ""
+        return self.path.parent / root / str(self.frame.at[row, "image_path"])
+
+    def scan_file(self, row: int) -> ScanFile:
+        """The same with the slope, intercept and spacing that the manifest gives for it."""
+        given = {name: float(str(self.frame.at[row, name])) for name in NUMBERS if name in self.frame.columns}
+        slope, intercept, *spacing = (given.get(name, math.nan) for name in NUMBERS)
+        return ScanFile(
+            self.image_file(row),
+            None if math.isnan(slope) else slope,
+            None if math.isnan(intercept) else intercept,
+            None if math.isnan(sum(spacing)) else (spacing[0], spacing[1], spacing[2]),
+        )
+
+    def inverted(self, row: int) -> bool:
+        """Whether a radiograph is stored with low values white."""
+        return "polarity" in self.frame.columns and str(self.frame.at[row, "polarity"]) == "inverted"
 
     def report(self, row: int) -> str:
         """Findings and impression of a row in one string, white space made single; "" where there is no text."""
@@ -108,11 +129,7 @@ def read_manifest(path: Path, *, check_images: bool = True) -> Manifest:
     frame, finding_names = _normalise(table)
     _check_rows(table, frame)
     if check_images:
-        problems = Problems(path)
-        for row, fault in zip(table.rows, file_faults(path.parent, frame["image_path"].tolist()), strict=True):
-            if fault:
-                problems.add(row, "image_path", *fault)
-        problems.raise_if_any()
+        _check_files(table, frame)
     return Manifest(path, frame, finding_names, _fingerprint(frame, finding_names))
 
 
@@ -141,6 +158,12 @@ def _normalise(table: Table) -> tuple[pd.DataFrame, tuple[str, ...]]:
     if "image_id" not in table.columns:
         data["image_id"] = data["study_id"]
     data["study_code"] = pd.factorize(pd.Series(data["study_id"]))[0].astype(np.int64)
+    for name in PLACES:
+        if name in table.columns:
+            data[name] = pd.array([value.strip() for value in table.columns[name]], dtype="object")
+    for name in NUMBERS:
+        if name in table.columns:
+            data[name] = _numbers_of(table, name, problems)
     finding_names: list[str] = []
     for name, values in table.columns.items():
         if not name.startswith(LABEL):
@@ -166,6 +189,38 @@ def _normalise(table: Table) -> tuple[pd.DataFrame, tuple[str, ...]]:
     return pd.DataFrame(data), tuple(finding_names)
 
 
+def _check_files(table: Table, frame: pd.DataFrame) -> None:
+    problems = Problems(table.path)
+    roots = frame["root"] if "root" in frame.columns else pd.Series([""] * len(frame))
+    for root, places in roots.groupby(roots, sort=False).groups.items():
+        folder = table.path.parent / str(root)
+        if root and not folder.is_dir():
+            found = f"{root!r}, which is no folder"
+            problems.add(table.rows[int(places[0])], "root", found, "give the folder that image_path is relative to")
+            continue
+        paths = frame.loc[places, "image_path"].tolist()
+        for place, fault in zip(places, file_faults(folder, paths), strict=True):
+            if fault:
+                problems.add(table.rows[int(place)], "image_path", *fault)
+    problems.raise_if_any()
+
+
+def _numbers_of(table: Table, name: str, problems: Problems) -> NDArray[np.float64]:
+    """A column of `NUMBERS`; spacing is above 0, a slope is not 0."""
+    numbers = np.full(len(table.rows), np.nan)
+    for i, value in enumerate(table.columns[name]):
+        if not value.strip():
+            continue
+        try:
+            numbers[i] = float(value)
+        except ValueError:
+            numbers[i] = np.inf
+        wrong = not np.isfinite(numbers[i]) or (name.startswith("spacing") and numbers[i] <= 0)
+        if wrong or (name == "slope" and numbers[i] == 0):
+            problems.add(table.rows[i], name, shorten(value), "expected a number (mm above 0, a slope not 0) or blank")
+    return numbers
+
+
 def _check_rows(table: Table, frame: pd.DataFrame) -> None:
     """Ids, splits, paths as text; then what must agree between rows."""
     problems = Problems(table.path)
@@ -178,6 +233,11 @@ def _check_rows(table: Table, frame: pd.DataFrame) -> None:
     for row, split in zip(table.rows, frame["split"], strict=True):
         if split not in SPLITS:
             problems.add(row, "split", shorten(split), "expected train, val or test")
+    if "polarity" in frame.columns:
+        for row, polarity in zip(table.rows, frame["polarity"], strict=True):
+            if polarity not in ("", "inverted"):
+                problems.add(row, "polarity", shorten(polarity), "expected inverted (low values are white) or blank")
+    _check_together(table, frame, problems)
     for row, image_path in zip(table.rows, frame["image_path"], strict=True):
         if fault := path_fault(image_path):
             problems.add(row, "image_path", *fault)
@@ -186,6 +246,16 @@ def _check_rows(table: Table, frame: pd.DataFrame) -> None:
     remedy = "put all images of a patient in one split, or the test is no test"
     _check_one_value(table, frame, "patient_id", "split", problems, remedy)
     problems.raise_if_any()
+
+
+def _check_together(table: Table, frame: pd.DataFrame, problems: Problems) -> None:
+    """A spacing is three numbers; a half-given one would be taken for none."""
+    for names in (("slope", "intercept"), ("spacing_x", "spacing_y", "spacing_z")):
+        given = np.zeros(len(frame), dtype=np.int64)
+        for name in set(names) & set(frame.columns):
+            given += frame[name].notna().to_numpy(dtype=np.int64)
+        for place in np.flatnonzero((given > 0) & (given < len(names))):
+            problems.add(table.rows[int(place)], names[0], f"{given[place]} of {', '.join(names)}", "give all or none")
 
 
 def _check_unique_images(table: Table, frame: pd.DataFrame, problems: Problems) -> None:
@@ -220,59 +290,15 @@ def _fingerprint(frame: pd.DataFrame, finding_names: Sequence[str]) -> str:
         # Lengths go in too, or moving a word from one cell to the next would not show.
         digest.update(np.array([len(v) for v in values], dtype="<i8").tobytes())
         digest.update("".join(values).encode("utf-8", errors="surrogatepass"))
+    # Only where they say something, so that manifests without them keep the fingerprint they have always had.
+    for column in ("source", "polarity"):
+        if column in frame.columns and frame[column].astype(bool).any():
+            digest.update(f"|{column}|{frame[column].tolist()!r}".encode("utf-8", errors="surrogatepass"))
+    for column in NUMBERS:
+        if column in frame.columns and frame[column].notna().any():
+            digest.update(f"|{column}|".encode() + frame[column].to_numpy(dtype="<f8").tobytes())
     for name in finding_names:
         encoded = np.nan_to_num(frame[LABEL + name].to_numpy(dtype=np.float64), nan=-9.0).astype("<f4")
         digest.update(f"|{len(name)}:{name}|".encode())
         digest.update(encoded.tobytes())
     return digest.hexdigest()
-
-
-def leave_out_for_index(
-    xray: Manifest, ct: Manifest, *, frontal_only: bool = True, language: str | None = None
-) -> tuple[Manifest, dict[str, int]]:
-    """The X-rays that the retrieval index holds: split train, no CT val or test patient, frontal, one language.
-
-    A row is counted under the first reason that applies, so the counts and the number kept add up to `len(xray)`.
-
-    Args:
-        xray: the X-ray manifest.
-        ct: the CT manifest, with patient ids out of the same space.
-        frontal_only: take views of `FRONTAL_VIEWS` alone (case does not matter).
-        language: the language to take; by default the most common of the X-rays otherwise taken. A blank language
-            counts as that one.
-
-    Returns:
-        The X-rays kept, and for each reason (in words to print) how many it left out.
-
-    Raises:
-        InputError: nothing is left.
-    """
-    frame = xray.frame
-    keep: NDArray[np.bool_] = np.ones(len(frame), dtype=bool)
-    counts: dict[str, int] = {}
-
-    def leave_out(reason: str, out: NDArray[np.bool_]) -> None:
-        counts[reason] = int((keep & out).sum())
-        keep[out] = False
-
-    held_out = set(ct.frame.loc[ct.frame["split"].isin(("val", "test")), "patient_id"])
-    leave_out("not in split train", (frame["split"] != "train").to_numpy(dtype=bool))
-    leave_out("patient is in CT val or test", frame["patient_id"].isin(held_out).to_numpy(dtype=bool))
-    if frontal_only:
-        view = frame["view"].str.strip().str.lower()
-        leave_out("not a frontal view", ~view.isin(FRONTAL_VIEWS).to_numpy(dtype=bool))
-    spoken = frame["language"].str.strip().str.lower()
-    wanted = language.strip().lower() if language is not None else None
-    if wanted is None:
-        named = spoken[keep & (spoken != "").to_numpy(dtype=bool)]
-        # mode() sorts ties by name, so the choice does not depend on the order of the rows.
-        wanted = str(named.mode().iloc[0]) if len(named) else None
-    if wanted:
-        leave_out(f"language is not {wanted}", ~spoken.isin(("", wanted)).to_numpy(dtype=bool))
-    if not keep.any():
-        reasons = ", ".join(f"{reason}: {n}" for reason, n in counts.items())
-        raise InputError(
-            f"{xray.path}: no X-ray of {len(xray)} is left for the index ({reasons}); "
-            "expected frontal X-rays of split train, of patients outside CT val and test"
-        )
-    return xray.where(keep), counts

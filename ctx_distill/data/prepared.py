@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ctx_distill.data.projection import PROJECTION_VERSION, square_projection
+from ctx_distill.data.scan_file import ScanFile
 from ctx_distill.data.transforms import VolumeSpec, prepare_steps
-from ctx_distill.data.volume import read_volume
 from ctx_distill.errors import InputError
 from ctx_distill.files import write_bytes, write_json
 
@@ -97,7 +97,7 @@ class PreparedFolder:
         name = hashlib.sha256(image_id.encode()).hexdigest()[:32]
         return self.folder / "items" / name[:2] / name
 
-    def is_complete(self, image_id: str, source: Path) -> bool:
+    def is_complete(self, image_id: str, source: ScanFile) -> bool:
         """Whether the item stands whole, for this source; its checksums are compared."""
         try:
             self._verified.discard(image_id)
@@ -106,10 +106,10 @@ class PreparedFolder:
             return False
         return True
 
-    def write(self, image_id: str, source: Path) -> None:
+    def write(self, image_id: str, source: ScanFile) -> None:
         """Prepare one scan; `InputError` as `read_volume`, `OSError` where the disk is full."""
         stamp = source_stamp(source)
-        scan = read_volume(source)
+        scan = source.read()
         stem = self._stem(image_id)
         arrays = {"volume": prepare_steps(scan, self.spec).numpy()}
         if self.projection:
@@ -127,7 +127,7 @@ class PreparedFolder:
         }  # fmt: skip
         write_json(stem.with_suffix(".json"), item)
 
-    def read(self, image_id: str, source: Path) -> tuple[Tensor, ...]:
+    def read(self, image_id: str, source: ScanFile) -> tuple[Tensor, ...]:
         """The item's int16 steps (1, D, H, W), mapped, and its projection (H, W) where this folder has them.
 
         Checksums are compared at an item's first read in a process.
@@ -150,7 +150,7 @@ class PreparedFolder:
         ):
             if found != wanted:
                 raise InputError(
-                    f"{stem.with_suffix('.json')}: {what} {found}, but {source} has {wanted}; run ctx-distill prepare again."
+                    f"{stem.with_suffix('.json')}: {what} {found}, but {source.path} has {wanted}; run ctx-distill prepare again."
                 )
         tensors = tuple(_tensor(_part(stem, name)) for name in names)
         for name, tensor in zip(names, tensors, strict=True):
@@ -171,14 +171,16 @@ class PreparedFolder:
                 os.close(handle)
 
 
-def source_stamp(source: Path) -> dict[str, int]:
-    """Bytes and the latest modification time (ns) of a file, or of the files of a folder."""
+def source_stamp(source: ScanFile) -> dict[str, object]:
+    """Bytes and the latest modification time (ns) of a file, or of the files of a folder; the manifest's overrides."""
+    path = source.path
     try:
-        files = sorted(file for file in source.iterdir() if file.is_file()) if source.is_dir() else [source]
+        files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
         facts = [file.stat() for file in files]
     except OSError as error:
-        raise InputError(f"{source}: cannot be read ({error.strerror}); check the path and its rights.") from error
-    return {"bytes": sum(f.st_size for f in facts), "mtime_ns": max((f.st_mtime_ns for f in facts), default=0)}
+        raise InputError(f"{path}: cannot be read ({error.strerror}); check the path and its rights.") from error
+    latest = max((f.st_mtime_ns for f in facts), default=0)
+    return {"bytes": sum(f.st_size for f in facts), "mtime_ns": latest, **source.facts()}
 
 
 def _part(stem: Path, name: str) -> Path:

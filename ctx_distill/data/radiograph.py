@@ -20,12 +20,17 @@ PERCENTILES = (0.5, 99.5)
 """Of 16-bit and DICOM images, taken to 0 and 1: their range is the detector's, and a burnt-in marker its maximum."""
 
 
-def read_radiograph(path: Path) -> NDArray[np.float32]:
+def read_radiograph(path: Path, inverted: bool = False) -> NDArray[np.float32]:
     """Reads a radiograph as it is stored, turned only where EXIF says so.
 
     8-bit images are divided by 255. 16-bit PNG and DICOM are scaled between `PERCENTILES`; of DICOM, first the
     modality's slope and intercept and the first VOI window are applied, and MONOCHROME1 (0 is white) is inverted.
     Colour becomes luminance (ITU-R 601), transparency is ignored.
+
+    Args:
+        path: the file.
+        inverted: a picture made of a MONOCHROME1 film without turning it, so that low values are white; turned here.
+            DICOM says so itself and is not turned again.
 
     Returns:
         (H, W) float32 in [0, 1].
@@ -45,7 +50,10 @@ def read_radiograph(path: Path) -> NDArray[np.float32]:
         raise InputError(f"{path}: cannot be read ({error.strerror}); check the file and its rights") from error
     if not head:
         raise InputError(f"{path}: an empty file; expected a radiograph, copy it again")
-    image = _read_dicom(path) if head[128:] == b"DICM" else _read_picture(path)
+    is_dicom = head[128:] == b"DICM"
+    image = _read_dicom(path) if is_dicom else _read_picture(path)
+    if inverted and not is_dicom:
+        image = np.float32(1) - image
     if image.ndim != 2 or not image.size:
         raise InputError(f"{path}: an image of shape {image.shape}; expected rows and columns")
     return image

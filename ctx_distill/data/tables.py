@@ -10,7 +10,7 @@ import csv
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from ctx_distill.data._problems import Problems, shorten
 from ctx_distill.errors import InputError
@@ -65,15 +65,21 @@ def _check_header(path: Path, header: list[str]) -> None:
 
 
 def _read_csv(path: Path) -> Table:
-    limit = csv.field_size_limit(_FIELD_LIMIT)
     try:
         # "utf-8-sig" because spreadsheet programs put a byte-order mark in front of the first column's name.
         with path.open(encoding="utf-8-sig", newline="") as file:
-            return _parse_csv(path, csv.reader(file, strict=True))
+            return parse_csv(path, file)
     except UnicodeDecodeError as error:
         raise InputError(
             f"{path}: {_undecodable(path)}; save the file as UTF-8, for example: iconv -f latin1 -t utf-8"
         ) from error
+
+
+def parse_csv(path: Path, file: TextIO) -> Table:
+    """An open text as `read_table` reads a CSV; `path` is for messages."""
+    limit = csv.field_size_limit(_FIELD_LIMIT)
+    try:
+        return _parse_csv(path, csv.reader(file, strict=True))
     finally:
         csv.field_size_limit(limit)
 

@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 from ctx_distill.data.dicom import read_dicom_folder
 from ctx_distill.data.itk import read_itk
 from ctx_distill.data.nifti import read_nifti
+from ctx_distill.data.npz import read_npz
 from ctx_distill.errors import InputError
 
 VoxelArray = NDArray[np.int16] | NDArray[np.float32]
 
-SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd")
+SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd", ".npz")
 # Wider than any CT scanner's range. Metres read as millimetres give 0.0007, micrometres 700.
 _SPACING_MM = (0.02, 50.0)
 
@@ -47,7 +48,7 @@ class Volume:
 
 
 def read_volume(path: Path) -> Volume:
-    """Reads NIfTI (.nii, .nii.gz), NRRD, MHA, MHD, or a folder of DICOM slices.
+    """Reads NIfTI (.nii, .nii.gz), NRRD, MHA, MHD, Rad-ChestCT's npz, or a folder of DICOM slices.
 
     Raises:
         InputError: a path that is missing or of another kind; a damaged or truncated file; a size that the file cannot
@@ -66,6 +67,8 @@ def read_volume(path: Path) -> Volume:
             voxels, affine = read_nifti(path)
         elif name.endswith((".nrrd", ".nhdr", ".mha", ".mhd")):
             voxels, affine = read_itk(path)
+        elif name.endswith(".npz"):
+            voxels, affine = read_npz(path)
         elif name.endswith((".dcm", ".ima")):
             raise InputError(f"{path}: a single DICOM file; expected a volume, give the folder of its slices")
         else:

@@ -210,13 +210,13 @@ def _slice_picture(
     return Picture(encode(grey), hu.shape[1], hu.shape[0], letters, crossings)
 
 
-def xray_picture(path: Path) -> Picture:
-    """A radiograph, scaled down to fit the page."""
+def xray_picture(path: Path, inverted: bool = False) -> Picture:
+    """A radiograph, scaled down to fit the page; `inverted` as `read_radiograph` takes it."""
     from PIL import Image
 
     from ctx_distill.data.radiograph import read_radiograph
 
-    grey = np.clip(np.asarray(read_radiograph(path), dtype=np.float32), 0.0, 1.0)
+    grey = np.clip(np.asarray(read_radiograph(path, inverted), dtype=np.float32), 0.0, 1.0)
     image = Image.fromarray((grey * 255).astype(np.uint8))
     image.thumbnail((MAX_PIXELS, MAX_PIXELS), Image.Resampling.LANCZOS)
     return Picture(encode(np.asarray(image, dtype=np.float32) / np.float32(255)), image.width, image.height)

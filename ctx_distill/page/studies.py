@@ -173,10 +173,9 @@ def _study(
 
 def _read_ct(ct: Manifest, row: int) -> tuple[CTPictures | None, str]:
     """The slices, or why there are none."""
-    from ctx_distill.data.volume import read_volume
 
     try:
-        return ct_pictures(read_volume(ct.image_file(row))), ""
+        return ct_pictures(ct.scan_file(row).read()), ""
     except (ValueError, OSError) as error:
         return None, f"The CT could not be shown: {error}"
 
@@ -222,7 +221,7 @@ def _neighbour(run: Run, labels: pd.DataFrame | None, xray_labels: pd.DataFrame 
     row = int(rows[0])
     picture, problem = None, ""
     try:
-        picture = xray_picture(run.xray.image_file(row))
+        picture = xray_picture(run.xray.image_file(row), run.xray.inverted(row))
     except (ValueError, OSError) as error:
         problem = f"The X-ray could not be shown: {error}"
     neighbour = Neighbour(image_id, similarity, run.xray.report(row), picture, problem)

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import errno
-import multiprocessing
 import os
-from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import replace
-from itertools import islice
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ctx_distill.data.manifest import read_manifest
 from ctx_distill.data.prepared import PreparedFolder
+from ctx_distill.data.scan_file import ScanFile
 from ctx_distill.data.transforms import VolumeSpec
 from ctx_distill.errors import InputError
 from ctx_distill.files import write_text
+from ctx_distill.parallel import in_processes
 from ctx_distill.pipeline.plan import STAGES, stage_config
 
 
@@ -66,22 +64,17 @@ def prepare_manifest(manifest_path: Path, out: Path, preset: str, workers: int |
     part, parts = array_part(array)
     folder = PreparedFolder.create(out, spec, projection)
     images = [
-        (str(manifest.frame.at[row, "image_id"]), manifest.image_file(int(row)))
+        (str(manifest.frame.at[row, "image_id"]), manifest.scan_file(int(row)))
         for row in list(manifest.frame.index)[part::parts]
     ]
     failed: list[tuple[str, str, str]] = []
     counts = {"prepared": 0, "stood": 0}
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
-    )  # fmt: skip
-    with Progress(*columns) as progress:
-        bar = progress.add_task(f"preparing, {preset}", total=len(images))
-        for image_id, source, result in _results(folder, images, workers or len(os.sched_getaffinity(0))):
-            if result in counts:
-                counts[result] += 1
-            else:
-                failed.append((image_id, str(source), result))
-            progress.advance(bar)
+    work = partial(_prepare_one, folder)
+    for (image_id, source), result in in_processes(f"preparing, {preset}", work, images, len(images), workers):
+        if result in counts:
+            counts[result] += 1
+        else:
+            failed.append((image_id, str(source.path), result))
     report = out / f"failed.{part}.csv"
     report.unlink(missing_ok=True)
     told = f"{counts['prepared']} prepared, {counts['stood']} stood already, {len(failed)} failed, of {len(images)}"
@@ -92,31 +85,8 @@ def prepare_manifest(manifest_path: Path, out: Path, preset: str, workers: int |
     return f"{out}: {told}"
 
 
-def _results(folder: PreparedFolder, images: list[tuple[str, Path]], workers: int) -> Iterator[tuple[str, Path, str]]:
-    """Each image with `prepared`, `stood` or why not; a bounded number is in flight."""
-    waiting = iter(images)
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_calm) as pool:
-        try:
-            running: dict[Future[str], tuple[str, Path]] = {}
-            while True:
-                for image_id, source in islice(waiting, 4 * workers - len(running)):
-                    running[pool.submit(_prepare_one, folder, image_id, source)] = (image_id, source)
-                if not running:
-                    return
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    yield *running.pop(future), future.result()
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
-
-
-def _calm() -> None:
-    import torch
-
-    torch.set_num_threads(1)
-
-
-def _prepare_one(folder: PreparedFolder, image_id: str, source: Path) -> str:
+def _prepare_one(folder: PreparedFolder, image: tuple[str, ScanFile]) -> str:
+    image_id, source = image
     try:
         if folder.is_complete(image_id, source):
             return "stood"
@@ -129,5 +99,5 @@ def _prepare_one(folder: PreparedFolder, image_id: str, source: Path) -> str:
                 f"{folder.folder}: cannot be written ({error.strerror}); what is prepared stays valid. Make room, and give the"
                 " same command again."
             ) from error
-        return f"{source}: {error}"
+        return f"{source.path}: {error}"
     return "prepared"

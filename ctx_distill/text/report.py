@@ -6,7 +6,8 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-_NO_TEXT = {"", "not given", "not given.", "nan", "none", "n/a"}
+NO_TEXT = frozenset({"", "not given", "not given.", "nan", "none", "n/a"})
+"""What stands in place of a text that was not given (lower case)."""
 _ABBREVIATION = re.compile(
     r"dr|mr|mrs|ms|prof|st|vs|cf|approx|figs?|e\.g|i\.e|a\.m|p\.m|resp|incl|diam|max|etc|ser|im|img"
 )
@@ -87,7 +88,7 @@ def split_sentences(text: str) -> list[str]:
 
 
 def _section(text: object) -> str:
-    if not isinstance(text, str) or text.strip().lower() in _NO_TEXT:  # a blank cell of pandas is NaN, a float
+    if not isinstance(text, str) or text.strip().lower() in NO_TEXT:  # a blank cell of pandas is NaN, a float
         return ""
     # by sentences, so that the items of a list stay apart when their line breaks go
     return " ".join(item if item.rstrip(")]'’")[-1:] in tuple(".!?") else item + "." for item in split_sentences(text))

@@ -16,6 +16,7 @@ from ctx_distill.data import prepared as prepared_module
 from ctx_distill.data.datamodules import CTDataModule
 from ctx_distill.data.manifest import read_manifest
 from ctx_distill.data.prepared import PreparedFolder
+from ctx_distill.data.scan_file import ScanFile
 from ctx_distill.data.transforms import VolumeSpec
 from ctx_distill.errors import InputError
 from ctx_distill.pipeline.prepare import _prepare_one, array_part
@@ -24,11 +25,11 @@ SPEC = VolumeSpec(spacing=(12.0, 12.0, 12.0), shape=(24, 32, 32), window=(-1000.
 
 
 @pytest.fixture
-def scans(cohort: Path, tmp_path: Path) -> list[tuple[str, Path]]:
+def scans(cohort: Path, tmp_path: Path) -> list[tuple[str, ScanFile]]:
     manifest = read_manifest(cohort / "ct.csv")
     rows = list(manifest.frame.index)[:3]
-    found = [(str(manifest.frame.at[row, "image_id"]), manifest.image_file(int(row))) for row in rows]
-    return [(name, Path(shutil.copy(path, tmp_path / path.name))) for name, path in found]
+    found = [(str(manifest.frame.at[row, "image_id"]), manifest.scan_file(int(row))) for row in rows]
+    return [(name, ScanFile(Path(shutil.copy(scan.path, tmp_path / scan.path.name)))) for name, scan in found]
 
 
 def modules(cohort: Path, folder: Path, **more: int) -> tuple[CTDataModule, CTDataModule]:
@@ -47,7 +48,7 @@ def test_training_reads_either_form_alike_bit_for_bit(cohort: Path, tmp_path: Pa
     folder = PreparedFolder.create(tmp_path / "out", SPEC, projection=True)
     manifest = read_manifest(cohort / "ct.csv")
     for row in manifest.frame.index:
-        folder.write(str(manifest.frame.at[row, "image_id"]), manifest.image_file(int(row)))
+        folder.write(str(manifest.frame.at[row, "image_id"]), manifest.scan_file(int(row)))
     raw, made = modules(cohort, tmp_path / "out", workers=workers)
     assert made.volume == raw.volume
     count = 0
@@ -92,7 +93,7 @@ def test_parts_of_an_array_are_disjoint_and_whole(monkeypatch: pytest.MonkeyPatc
             array_part(wrong)
 
 
-def test_another_spec_source_or_image_and_damage_are_refused(tmp_path: Path, scans: list[tuple[str, Path]]) -> None:
+def test_another_spec_source_or_image_and_damage_are_refused(tmp_path: Path, scans: list[tuple[str, ScanFile]]) -> None:
     name, path = scans[0]
     folder = PreparedFolder.create(tmp_path / "out", SPEC, projection=False)
     folder.write(name, path)
@@ -124,7 +125,7 @@ def test_another_spec_source_or_image_and_damage_are_refused(tmp_path: Path, sca
     assert fresh.is_complete(name, path)
 
 
-def test_a_pickle_in_place_of_a_volume_is_refused(tmp_path: Path, scans: list[tuple[str, Path]]) -> None:
+def test_a_pickle_in_place_of_a_volume_is_refused(tmp_path: Path, scans: list[tuple[str, ScanFile]]) -> None:
     name, path = scans[0]
     folder = PreparedFolder.create(tmp_path / "out", SPEC, projection=False)
     folder.write(name, path)
@@ -135,10 +136,10 @@ def test_a_pickle_in_place_of_a_volume_is_refused(tmp_path: Path, scans: list[tu
 
 
 def test_a_full_disk_leaves_what_was_written_and_nothing_by_halves(
-    tmp_path: Path, scans: list[tuple[str, Path]], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, scans: list[tuple[str, ScanFile]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = PreparedFolder.create(tmp_path / "out", SPEC, projection=True)
-    assert _prepare_one(folder, *scans[0]) == "prepared"
+    assert _prepare_one(folder, scans[0]) == "prepared"
     before = sorted((tmp_path / "out").rglob("*"))
     written = prepared_module.write_bytes
 
@@ -149,11 +150,11 @@ def test_a_full_disk_leaves_what_was_written_and_nothing_by_halves(
 
     monkeypatch.setattr(prepared_module, "write_bytes", full)
     with pytest.raises(InputError, match="No space left on device"):
-        _prepare_one(folder, *scans[1])
+        _prepare_one(folder, scans[1])
     assert folder.is_complete(*scans[0])
     assert not folder.is_complete(*scans[1])
     monkeypatch.undo()
-    assert [_prepare_one(folder, *scan) for scan in scans] == ["stood", "prepared", "prepared"]
+    assert [_prepare_one(folder, scan) for scan in scans] == ["stood", "prepared", "prepared"]
     assert {json.loads(p.read_text())["image_id"] for p in (tmp_path / "out" / "items").rglob("*.json")} == {
         name for name, _ in scans
     }

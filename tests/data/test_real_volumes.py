@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ctx_distill.data.manifest import leave_out_for_index, read_manifest
+from ctx_distill.data.index_rows import leave_out_for_index
+from ctx_distill.data.manifest import read_manifest
 from ctx_distill.data.radiograph import read_radiograph
 from ctx_distill.data.transforms import VolumeSpec, prepare_volume
 from ctx_distill.data.volume import read_volume

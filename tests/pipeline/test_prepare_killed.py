@@ -52,7 +52,7 @@ def test_killed_at_twenty_moments(cohort: Path, tmp_path: Path, tiny_preset: Pat
     assert len(items) == len(manifest)
     folder = PreparedFolder.open(tmp_path / "out", *preset_volume(str(tiny_preset)))
     for row in manifest.frame.index:
-        assert folder.is_complete(str(manifest.frame.at[row, "image_id"]), manifest.image_file(int(row)))
+        assert folder.is_complete(str(manifest.frame.at[row, "image_id"]), manifest.scan_file(int(row)))
 
 
 @pytest.mark.slow

@@ -1,0 +1,64 @@
+"""A scan's file with what its data set says of it elsewhere: slope, intercept and spacing out of a metadata table.
+
+CT-RATE's first release holds raw values without a spacing, and a CSV beside them holds the rest. Applying slope and
+intercept to files that already hold HU is that field's most reported mistake, so it is looked for here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ctx_distill.data.hounsfield import tissue_shares
+from ctx_distill.data.volume import Volume, read_volume
+from ctx_distill.errors import InputError
+
+_CLEARLY_HU, _CLEARLY_NOT = 0.05, 0.01
+
+
+@dataclass(frozen=True)
+class ScanFile:
+    """Where a scan lies and what overrides its header.
+
+    Attributes:
+        path: file or folder of DICOM slices.
+        slope: with `intercept`, takes the file's values to HU; None leaves them.
+        intercept: HU.
+        spacing: mm along the file's own x, y, z (its fastest axis first); None keeps the header's.
+    """
+
+    path: Path
+    slope: float | None = None
+    intercept: float | None = None
+    spacing: tuple[float, float, float] | None = None
+
+    def read(self) -> Volume:
+        """The scan in HU on its own grid.
+
+        Raises:
+            InputError: as `read_volume`; values that are HU already although a slope and intercept are given.
+        """
+        scan = read_volume(self.path)
+        affine, voxels = scan.affine_lps, scan.voxels
+        if self.spacing is not None:
+            steps = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0) * np.array(self.spacing[::-1])
+            affine = np.block([[steps, affine[:3, 3:]], [affine[3:]]])
+        slope, intercept = self.slope or 1.0, self.intercept or 0.0
+        if (slope, intercept) != (1.0, 0.0):
+            as_stored = tissue_shares(voxels)
+            scaled = tissue_shares(voxels, slope, intercept)
+            if min(as_stored) > _CLEARLY_HU and min(scaled) < _CLEARLY_NOT:
+                raise InputError(
+                    f"{self.path}: holds HU already ({as_stored[0]:.0%} air, {as_stored[1]:.0%} soft tissue), and the"
+                    f" manifest asks for slope {slope:g}, intercept {intercept:g} once more; blank both columns for it, or"
+                    " make the manifest again with --release fixed"
+                )
+            voxels = (voxels.astype(np.float32) * np.float32(slope) + np.float32(intercept)).astype(np.float32)
+        return Volume(voxels, affine, scan.path)
+
+    def facts(self) -> dict[str, object]:
+        """The overrides that are set, as JSON values."""
+        named = {"slope": self.slope, "intercept": self.intercept, "spacing": self.spacing}
+        return {key: list(v) if isinstance(v, tuple) else v for key, v in named.items() if v is not None}

@@ -1,0 +1,148 @@
+"""CT-RATE: reports, labels and metadata in CSVs beside volumes; the first release, and the `_fixed` one in HU.
+
+Hamamci et al., arXiv 2403.17834. A volume's name is split_patient_study_reconstruction.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+from collections import defaultdict
+from pathlib import Path
+
+from ctx_distill.data.tables import Table
+from ctx_distill.errors import InputError
+from ctx_distill.sources.options import SourceOptions
+from ctx_distill.sources.rows import Built, Row, hashed_split, present, table
+from ctx_distill.text.sections import without_marks
+
+LABELS = (
+    "Medical material", "Arterial wall calcification", "Cardiomegaly", "Pericardial effusion",
+    "Coronary artery wall calcification", "Hiatal hernia", "Lymphadenopathy", "Emphysema", "Atelectasis", "Lung nodule",
+    "Lung opacity", "Pulmonary fibrotic sequela", "Pleural effusion", "Mosaic attenuation pattern",
+    "Peribronchial thickening", "Consolidation", "Bronchiectasis", "Interlobular septal thickening",
+)  # fmt: skip
+"""In the order of the data set's own tables."""
+
+UNREADABLE = frozenset({"train_1267_a_4", "train_11755_a_3", "train_11755_a_4"})
+"""Volumes that HLIP's authors list as invalid in their loader."""
+
+VAL_SHARE = 0.05
+_LONG = {"train": "train", "valid": "validation"}
+
+
+def build(root: Path, options: SourceOptions) -> Built:
+    """Rows of a whole or partial download.
+
+    ROOT holds `train*`/`valid*` and the tables, or a folder `dataset` that does. `train` patients are split by a hash of
+    their id, 5 % to val; `valid`, on which the field reports, is test. Of several reconstructions of a study the thinnest
+    (ZSpacing) is taken, then the one with the most slices, then the lowest number, of those on the disk;
+    `--reconstructions all` takes every one.
+
+    Raises:
+        InputError: a layout or a table that is not CT-RATE's.
+    """
+    base = root / "dataset" if (root / "dataset").is_dir() else root
+    release = options.release or ("fixed" if any((base / f"{name}_fixed").is_dir() for name in _LONG) else "first")
+    built = Built("ct-rate", base)
+    for name, long in _LONG.items():
+        folder = base / (f"{name}_fixed" if release == "fixed" else name)
+        if not folder.is_dir():
+            built.notes.append(f"{folder.name} is not there; its volumes are not in the manifest")
+            continue
+        _add_split(built, name, long, folder, release, options)
+    if not built.rows and not built.left_out:
+        raise InputError(
+            f"{base}: no folder train, valid, train_fixed or valid_fixed; expected CT-RATE's `dataset` folder"
+        )
+    return built
+
+
+def _add_split(built: Built, name: str, long: str, folder: Path, release: str, options: SourceOptions) -> None:
+    base = built.root
+    reports = table(
+        base / "radiology_text_reports" / f"{long}_reports.csv", "VolumeName", "Findings_EN", "Impressions_EN"
+    )
+    labels = _by_volume(base / "multi_abnormality_labels" / f"{name}_predicted_labels.csv", *LABELS)
+    metadata = _by_volume(
+        base / "metadata" / f"{long}_metadata.csv",
+        "XYSpacing", "ZSpacing", "RescaleSlope", "RescaleIntercept", "NumberofSlices",
+        required=release == "first",
+    )  # fmt: skip
+    no_chest = base / "metadata" / f"no_chest_{name}.txt"
+    outside = set(no_chest.read_text().split()) if no_chest.is_file() else set()
+    studies: dict[str, list[tuple[Row, dict[str, str]]]] = defaultdict(list)
+    for place, volume in enumerate(reports.columns["VolumeName"]):
+        image_id = volume.removesuffix(".nii.gz")
+        patient, study = image_id.rsplit("_", 2)[0], image_id.rsplit("_", 1)[0]
+        facts = metadata.get(volume, {})
+        row = Row(
+            study, patient, "test" if name == "valid" else hashed_split("ct-rate", patient, VAL_SHARE),
+            folder.relative_to(base) / patient / study / volume, image_id,
+            findings=without_marks(reports.columns["Findings_EN"][place]),
+            impression=without_marks(reports.columns["Impressions_EN"][place]),
+            labels=_labels(labels.get(volume, {})),
+        )  # fmt: skip
+        if image_id in UNREADABLE:
+            built.left_out["known to be unreadable"] += 1
+        elif {volume, image_id, study, patient} & outside:
+            built.left_out[f"no chest (the set's {no_chest.name})"] += 1
+        elif not present(built, [row]):
+            pass
+        elif release == "first" and not _raw_facts(facts):
+            built.left_out["no slope, intercept and spacing in the metadata"] += 1
+        else:
+            row.more = _raw_facts(facts) if release == "first" else {}
+            studies[study].append((row, facts))
+    for several in studies.values():
+        several.sort(key=lambda item: _thinnest_first(*item))
+        taken = several if options.reconstructions == "all" else several[:1]
+        built.rows += [row for row, _ in taken]
+        if len(several) > len(taken):
+            built.left_out["another reconstruction of the study is taken"] += len(several) - len(taken)
+
+
+def _by_volume(path: Path, *columns: str, required: bool = False) -> dict[str, dict[str, str]]:
+    if not path.is_file() and not required:
+        return {}
+    read: Table = table(path, "VolumeName", *columns)
+    rows = zip(*(read.columns[name] for name in columns), strict=True)
+    return {
+        volume: dict(zip(columns, row, strict=True))
+        for volume, row in zip(read.columns["VolumeName"], rows, strict=True)
+    }
+
+
+def _labels(row: dict[str, str]) -> dict[str, float | None]:
+    return {name.lower(): float(row[name]) if row.get(name, "").strip() else None for name in LABELS} if row else {}
+
+
+def _thinnest_first(row: Row, facts: dict[str, str]) -> tuple[float, float, int]:
+    number = row.image_id.rsplit("_", 1)[1]
+    thickness, slices = _number(facts.get("ZSpacing", "")), _number(facts.get("NumberofSlices", ""))
+    return (
+        thickness if thickness is not None else math.inf,
+        -(slices or 0.0),
+        int(number) if number.isdecimal() else 0,
+    )
+
+
+def _raw_facts(row: dict[str, str]) -> dict[str, float]:
+    """The columns that take raw values to HU and to their place; empty where one of them is missing."""
+    try:
+        plane = ast.literal_eval(row.get("XYSpacing", ""))
+        x, y = float(plane[0]), float(plane[1])
+    except (ValueError, SyntaxError, TypeError, IndexError):
+        return {}
+    named = {"slope": "RescaleSlope", "intercept": "RescaleIntercept", "spacing_z": "ZSpacing"}
+    found = {name: _number(row.get(column, "")) for name, column in named.items()}
+    numbers = {name: value for name, value in found.items() if value is not None}
+    return {"spacing_x": x, "spacing_y": y, **numbers} if len(numbers) == len(named) else {}
+
+
+def _number(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None

@@ -1,0 +1,87 @@
+"""MIMIC-CXR-JPG with the reports of MIMIC-CXR (Johnson et al. 2019): films, views, the set's own split, labels 1/0/-1.
+
+The JPEGs are made bright where the film is bright by the set's authors, MONOCHROME1 turned.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+from pathlib import Path
+
+from ctx_distill.data.tables import Table, parse_csv
+from ctx_distill.errors import InputError
+from ctx_distill.sources.options import SourceOptions
+from ctx_distill.sources.rows import Built, Row, one_split_a_patient, present
+from ctx_distill.text.sections import cut_report
+
+_SPLITS = {"train": "train", "validate": "val", "test": "test"}
+_KEYS = ("subject_id", "study_id")
+
+
+def build(root: Path, options: SourceOptions) -> Built:
+    """Rows of every film on the disk; reports from `files/p10/p10000032/s50414267.txt`, where they are.
+
+    `--reports FOLDER` names another folder that holds `files/` with the reports, since they are a download of their own.
+
+    Raises:
+        InputError: a table that is missing or not the set's.
+    """
+    built = Built("mimic-cxr", root)
+    metadata = _gz(root, "metadata", "dicom_id", "subject_id", "study_id", "ViewPosition")
+    split = _gz(root, "split", "dicom_id", "split")
+    split_of = dict(zip(split.columns["dicom_id"], split.columns["split"], strict=True))
+    chexpert = _gz(root, "chexpert", *_KEYS)
+    names = [name for name in chexpert.columns if name not in _KEYS]
+    labels_of = {
+        study: {name.lower(): _label(chexpert.columns[name][place]) for name in names}
+        for place, study in enumerate(chexpert.columns["study_id"])
+    }
+    texts: dict[str, tuple[str, str]] = {}
+    for place, dicom in enumerate(metadata.columns["dicom_id"]):
+        patient, study = (metadata.columns[name][place] for name in _KEYS)
+        folder = Path("files") / f"p{patient[:2]}" / f"p{patient}" / f"s{study}"
+        if split_of.get(dicom) not in _SPLITS:
+            built.left_out["not in the set's split table"] += 1
+            continue
+        row = Row(
+            f"s{study}", f"p{patient}", _SPLITS[split_of[dicom]], folder / f"{dicom}.jpg", dicom,
+            view=_view(metadata.columns["ViewPosition"][place]), labels=labels_of.get(study, {}),
+        )  # fmt: skip
+        if not present(built, [row]):
+            continue
+        if study not in texts:
+            texts[study] = _report((options.reports or root) / folder.with_suffix(".txt"))
+        row.findings, row.impression = texts[study]
+        built.rows.append(row)
+    one_split_a_patient(built)
+    return built
+
+
+def _report(path: Path) -> tuple[str, str]:
+    return cut_report(path.read_text(encoding="utf-8", errors="replace")) if path.is_file() else ("", "")
+
+
+def _view(position: str) -> str:
+    """PA and AP as they are; LATERAL and LL are lateral; the rest (obliques, unknown) is `other` and never frontal."""
+    name = position.strip().upper()
+    return name if name in ("PA", "AP") else "lateral" if name in ("LATERAL", "LL") else "other"
+
+
+def _label(value: str) -> float | None:
+    return float(value) if value.strip() else None
+
+
+def _gz(root: Path, name: str, *columns: str) -> Table:
+    for path in sorted(root.glob(f"mimic-cxr-2*-{name}.csv*")):
+        try:
+            opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
+            with opened as file:
+                read = parse_csv(path, io.StringIO(file.read(), newline=""))
+        except (OSError, EOFError, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: cannot be read ({error}); download it again") from error
+        missing = [column for column in columns if column not in read.columns]
+        if missing:
+            raise InputError(f"{path}: no column {', '.join(missing)}; expected the table of MIMIC-CXR-JPG")
+        return read
+    raise InputError(f"{root}: no mimic-cxr-2.0.0-{name}.csv.gz; expected the root of MIMIC-CXR-JPG")

@@ -1,0 +1,155 @@
+"""What a builder gives: rows of a manifest, and what it left out and why. Writing them is the same for every source."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ctx_distill.data.manifest import LABEL, SPLITS, read_manifest
+from ctx_distill.data.tables import Table, read_table
+from ctx_distill.errors import InputError
+from ctx_distill.files import write_text
+
+
+@dataclass
+class Row:
+    """One image; the fields are the columns of a manifest, `image` is its place under the source's root."""
+
+    study_id: str
+    patient_id: str
+    split: str
+    image: Path
+    image_id: str
+    findings: str = ""
+    impression: str = ""
+    view: str = ""
+    language: str = "en"
+    labels: Mapping[str, float | None] = field(default_factory=dict)
+    more: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass
+class Built:
+    """Rows with the counts of what is not among them.
+
+    Attributes:
+        source: name of the data set.
+        root: the folder that images lie in.
+        rows: in the order of the manifest.
+        left_out: images by reason, in words to print.
+        notes: sentences to print.
+    """
+
+    source: str
+    root: Path
+    rows: list[Row] = field(default_factory=list)
+    left_out: Counter[str] = field(default_factory=Counter)
+    notes: list[str] = field(default_factory=list)
+
+
+def hashed_split(source: str, patient_id: str, val: float, test: float = 0.0) -> str:
+    """A split that depends on the patient alone: the same in every manifest, whatever else is in it."""
+    digest = hashlib.sha256(f"{source}/{patient_id}".encode()).digest()
+    place = int.from_bytes(digest[:8], "big") / 2**64
+    return "test" if place < test else "val" if place < test + val else "train"
+
+
+def one_split_a_patient(built: Built) -> None:
+    """A patient whose images stand in several splits goes to test if any is there, else to val; counted in the notes."""
+    order = {name: number for number, name in enumerate(SPLITS)}
+    last: dict[str, str] = {}
+    for row in built.rows:
+        last[row.patient_id] = max(last.get(row.patient_id, "train"), row.split, key=order.__getitem__)
+    moved = [row for row in built.rows if row.split != last[row.patient_id]]
+    for row in moved:
+        row.split = last[row.patient_id]
+    if moved:
+        built.notes.append(
+            f"{len({row.patient_id for row in moved})} patients stood in several splits; their {len(moved)} images of the"
+            " earlier ones went to the last (test before val before train)"
+        )
+
+
+def present(built: Built, rows: Iterable[Row], reason: str = "image is not on the disk") -> list[Row]:
+    """The rows whose image lies under the root; the others are counted."""
+    kept = []
+    for row in rows:
+        if (built.root / row.image).exists():
+            kept.append(row)
+        else:
+            built.left_out[reason] += 1
+    return kept
+
+
+def table(path: Path, *columns: str) -> Table:
+    """A table of the data set with the columns that the builder needs.
+
+    Raises:
+        InputError: missing, unreadable, or without one of the columns.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; expected a table of the data set there, download it or correct ROOT")
+    read = read_table(path)
+    missing = [name for name in columns if name not in read.columns]
+    if missing:
+        raise InputError(
+            f"{path}: no column {', '.join(missing)}; found {', '.join(list(read.columns)[:12])}; is it this data set's table?"
+        )
+    return read
+
+
+def write_manifest(built: Built, out: Path) -> str:
+    """Check the rows as every manifest is checked, write them, and say in numbers what came in and what did not.
+
+    Paths are relative to OUT's folder where that holds the images; else a column `root` names the images' folder.
+
+    Raises:
+        InputError: nothing is left; what `read_manifest` refuses.
+    """
+    if out.suffix.lower() != ".csv":
+        raise InputError(f"{out}: expected a manifest to write, such as {out.with_suffix('.csv')}")
+    reasons = "".join(f"\n  left out, {reason}: {count:,}" for reason, count in sorted(built.left_out.items()))
+    if not built.rows:
+        raise InputError(f"{built.root}: no image of {built.source} is left for a manifest{reasons}")
+    root, folder = built.root.resolve(), out.parent.resolve()
+    inside = root == folder or folder in root.parents
+    findings = list(dict.fromkeys(name for row in built.rows for name in row.labels))
+    more = list(dict.fromkeys(name for row in built.rows for name in row.more))
+    head = ["study_id", "patient_id", "split", "image_path", "findings", "impression", "image_id", "view", "language"]
+    head += ["source", *([] if inside else ["root"]), *more, *(LABEL + name for name in findings)]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(head)
+    for row in built.rows:
+        path = (root.relative_to(folder) / row.image if inside else row.image).as_posix()
+        labels = [row.labels.get(name) for name in findings]
+        writer.writerow(
+            [row.study_id, row.patient_id, row.split, path, row.findings, row.impression, row.image_id, row.view]
+            + [row.language, built.source, *([] if inside else [str(root)])]
+            + [_cell(row.more.get(name)) for name in more]
+            + ["" if value is None else f"{value:g}" for value in labels]
+        )
+    part = out.with_name(f".{out.stem}.part.csv")
+    write_text(part, text.getvalue())
+    try:
+        checked = read_manifest(part)
+        part.replace(out)
+    finally:
+        part.unlink(missing_ok=True)
+    frame = checked.frame
+    splits = ", ".join(f"{name} {int((frame['split'] == name).sum()):,}" for name in SPLITS)
+    texts = sum(bool(row.findings or row.impression) for row in built.rows)
+    counts = (
+        f"{out}: {built.source}, {len(frame):,} images, {frame['study_id'].nunique():,} studies,"
+        f" {frame['patient_id'].nunique():,} patients ({splits}); {texts:,} images with a report"
+    )
+    return counts + reasons + "".join(f"\n  {note}" for note in built.notes)
+
+
+def _cell(value: object) -> str:
+    return "" if value is None else repr(value) if isinstance(value, float) else str(value)

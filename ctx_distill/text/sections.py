@@ -1,0 +1,74 @@
+"""A report's findings and impression out of the whole text, and marks of de-identification out of both."""
+
+from __future__ import annotations
+
+import re
+
+from ctx_distill.text.report import NO_TEXT
+
+_HEADING = re.compile(r"(?:^|(?<=[\s.]))([A-Z][A-Z0-9/&(), -]{2,60}?)\s*:(?!\d)")
+_FINDINGS = re.compile(r"FINDINGS?\b|REPORT$|BODY OF REPORT|COMPARATIVE FINDINGS")
+_IMPRESSION = re.compile(r"(?:FINAL |SUMMARY )?IMPRESSIONS?\b|CONCLUSIONS?\b|SUMMARY$|OPINION|ASSESSMENT|DIAGNOSIS")
+# Sections about the examination or the patient's past; what they say is not seen in the picture.
+_ASIDE = re.compile(
+    r"INDICATION|(?:CLINICAL |PATIENT |MEDICAL )?HISTORY|CLINICAL|REASON|TECHNIQUE|TECHNICAL|COMPARISON|EXAM|STUDY|PROCEDURE|"
+    r"WET READ|NOTIFICATION|DATE|ACCESSION|PROVISIONAL|ORDER|PHYSICIAN|REFERRING|DICTATED|SIGNED|ELECTRONICALLY|NARRATIVE"
+)
+_TITLE_LINE = re.compile(r"^\s*(?:FINAL REPORT|FINAL ADDENDUM|ADDENDUM|RADIOLOGY REPORT)\s*$", re.MULTILINE)
+_FILM = re.compile(r"\bx[- ]?X{3,}\b", re.IGNORECASE)
+_MARK = re.compile(r"\[\*\*.*?\*\*\]|\[(?:REMOVED|REDACTED|DEIDENTIFIED|DE-IDENTIFIED)\]|_{2,}|(?<![A-Za-z])[Xx]{3,}(?:'s)?(?![A-Za-z])", re.DOTALL)  # fmt: skip
+
+
+def without_marks(text: str) -> str:
+    """A text without what de-identification left in it, and without holes where that stood.
+
+    `___` (MIMIC-CXR), `XXXX` (Open-I) and `[**...**]` (MIMIC-III) go; `x-XXXX` becomes "x-ray", the word that Open-I's program
+    took for a name. "Not given." and its like become "".
+    """
+    if text.strip().lower() in NO_TEXT:
+        return ""
+    text = _MARK.sub(" ", _FILM.sub("x-ray", text))
+    text = re.sub(r"\(\s*[,;/-]*\s*\)", " ", text)
+    text = re.sub(r"[ \t]+([.,;:!?)])", r"\1", text)
+    text = re.sub(r"([.,;:])(?:\s*[,;:])+", r"\1", text)
+    text = re.sub(r"(?m)(^|[.!?]\s)\s*[.,;:]+(?=\s|$)", r"\1", text)
+    return "\n".join(" ".join(line.split()) for line in text.splitlines()).strip()
+
+
+def cut_report(text: str) -> tuple[str, str]:
+    """Findings and impression of a report with headings in capitals ("FINDINGS:", "IMPRESSION:").
+
+    A heading of another kind ("LUNGS:") stays where it stands. Indication, technique, comparison and their like are left
+    out; a paragraph behind one of them belongs to the body. A report without either heading is all findings;
+    "FINDINGS AND IMPRESSION" are findings.
+    """
+    text = _TITLE_LINE.sub("", text)
+    parts: dict[str, list[str]] = {"body": [], "findings": [], "impression": [], "aside": []}
+    section, start = "body", 0
+    for match in _HEADING.finditer(text):
+        kind = _kind(match.group(1).strip())
+        if kind is None:
+            continue
+        _keep(parts, section, text[start : match.start()])
+        section, start = kind, match.end()
+    _keep(parts, section, text[start:])
+    findings, impression, body = (" ".join(parts[name]).strip() for name in ("findings", "impression", "body"))
+    if (not findings and not impression) or (not findings and len(body) > len(impression)):
+        findings = body
+    return without_marks(findings), without_marks(impression)
+
+
+def _kind(heading: str) -> str | None:
+    for name, pattern in (("findings", _FINDINGS), ("impression", _IMPRESSION), ("aside", _ASIDE)):
+        if pattern.match(heading):
+            return name
+    return None
+
+
+def _keep(parts: dict[str, list[str]], section: str, text: str) -> None:
+    if section == "aside":
+        # An aside is one paragraph; what follows an empty line is the report going on without a heading.
+        text = "\n\n".join(re.split(r"\n\s*\n", text.strip())[1:])
+        section = "body"
+    if text.strip():
+        parts[section].append(text.strip())
