@@ -12,6 +12,7 @@ from ctx_distill.errors import InputError
 from ctx_distill.pipeline.plan import STAGES, Stage
 
 NOTICE = "A research tool, not a medical device."
+SOURCES = ("ct-rate", "rad-chestct", "mimic-cxr", "chexpert-plus", "padchest", "open-i", "dicom")
 HEADS = ("zero-shot", "classifier", "report")
 
 
@@ -41,6 +42,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--seed", type=int, default=0, metavar="S", help="same seed, same bytes (default: %(default)s)"
     )
     phantom.add_argument("--workers", type=int, default=None, metavar="W", help="processes (default: one a core)")
+    _add_manifest(
+        commands.add_parser("manifest", help="write the manifest of a public data set, or of a folder of DICOM")
+    )
     _add_prepare(commands.add_parser("prepare", help="write a manifest's volumes once in the form that training reads"))
     _add_ablation(
         commands.add_parser("ablation", help="compare the parts of the method on one cohort, with paired seeds")
@@ -61,6 +65,45 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
                         help="an X-ray expert's folder or hf-hub:org/name; default: the run's own")  # fmt: skip
     parser.add_argument("--force", action="store_true", help="run again although it is complete")
     parser.epilog = "Any other option is a LightningCLI override, such as --trainer.max_epochs=5."
+
+
+def _add_manifest(parser: argparse.ArgumentParser) -> None:
+    # The names stand here again, since importing the builders takes a second; a test compares them.
+    parser.add_argument("source", choices=SOURCES, metavar="SOURCE", help=", ".join(SOURCES))
+    parser.add_argument("root", type=Path, metavar="ROOT", help="the data set's folder")
+    parser.add_argument("out", type=Path, metavar="OUT", help="the manifest to write, such as ROOT/ct.csv")
+    add = parser.add_argument
+    add("--release", choices=("first", "fixed"), default=None, help="ct-rate (default: looks which is there)")
+    add("--reconstructions", choices=("one", "all"), default="one", help="ct-rate, dicom: of a study (default: one)")
+    add("--labels", choices=("hlip", "radfinder", "own"), default="hlip", help="rad-chestct: its map of labels")
+    add("--english-from-labels", action="store_true", help="padchest: English sentences made from its labels")
+    add("--first-is-frontal", action="store_true", help="open-i: guess views by the order of the films")
+    add("--reports", type=Path, default=None, metavar="PATH", help="dicom: CSV of reports; mimic-cxr: folder of them")
+    add(
+        "--key",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="dicom: secret for ids (default: ~/.config/ctx-distill/key)",
+    )
+    add("--keep-ids", action="store_true", help="dicom: ids and dates as in the headers")
+    add("--keep-paths", action="store_true", help="dicom: although paths name patients")
+    add(
+        "--convert",
+        type=Path,
+        default=None,
+        metavar="FOLDER",
+        help="dicom: write the scans there as NIfTI, hashed names",
+    )
+    add(
+        "--val",
+        type=float,
+        default=0.1,
+        metavar="X",
+        help="share of patients, where the set has no split (default: .1)",
+    )
+    add("--test", type=float, default=0.1, metavar="X", help="likewise (default: .1)")
+    add("--workers", type=int, default=None, metavar="W", help="processes (default: one a core)")
 
 
 def _add_prepare(parser: argparse.ArgumentParser) -> None:
@@ -125,6 +168,8 @@ def _dispatch(options: argparse.Namespace, overrides: list[str], given: list[str
         from ctx_distill.phantom.cohort import write_cohort
 
         write_cohort(options.out, options.ct, options.xray, options.seed, options.workers)
+    elif options.command == "manifest":
+        _manifest(options)
     elif options.command == "prepare":
         from ctx_distill.pipeline.prepare import prepare_manifest
 
@@ -139,6 +184,16 @@ def _dispatch(options: argparse.Namespace, overrides: list[str], given: list[str
         _weights(options)
     else:
         _run(options, overrides, given)
+
+
+def _manifest(options: argparse.Namespace) -> None:
+    from dataclasses import fields
+
+    from ctx_distill.sources.build import build_manifest
+    from ctx_distill.sources.options import SourceOptions
+
+    asked = SourceOptions(**{field.name: getattr(options, field.name) for field in fields(SourceOptions)})
+    print(build_manifest(options.source, options.root, options.out, asked))
 
 
 def _ablation(options: argparse.Namespace) -> None:

@@ -40,15 +40,20 @@ class _Slice:
     header: Any
 
 
-def read_dicom_folder(folder: Path) -> tuple[NDArray[Any], NDArray[np.float64]]:
+def read_dicom_folder(folder: Path, series_uid: str | None = None) -> tuple[NDArray[Any], NDArray[np.float64]]:
     """Voxels in HU as (slice, row, column), slices ordered along the normal, and their affine to LPS mm.
 
-    Of several series the one with the most slices is read, and a warning is logged. Localizers and files that are not
-    DICOM are passed over; folders inside the folder are not searched.
+    Localizers and files that are not DICOM are passed over; folders inside the folder are not searched.
+
+    Args:
+        folder: of slices.
+        series_uid: the series to read; by default the one with the most slices, and a warning where there are others.
     """
     series = _series(folder)
-    uid = max(sorted(series), key=lambda key: len(series[key]))
-    if len(series) > 1:
+    if series_uid is not None and series_uid not in series:
+        raise InputError(f"{folder}: holds no series {series_uid}; was it moved?")
+    uid = series_uid or max(sorted(series), key=lambda key: len(series[key]))
+    if len(series) > 1 and series_uid is None:
         sizes = ", ".join(str(len(group)) for group in series.values())
         log.warning("%s: %d series (%s slices); reading the largest, %s", folder, len(series), sizes, uid)
     slices, row_step, column_step, slice_step = _ordered(folder, [_checked(*item) for item in series[uid]])

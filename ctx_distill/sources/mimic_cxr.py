@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import zlib
 from pathlib import Path
 
 from ctx_distill.data.tables import Table, parse_csv
@@ -75,10 +76,10 @@ def _label(value: str) -> float | None:
 def _gz(root: Path, name: str, *columns: str) -> Table:
     for path in sorted(root.glob(f"mimic-cxr-2*-{name}.csv*")):
         try:
-            opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
-            with opened as file:
-                read = parse_csv(path, io.StringIO(file.read(), newline=""))
-        except (OSError, EOFError, UnicodeDecodeError) as error:
+            packed = path.read_bytes()
+            text = (gzip.decompress(packed) if path.suffix == ".gz" else packed).decode("utf-8-sig")
+            read = parse_csv(path, io.StringIO(text, newline=""))
+        except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
             raise InputError(f"{path}: cannot be read ({error}); download it again") from error
         missing = [column for column in columns if column not in read.columns]
         if missing:

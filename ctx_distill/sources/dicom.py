@@ -1,0 +1,174 @@
+"""Any folder tree of DICOM: a row a study, the series chosen by a stated rule, ids hashed with a key, dates made relative."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from datetime import date
+from pathlib import Path
+
+from ctx_distill.data.dicom import read_dicom_folder
+from ctx_distill.data.write_nifti import write_nifti
+from ctx_distill.errors import InputError
+from ctx_distill.parallel import in_processes
+from ctx_distill.sources.dicom_series import MIN_SLICES, Series, by_study, find_series
+from ctx_distill.sources.options import SourceOptions
+from ctx_distill.sources.pseudonyms import Pseudonyms, days_since
+from ctx_distill.sources.rows import Built, Row, hashed_split, table
+from ctx_distill.text.sections import cut_report, without_marks
+
+
+def build(root: Path, options: SourceOptions, key: bytes | None) -> Built:
+    """Rows of the studies under ROOT.
+
+    Of a study's axial CT series of ten slices or more the thinnest is taken (median distance of its slices); of equal ones
+    the one with more slices, then the lower series number. Localizers, secondary captures, other modalities and other
+    orientations are left out and counted. `--reconstructions all` takes every such series.
+
+    Ids are HMAC-SHA256 under `key`, dates become `study_day`, days since the patient's first study. Paths are those of the
+    disk: where one holds a patient's id, name or birth date the builder stops, unless `--convert FOLDER` writes the chosen
+    series there as NIfTI under hashed names, or `--keep-paths` is given. Reports come from `--reports`, a CSV with
+    `study` (StudyInstanceUID or AccessionNumber) and `report`, or `findings` and `impression`.
+
+    Raises:
+        InputError: no series, paths that name patients, a report table of another form.
+    """
+    found, passed = find_series(root, options.workers)
+    if not found:
+        told = ", ".join(f"{count} {reason}" for reason, count in passed.items()) or "no file at all"
+        raise InputError(f"{root}: no DICOM series ({told}); expected a folder tree of DICOM files")
+    names = Pseudonyms(key)
+    built = Built("dicom", options.convert or root)
+    for reason, count in passed.items():
+        built.left_out[reason] = count
+    reports = _reports(options.reports)
+    first_day = _first_days(found)
+    scattered = {uid for uid, count in Counter(one.uid for one in found).items() if count > 1}
+    chosen: list[tuple[Row, Series]] = []
+    for study, several in by_study(found).items():
+        usable = _usable(several, scattered, options.convert is not None, built)
+        taken = usable if options.reconstructions == "all" else usable[:1]
+        if len(usable) > len(taken):
+            built.left_out["another series of the study is taken"] += len(usable) - len(taken)
+        for one in taken:
+            chosen.append((_row(one, study, names, options, reports, first_day.get(one.patient)), one))
+    if not options.keep_ids and not options.keep_paths and options.convert is None:
+        _refuse_named_paths(root, [one for _, one in chosen])
+    if options.convert is not None:
+        chosen = _converted(root, options.convert, chosen, built, options.workers)
+    built.rows = [row for row, _ in chosen]
+    if reports is not None:
+        given = sum(bool(row.findings or row.impression) for row in built.rows)
+        built.notes.append(f"{given:,} of {len(built.rows):,} series found a report in {options.reports}")
+    return built
+
+
+def _usable(several: list[Series], scattered: set[str], convert: bool, built: Built) -> list[Series]:
+    """Axial CT series of a study, the thinnest first; the others are counted."""
+    usable = []
+    for one in several:
+        shares = not convert and any(
+            other.folder == one.folder
+            and len(other.along) >= len(one.along)
+            and other is not one
+            and other.reason != "localizer"
+            for other in several
+        )
+        if one.reason:
+            built.left_out[one.reason] += 1
+        elif len(one.along) < MIN_SLICES:
+            built.left_out[f"fewer than {MIN_SLICES} slices"] += 1
+        elif one.uid in scattered:
+            built.left_out["series spread over several folders"] += 1
+        elif not one.patient or not one.study:
+            built.left_out["no PatientID or StudyInstanceUID"] += 1
+        elif shares:
+            built.left_out["shares its folder with a larger series (--convert takes it apart)"] += 1
+        else:
+            usable.append(one)
+    return sorted(usable, key=lambda one: (round(one.thickness, 2), -len(one.along), one.number, one.uid))
+
+
+def _row(
+    one: Series,
+    study: str,
+    names: Pseudonyms,
+    options: SourceOptions,
+    reports: dict[str, tuple[str, str]] | None,
+    first: date | None,
+) -> Row:
+    patient, image = names.name("p", one.patient), names.name("i", one.uid)
+    findings, impression = (reports or {}).get(study) or (reports or {}).get(one.accession) or ("", "")
+    day = one.day.isoformat() if options.keep_ids and one.day else days_since(first, one.day)
+    return Row(
+        names.name("s", study), patient, hashed_split("dicom", patient, options.val, options.test), one.folder, image,
+        findings, impression, more={"study_day": day, "slice_mm": round(one.thickness, 3)},
+    )  # fmt: skip
+
+
+def _first_days(found: list[Series]) -> dict[str, date]:
+    days: dict[str, list[date]] = defaultdict(list)
+    for one in found:
+        if one.day is not None:
+            days[one.patient].append(one.day)
+    return {patient: min(dates) for patient, dates in days.items()}
+
+
+def _reports(path: Path | None) -> dict[str, tuple[str, str]] | None:
+    if path is None:
+        return None
+    read = table(path, "study")
+    columns = read.columns
+    if "report" in columns:
+        texts = [cut_report(text) for text in columns["report"]]
+    elif {"findings", "impression"} <= set(columns):
+        texts = [
+            (without_marks(a), without_marks(b))
+            for a, b in zip(columns["findings"], columns["impression"], strict=True)
+        ]
+    else:
+        raise InputError(f"{path}: no column report, nor findings and impression; found {', '.join(columns)}")
+    return dict(zip((value.strip() for value in columns["study"]), texts, strict=True))
+
+
+def _refuse_named_paths(root: Path, chosen: list[Series]) -> None:
+    telling = []
+    for one in chosen:
+        words = {word for word in re.split(r"[^a-z0-9]+", str(one.folder).lower()) if word}
+        if one.patient.lower() in str(one.folder).lower() or words & one.secrets:
+            telling.append(one)
+    if telling:
+        raise InputError(
+            f"{root}: the paths of {len(telling)} of {len(chosen)} series hold the patient's id, name or birth date, and a"
+            " manifest holds paths; give --convert FOLDER to write the scans there under hashed names, or --keep-paths"
+        )
+
+
+def _converted(
+    root: Path, folder: Path, chosen: list[tuple[Row, Series]], built: Built, workers: int | None
+) -> list[tuple[Row, Series]]:
+    """The rows whose scan stands as NIfTI now; one that stands already is not made again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    items = [(root / one.folder, one.uid, folder / f"{row.image_id}.nii.gz") for row, one in chosen]
+    faults = {item[2]: fault for item, fault in in_processes("converting", _convert, items, len(items), workers)}
+    kept = []
+    for (row, one), (_, _, target) in zip(chosen, items, strict=True):
+        if faults[target]:
+            built.left_out["series that cannot be read"] += 1
+            built.notes.append(faults[target])
+        else:
+            row.image = Path(target.name)
+            kept.append((row, one))
+    return kept
+
+
+def _convert(item: tuple[Path, str, Path]) -> str:
+    source, uid, target = item
+    if target.exists():
+        return ""
+    try:
+        voxels, affine = read_dicom_folder(source, uid)
+        write_nifti(target, voxels, affine)
+    except InputError as error:
+        return str(error)
+    return ""

@@ -1,0 +1,148 @@
+"""Open-I, the Indiana University collection (Demner-Fushman et al. 2016): one XML a report, in a tgz that is read in place."""
+
+from __future__ import annotations
+
+import tarfile
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ctx_distill.errors import InputError
+from ctx_distill.sources.options import SourceOptions
+from ctx_distill.sources.rows import Built, Row, hashed_split, table
+from ctx_distill.text.sections import without_marks
+
+ARCHIVE = "NLMCXR_reports.tgz"
+_IMAGE_FOLDERS = ("NLMCXR_png", "images", "images/images_normalized", ".")
+_MAX_XML = 1 << 20
+
+
+@dataclass(frozen=True)
+class OpenIReport:
+    """One report.
+
+    Attributes:
+        uid: such as CXR1.
+        findings: without marks; "" where the section is empty.
+        impression: likewise.
+        images: names of its films, without a suffix, in the report's order.
+        mesh: the terms of MeSH/major, as published ("Cardiomegaly/mild", "normal").
+        automatic: those of MeSH/automatic.
+    """
+
+    uid: str
+    findings: str
+    impression: str
+    images: tuple[str, ...]
+    mesh: tuple[str, ...]
+    automatic: tuple[str, ...]
+
+
+def read_reports(path: Path) -> Iterator[OpenIReport]:
+    """The reports of the published archive, or of a folder that it was unpacked to, by uid.
+
+    Raises:
+        InputError: neither, a damaged archive, an XML that is none of its reports.
+    """
+    reports = sorted((parse_report(name, text) for name, text in _documents(path)), key=lambda r: (len(r.uid), r.uid))
+    if not reports:
+        raise InputError(f"{path}: holds no XML report; expected {ARCHIVE} of Open-I, or its folder ecgen-radiology")
+    yield from reports
+
+
+def _documents(path: Path) -> Iterator[tuple[str, bytes]]:
+    if path.is_dir():
+        for file in sorted(path.rglob("*.xml")):
+            yield str(file), file.read_bytes()
+        return
+    try:
+        with tarfile.open(path, "r:gz") as archive:
+            for member in archive:
+                if member.isfile() and member.name.endswith(".xml") and member.size <= _MAX_XML:
+                    handle = archive.extractfile(member)
+                    assert handle is not None
+                    yield f"{path}: {member.name}", handle.read()
+    except (OSError, tarfile.TarError, EOFError) as error:
+        raise InputError(
+            f"{path}: cannot be read ({error}); expected {ARCHIVE} of Open-I, download it again"
+        ) from error
+
+
+def parse_report(name: str, text: bytes) -> OpenIReport:
+    """One XML document; `name` is for messages.
+
+    Raises:
+        InputError: not well-formed, declares entities, no uId.
+    """
+    # Entities are how an XML of a kilobyte becomes gigabytes; these reports have none.
+    if b"<!ENTITY" in text or b"<!DOCTYPE" in text:
+        raise InputError(f"{name}: declares a document type or entities; expected a plain report of Open-I")
+    try:
+        root = ET.fromstring(text)
+    except ET.ParseError as error:
+        raise InputError(f"{name}: not well-formed XML ({error}); unpack the archive again") from error
+    uid = root.find("uId")
+    if uid is None or not uid.get("id"):
+        raise InputError(f"{name}: no uId; expected a report of Open-I")
+    sections = {part.get("Label", ""): part.text or "" for part in root.iter("AbstractText")}
+    return OpenIReport(
+        str(uid.get("id")),
+        without_marks(sections.get("FINDINGS", "")),
+        without_marks(sections.get("IMPRESSION", "")),
+        tuple(str(image.get("id")) for image in root.iter("parentImage")),
+        tuple((term.text or "").strip() for term in root.iterfind("MeSH/major")),
+        tuple((term.text or "").strip() for term in root.iterfind("MeSH/automatic")),
+    )
+
+
+def build(root: Path, options: SourceOptions) -> Built:
+    """Rows of every film on the disk: the archive (or its folder) and the PNGs in ROOT, NLMCXR_png or images.
+
+    Neither XML nor PNG says which film is frontal. `indiana_projections.csv` (filename, projection) is used where it lies in
+    ROOT; `--first-is-frontal` takes a report's first film as frontal and the others as lateral, which is a guess; else the
+    view is `unknown`, and the index leaves such films out. The collection holds one report a patient, so that a report
+    is a patient here; splits are by a hash of its uid (`--val`, `--test`).
+
+    Raises:
+        InputError: no reports there, or damaged ones.
+    """
+    built = Built("open-i", root)
+    source = next((root / name for name in (ARCHIVE, "ecgen-radiology") if (root / name).exists()), root)
+    folder = next((Path(name) for name in _IMAGE_FOLDERS if any((root / name).glob("CXR*.png"))), Path())
+    views = _projections(root)
+    for report in read_reports(source):
+        for place, image in enumerate(report.images):
+            path = folder / f"{image}.png"
+            if not (root / path).is_file():
+                built.left_out["image is not on the disk"] += 1
+                continue
+            guess = ("frontal" if place == 0 else "lateral") if options.first_is_frontal else "unknown"
+            built.rows.append(
+                Row(
+                    report.uid, report.uid, hashed_split("open-i", report.uid, options.val, options.test), path, image,
+                    report.findings, report.impression, view=views.get(image, guess),
+                )
+            )  # fmt: skip
+        if not report.images:
+            built.left_out["report without a film"] += 1
+    unknown = sum(row.view == "unknown" for row in built.rows)
+    if unknown:
+        built.notes.append(
+            f"the view of {unknown:,} films is unknown, and the index leaves them out: put indiana_projections.csv into ROOT,"
+            " or give --first-is-frontal"
+        )
+    return built
+
+
+def _projections(root: Path) -> dict[str, str]:
+    path = root / "indiana_projections.csv"
+    if not path.is_file():
+        return {}
+    read = table(path, "filename", "projection")
+    pairs = zip(read.columns["filename"], read.columns["projection"], strict=True)
+    # That table calls CXR1_1_IM-0001-3001.png "1_IM-0001-3001.dcm.png".
+    return {
+        ("" if name.startswith("CXR") else "CXR") + name.split(".")[0]: projection.strip().lower()
+        for name, projection in pairs
+    }

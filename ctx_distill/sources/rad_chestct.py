@@ -1,0 +1,104 @@
+"""Rad-ChestCT (Draelos et al. 2021): npz volumes of 0.8 mm, labels of abnormality and location, no reports."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ctx_distill.errors import InputError
+from ctx_distill.sources.options import SourceOptions
+from ctx_distill.sources.rows import Built, Row, present, table
+
+_TABLES = {"train": ("trn", "imgtrain"), "val": ("val", "imgvalid"), "test": ("tst", "imgtest")}
+ID = "NoteAcc_DEID"
+
+_SHARED: Mapping[str, tuple[str, ...]] = {
+    "arterial wall calcification": ("calcification",),
+    "cardiomegaly": ("cardiomegaly",),
+    "pericardial effusion": ("pericardial_effusion",),
+    "coronary artery wall calcification": ("calcification",),
+    "hiatal hernia": ("hernia",),
+    "emphysema": ("emphysema",),
+    "atelectasis": ("atelectasis",),
+    "lung opacity": ("opacity",),
+    "pleural effusion": ("pleural_effusion",),
+    "peribronchial thickening": ("bronchial_wall_thickening",),
+    "consolidation": ("consolidation",),
+    "bronchiectasis": ("bronchiectasis",),
+    "interlobular septal thickening": ("septal_thickening",),
+}
+MAPS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "hlip": {**_SHARED, "lung nodule": ("nodule",), "pulmonary fibrotic sequela": ("fibrosis",)},
+    "radfinder": {
+        **_SHARED,
+        "medical material": (
+            "catheter_or_port", "tracheal_tube", "chest_tube", "breast_implant", "pacemaker_or_defib", "stent", "clip",
+            "staple", "gi_tube", "hardware", "suture",
+        ),
+        "lymphadenopathy": ("lymphadenopathy",),
+        "lung nodule": ("nodule", "nodulegr1cm"),
+        "pulmonary fibrotic sequela": ("scarring",),
+    },
+}  # fmt: skip
+"""CT-RATE's labels out of Rad-ChestCT's, as two papers' code does it: HLIP's 15, RadFinder's 17. A label is present where
+one of the abnormalities is, at any location."""
+
+
+def build(root: Path, options: SourceOptions) -> Built:
+    """Rows of the volumes on the disk, in ROOT or ROOT/npz, under the set's own split.
+
+    `--labels hlip` or `radfinder` gives CT-RATE's labels by that paper's map, `own` the set's abnormalities. The set names no
+    patients, and its authors split by patient: each volume counts as a patient of its own here.
+
+    Raises:
+        InputError: an unknown map, no label table.
+    """
+    if options.labels not in (*MAPS, "own"):
+        raise InputError(f"--labels {options.labels}: no such map; expected {', '.join(MAPS)} or own")
+    built = Built("rad-chestct", root)
+    folder = Path("npz") if (root / "npz").is_dir() else Path()
+    found = False
+    for split, (prefix, name) in _TABLES.items():
+        path = root / f"{name}_Abnormality_and_Location_Labels.csv"
+        if not path.is_file():
+            built.notes.append(f"{path.name} is not there; its volumes are not in the manifest")
+            continue
+        found = True
+        read = table(path, ID)
+        labels = _labels(read.columns, options.labels, path)
+        for place, image_id in enumerate(read.columns[ID]):
+            if not image_id.startswith(prefix):
+                raise InputError(f"{path}: row {read.rows[place]}: {ID} {image_id!r}; expected {prefix} and a number")
+            row = Row(image_id, image_id, split, folder / f"{image_id}.npz", image_id)
+            row.labels = {finding: float(values[place]) for finding, values in labels.items()}
+            built.rows += present(built, [row])
+    if not found:
+        raise InputError(
+            f"{root}: none of {', '.join(f'{n}_Abnormality_and_Location_Labels.csv' for _, n in _TABLES.values())}"
+        )
+    built.notes.append("no reports in this set: for evaluation and stage 4, not for stages 1 to 3")
+    return built
+
+
+def _labels(columns: Mapping[str, list[str]], name: str, path: Path) -> dict[str, NDArray[np.int64]]:
+    """Each finding's (N,) 0 and 1."""
+    of: dict[str, list[str]] = defaultdict(list)
+    for column in columns:
+        abnormality, star, _ = column.partition("*")
+        if star:
+            of[abnormality.strip()].append(column)
+    wanted = MAPS[name] if name in MAPS else {key.replace("_", " "): (key,) for key in of}
+    missing = sorted({key for keys in wanted.values() for key in keys} - set(of))
+    if missing:
+        raise InputError(f"{path}: no column {missing[0]}*<location>; expected columns abnormality*location")
+    present_at = {
+        key: np.any([[float(value or 0) > 0 for value in columns[column]] for column in of[key]], axis=0)
+        for key in {key for keys in wanted.values() for key in keys}
+    }
+    return {
+        finding: np.any([present_at[key] for key in keys], axis=0).astype(np.int64) for finding, keys in wanted.items()
+    }
