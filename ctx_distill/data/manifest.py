@@ -90,6 +90,11 @@ class Manifest:
             None if math.isnan(sum(spacing)) else (spacing[0], spacing[1], spacing[2]),
         )
 
+    @property
+    def synthetic(self) -> bool:
+        """Whether it is of the embedded phantom cohort, which leaves a `cohort.json` beside its manifests."""
+        return (self.path.parent / "cohort.json").is_file()
+
     def inverted(self, row: int) -> bool:
         """Whether a radiograph is stored with low values white."""
         return "polarity" in self.frame.columns and str(self.frame.at[row, "polarity"]) == "inverted"

@@ -139,10 +139,10 @@ def _projections(root: Path) -> dict[str, str]:
     path = root / "indiana_projections.csv"
     if not path.is_file():
         return {}
-    read = table(path, "filename", "projection")
-    pairs = zip(read.columns["filename"], read.columns["projection"], strict=True)
-    # That table calls CXR1_1_IM-0001-3001.png "1_IM-0001-3001.dcm.png".
-    return {
-        ("" if name.startswith("CXR") else "CXR") + name.split(".")[0]: projection.strip().lower()
-        for name, projection in pairs
-    }
+    read = table(path, "uid", "filename", "projection")
+    views: dict[str, str] = {}
+    for uid, name, projection in zip(*(read.columns[c] for c in ("uid", "filename", "projection")), strict=True):
+        # Its 2_IM-0652-1001.dcm.png is the archive's CXR2_IM-0652-1001, its 1_IM-0001-3001.dcm.png CXR1_1_IM-0001-3001.
+        stem = name.split(".")[0]
+        views |= dict.fromkeys((f"CXR{stem}", f"CXR{uid.strip()}_{stem}"), projection.strip().lower())
+    return views

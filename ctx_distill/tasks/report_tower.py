@@ -10,6 +10,7 @@ from typing import Literal
 from ctx_distill.data.manifest import Manifest
 from ctx_distill.errors import InputError
 from ctx_distill.models.text_encoder import BertTextEncoder, ExpertTextEncoder, TextEncoder
+from ctx_distill.tasks.vocabulary_texts import vocabulary_texts
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def build_report_tower(settings: TextSettings, expert: tuple[str, str | None], t
         return BertTextEncoder.from_pretrained(
             settings.source, settings.revision, settings.context_length, settings.trainable
         )
-    reports = [train.report(row) for row in train.frame.index]
+    reports = vocabulary_texts(train)
     with tempfile.TemporaryDirectory() as scratch:
         return BertTextEncoder.from_scratch(
             reports, Path(scratch), settings.vocab_size, settings.width, settings.layers, settings.context_length

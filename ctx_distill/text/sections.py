@@ -15,8 +15,8 @@ _ASIDE = re.compile(
     r"WET READ|NOTIFICATION|DATE|ACCESSION|PROVISIONAL|ORDER|PHYSICIAN|REFERRING|DICTATED|SIGNED|ELECTRONICALLY|NARRATIVE"
 )
 _TITLE_LINE = re.compile(r"^\s*(?:FINAL REPORT|FINAL ADDENDUM|ADDENDUM|RADIOLOGY REPORT)\s*$", re.MULTILINE)
-_FILM = re.compile(r"\bx[- ]?X{3,}\b", re.IGNORECASE)
-_MARK = re.compile(r"\[\*\*.*?\*\*\]|\[(?:REMOVED|REDACTED|DEIDENTIFIED|DE-IDENTIFIED)\]|_{2,}|(?<![A-Za-z])[Xx]{3,}(?:'s)?(?![A-Za-z])", re.DOTALL)  # fmt: skip
+_FILM = re.compile(r"(?<![A-Za-z])[xX]-X{3,}")
+_MARK = re.compile(r"\[\*\*.*?\*\*\]|\[(?:REMOVED|REDACTED|DEIDENTIFIED|DE-IDENTIFIED)\]|_{2,}|(?<![A-Za-z])X{3,}(?:'s|[A-Z]+)?(?![A-Za-z])", re.DOTALL)  # fmt: skip
 
 
 def without_marks(text: str) -> str:
@@ -31,6 +31,7 @@ def without_marks(text: str) -> str:
     text = re.sub(r"\(\s*[,;/-]*\s*\)", " ", text)
     text = re.sub(r"[ \t]+([.,;:!?)])", r"\1", text)
     text = re.sub(r"([.,;:])(?:\s*[,;:])+", r"\1", text)
+    text = re.sub(r"(?<!\.)\.(?:\s*\.)+(?=\s|$)", ".", text)
     text = re.sub(r"(?m)(^|[.!?]\s)\s*[.,;:]+(?=\s|$)", r"\1", text)
     return "\n".join(" ".join(line.split()) for line in text.splitlines()).strip()
 

@@ -11,7 +11,7 @@ from ctx_distill.errors import InputError
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 """In this order, so their ids are 0 to 4 in every vocabulary."""
 
-_WORD = r"\d+(?:[.,]\d+)*|[^\W\d_]+(?:-[^\W\d_]+)*|[^\w\s]|_"
+WORD = r"\d+(?:[.,]\d+)*|[^\W\d_]+(?:-[^\W\d_]+)*|[^\w\s]|_"
 """Numbers with their decimals, words with their hyphens, and single marks: so that decoding gives "8.5 mm" back."""
 
 
@@ -44,7 +44,7 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int, out_folder: Path, con
         raise InputError(f"tokenizer: vocab_size is {vocab_size}, expected more than {len(SPECIAL_TOKENS)}.")
     normalizer = normalizers.BertNormalizer(lowercase=True)
     split = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(_WORD), behavior="isolated")]
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(WORD), behavior="isolated")]
     )
 
     def blank(vocabulary: dict[str, int]) -> Any:
