@@ -27,6 +27,7 @@ from ctx_distill.models.xray_expert import open_expert
 from ctx_distill.tasks.base import LARGEST_LOGIT_SCALE, TrainedTask, adamw, last_values
 from ctx_distill.tasks.predict import predict_rows, study_means
 from ctx_distill.tasks.prompting import pair_probabilities, prompt_features
+from ctx_distill.tasks.vocabulary_texts import vocabulary_texts
 from ctx_distill.text.report import sample_sentences
 from ctx_distill.types import XrayBatch
 
@@ -95,16 +96,15 @@ class ExpertTask(TrainedTask):
         train = datamodule.training_rows()
         if not len(train):
             raise InputError(f"{datamodule.manifest.path}: no `train` X-ray has a report; an expert cannot be trained.")
-        texts = reports_of(train)
+        manifests = [train]
         self._sections = sections_of(train)
         if self.read_ct_reports and datamodule.ct is not None:
             ct_train = datamodule.ct.split("train")
-            texts += [text for text in reports_of(ct_train) if text]
+            manifests.append(datamodule.report_rows(ct_train))
             self._ct_sections = list(sections_of(ct_train).values())
-        if self.report_corpus is not None:
-            corpus = read_corpus(Path(self.report_corpus))
-            texts += [" ".join(pair) for pair in corpus]
-            self._ct_sections += corpus
+        corpus = [] if self.report_corpus is None else read_corpus(Path(self.report_corpus))
+        self._ct_sections += corpus
+        texts = vocabulary_texts(*manifests, more=[" ".join(pair) for pair in corpus])
         with tempfile.TemporaryDirectory() as scratch:
             self.model, self.tokenizer, self.config = make_expert_folder(Path(scratch), texts, **self.sizes)
         datamodule.preprocess = expert_preprocessing(self.config)
@@ -190,11 +190,6 @@ class ExpertTask(TrainedTask):
         studies, means = study_means(test, scores.numpy())
         labels = studies[[f"label:{name}" for name in names]].to_numpy()
         return classification_report(labels, means, names, studies["patient_id"].tolist())
-
-
-def reports_of(manifest: Manifest) -> list[str]:
-    """The report of each row."""
-    return [manifest.report(row) for row in manifest.frame.index]
 
 
 def read_corpus(path: Path) -> list[tuple[str, str]]:

@@ -23,8 +23,8 @@ def manifest(folder: Path) -> Manifest:
 
 def test_words_of_fewer_than_five_patients_are_dropped(tmp_path: Path) -> None:
     texts = vocabulary_texts(manifest(tmp_path))
-    assert texts[0] == "The lungs are clear. Seen on film."
-    assert texts[6:] == ["Seen."] * 4 + ["the lungs."]
+    assert texts[0] == "The lungs are clear. Seen on film ."
+    assert texts[6:] == ["Seen ."] * 4 + ["the lungs."]
     tokenizer = train_wordpiece(texts, 400, tmp_path / "t", 32)
     words = set(tokenizer.get_vocab())
     assert {"lungs", "clear"} <= words
