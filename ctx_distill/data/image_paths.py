@@ -56,6 +56,26 @@ def file_faults(folder: Path, image_paths: Sequence[str]) -> list[tuple[str, str
         return list(pool.map(fault, image_paths, chunksize=256))
 
 
+def faults_by_place(
+    folder: Path, roots: Sequence[str], image_paths: Sequence[str]
+) -> tuple[dict[int, tuple[str, str]], dict[int, str]]:
+    """The faults of `file_faults` by place in the lists, where each path has a root of its own ("" for `folder`).
+
+    Returns:
+        Faults by place, and at the first place of each root that is no folder, that root; its images are not looked at.
+    """
+    faults: dict[int, tuple[str, str]] = {}
+    no_folders: dict[int, str] = {}
+    for root in dict.fromkeys(roots):
+        places = [place for place, other in enumerate(roots) if other == root]
+        if root and not (folder / root).is_dir():
+            no_folders[places[0]] = root
+            continue
+        found = file_faults(folder / root, [image_paths[place] for place in places])
+        faults |= {place: fault for place, fault in zip(places, found, strict=True) if fault}
+    return faults, no_folders
+
+
 def _open_fault(image_path: str, full: str) -> tuple[str, str] | None:
     try:
         with open(full, "rb") as file:  # noqa: PTH123

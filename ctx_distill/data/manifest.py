@@ -16,7 +16,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from ctx_distill.data._problems import Problems, shorten
-from ctx_distill.data.image_paths import file_faults, path_fault
+from ctx_distill.data.image_paths import faults_by_place, path_fault
 from ctx_distill.data.scan_file import ScanFile
 from ctx_distill.data.tables import Table, read_table
 from ctx_distill.errors import InputError
@@ -196,17 +196,13 @@ def _normalise(table: Table) -> tuple[pd.DataFrame, tuple[str, ...]]:
 
 def _check_files(table: Table, frame: pd.DataFrame) -> None:
     problems = Problems(table.path)
-    roots = frame["root"] if "root" in frame.columns else pd.Series([""] * len(frame))
-    for root, places in roots.groupby(roots, sort=False).groups.items():
-        folder = table.path.parent / str(root)
-        if root and not folder.is_dir():
-            found = f"{root!r}, which is no folder"
-            problems.add(table.rows[int(places[0])], "root", found, "give the folder that image_path is relative to")
-            continue
-        paths = frame.loc[places, "image_path"].tolist()
-        for place, fault in zip(places, file_faults(folder, paths), strict=True):
-            if fault:
-                problems.add(table.rows[int(place)], "image_path", *fault)
+    roots = frame["root"].tolist() if "root" in frame.columns else [""] * len(frame)
+    faults, no_folders = faults_by_place(table.path.parent, roots, frame["image_path"].tolist())
+    for place, root in no_folders.items():
+        found = f"{root!r}, which is no folder"
+        problems.add(table.rows[place], "root", found, "give the folder that image_path is relative to")
+    for place, fault in sorted(faults.items()):
+        problems.add(table.rows[place], "image_path", *fault)
     problems.raise_if_any()
 
 

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from ctx_distill.data.coarse import AIR, COARSE_MM, LUNG_HU, Box, body_mask, coarse_grid, enclosed, sample, scan_box
+
 if TYPE_CHECKING:
     from ctx_distill.data.volume import Volume
 
@@ -24,8 +26,6 @@ Floats = NDArray[np.float32]
 
 LUNG_WINDOW = (-1350.0, 150.0)
 SOFT_WINDOW = (-160.0, 240.0)
-AIR = -1024.0
-COARSE_MM = 4.0
 MAX_PIXELS = 400
 JPEG_QUALITY = 84
 
@@ -36,14 +36,6 @@ _LAYOUT: dict[Plane, tuple[tuple[int, int], tuple[int, int], str]] = {
     "coronal": ((0, 1), (2, -1), "RLSI"),
     "sagittal": ((1, 1), (2, -1), "APSI"),
 }
-
-
-@dataclass(frozen=True)
-class Box:
-    """A box along the patient's axes, mm: `low` and `high` are (Left, Posterior, Superior)."""
-
-    low: tuple[float, float, float]
-    high: tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -96,21 +88,12 @@ def find_lungs(volume: Volume) -> tuple[Box, tuple[float, float, float]]:
     from scipy import ndimage
 
     extent = scan_box(volume)
-    axes = [np.arange(low + COARSE_MM / 2, high, COARSE_MM) for low, high in zip(extent.low, extent.high, strict=True)]
-    left, posterior, superior = (axis if len(axis) else np.array([extent.low[i]]) for i, axis in enumerate(axes))
-    grid = np.stack(np.meshgrid(superior, posterior, left, indexing="ij"))[::-1]  # (3 of LPS, z, y, x)
-    hu = sample(volume, grid)
-
-    tissue = ndimage.binary_opening(hu > -500, structure=np.ones((1, 3, 3)))
-    parts, count = ndimage.label(tissue)
-    if count:
-        sizes = np.bincount(parts.ravel())
-        sizes[0] = 0
-        tissue = parts == int(sizes.argmax())
+    hu, (superior, posterior, left) = coarse_grid(volume)
+    tissue = body_mask(hu)
     body = _bounds(tissue, (superior, posterior, left), extent) if tissue.any() else extent
 
-    air = (hu < -500) & (hu > AIR + 1)
-    lung = _enclosed(hu < -500) & air
+    air = (hu < LUNG_HU) & (hu > AIR + 1)
+    lung = enclosed(hu < LUNG_HU) & air
     if lung.sum() < 0.02 * max(1, int(tissue.sum())):
         lung = air
     if not lung.any():
@@ -123,18 +106,6 @@ def find_lungs(volume: Volume) -> tuple[Box, tuple[float, float, float]]:
     return body, (most(left, (0, 1)), most(posterior, (0, 2)), most(superior, (1, 2)))
 
 
-def _enclosed(air: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Air (z, y, x) that is not joined, within its axial slice, to the slice's border."""
-    from scipy import ndimage
-
-    padded = np.pad(air, ((0, 0), (1, 1), (1, 1)), constant_values=True)
-    within = np.zeros((3, 3, 3), dtype=bool)
-    within[1] = ndimage.generate_binary_structure(2, 1)
-    parts, _ = ndimage.label(padded, structure=within)
-    outside = np.isin(parts, np.unique(parts[:, 0, 0]))
-    return np.asarray(~outside & padded)[:, 1:-1, 1:-1]
-
-
 def _bounds(mask: NDArray[np.bool_], axes: tuple[NDArray[np.float64], ...], extent: Box) -> Box:
     """The box around a mask (z, y, x) with a margin of 8 mm, within the scan; whole in height."""
     low, high = list(extent.low), list(extent.high)
@@ -144,31 +115,6 @@ def _bounds(mask: NDArray[np.bool_], axes: tuple[NDArray[np.float64], ...], exte
         low[patient_axis] = max(extent.low[patient_axis], float(inside[0]) - 8.0 - COARSE_MM / 2)
         high[patient_axis] = min(extent.high[patient_axis], float(inside[-1]) + 8.0 + COARSE_MM / 2)
     return Box((low[0], low[1], low[2]), (high[0], high[1], high[2]))
-
-
-def scan_box(volume: Volume) -> Box:
-    """The box along the patient's axes that holds every voxel, from edge to edge."""
-    ends = np.array([[-0.5, size - 0.5] for size in volume.voxels.shape])
-    corners = np.stack(np.meshgrid(*ends, indexing="ij")).reshape(3, -1)
-    points = volume.affine_lps[:3, :3] @ corners + volume.affine_lps[:3, 3:]
-    low, high = points.min(axis=1), points.max(axis=1)
-    return Box((float(low[0]), float(low[1]), float(low[2])), (float(high[0]), float(high[1]), float(high[2])))
-
-
-def sample(volume: Volume, points: NDArray[np.float64]) -> Floats:
-    """HU at `points` (3, ...), the patient's Left, Posterior, Superior in mm; air outside the scan."""
-    from scipy import ndimage
-
-    inverse = np.linalg.inv(volume.affine_lps)
-    flat = inverse[:3, :3] @ points.reshape(3, -1) + inverse[:3, 3:]
-    # A point in the outer half of a border voxel still lies in that voxel.
-    for axis, size in enumerate(volume.voxels.shape):
-        inside = (flat[axis] > -0.5 - 1e-6) & (flat[axis] < size - 0.5 + 1e-6)
-        flat[axis] = np.where(inside, flat[axis].clip(0, size - 1), flat[axis])
-    values = ndimage.map_coordinates(
-        volume.voxels, flat, output=np.float32, order=1, mode="constant", cval=AIR, prefilter=False
-    )
-    return np.asarray(values, dtype=np.float32).reshape(points.shape[1:])
 
 
 def sample_plane(volume: Volume, plane: Plane, point: tuple[float, float, float], box: Box) -> Floats:
