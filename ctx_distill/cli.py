@@ -45,6 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_manifest(
         commands.add_parser("manifest", help="write the manifest of a public data set, or of a folder of DICOM")
     )
+    _add_check(commands.add_parser("check", help="read every image of a manifest and say what is wrong with it"))
     _add_prepare(commands.add_parser("prepare", help="write a manifest's volumes once in the form that training reads"))
     _add_ablation(
         commands.add_parser("ablation", help="compare the parts of the method on one cohort, with paired seeds")
@@ -106,6 +107,16 @@ def _add_manifest(parser: argparse.ArgumentParser) -> None:
     add("--workers", type=int, default=None, metavar="W", help="processes (default: one a core)")
 
 
+def _add_check(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("manifest", type=Path, metavar="MANIFEST")
+    parser.add_argument("--out", type=Path, default=None, metavar="FOLDER",
+                        help="table, page and list (default: <manifest>.check beside it)")  # fmt: skip
+    parser.add_argument("--prepared", type=Path, default=None, metavar="FOLDER",
+                        help="also compare the checksums of what `prepare` wrote there")  # fmt: skip
+    parser.add_argument("--workers", type=int, default=None, metavar="W", help="processes (default: one a core)")
+    parser.epilog = "Exit status: 0 without errors, 1 with errors (warnings and notes are none), 2 for bad input."
+
+
 def _add_prepare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("manifest", type=Path, metavar="MANIFEST")
     parser.add_argument("out", type=Path, metavar="OUT")
@@ -146,30 +157,35 @@ def _add_weights(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status (0 done, 2 bad input, 130 interrupted)."""
+    """Run a command; returns the exit status (0 done, 1 `check` found errors, 2 bad input, 130 interrupted)."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = build_parser()
     options, overrides = parser.parse_known_args(given)
     if overrides and not hasattr(options, "preset"):
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
     try:
-        _dispatch(options, overrides, given)
+        return _dispatch(options, overrides, given)
     except InputError as error:
         print(f"ctx-distill {options.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return 130
-    return 0
 
 
-def _dispatch(options: argparse.Namespace, overrides: list[str], given: list[str]) -> None:
+def _dispatch(options: argparse.Namespace, overrides: list[str], given: list[str]) -> int:
     if options.command == "phantom":
         from ctx_distill.phantom.cohort import write_cohort
 
         write_cohort(options.out, options.ct, options.xray, options.seed, options.workers)
     elif options.command == "manifest":
         _manifest(options)
+    elif options.command == "check":
+        from ctx_distill.pipeline.check import check_manifest
+
+        told, errors = check_manifest(options.manifest, options.out, options.prepared, options.workers)
+        print(told)
+        return 1 if errors else 0
     elif options.command == "prepare":
         from ctx_distill.pipeline.prepare import prepare_manifest
 
@@ -184,6 +200,7 @@ def _dispatch(options: argparse.Namespace, overrides: list[str], given: list[str
         _weights(options)
     else:
         _run(options, overrides, given)
+    return 0
 
 
 def _manifest(options: argparse.Namespace) -> None:

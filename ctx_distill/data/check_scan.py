@@ -21,7 +21,7 @@ HISTOGRAM = (-1200.0, 3200.0, 44)
 _USUAL_INTERCEPTS = (-1024.0, -1000.0, -1023.0, -8192.0)
 _GOOD, _POOR = 0.05, 0.01
 _LITRE_MM3 = 1e6
-_LUNG_LITRES, _SIDE_LITRES = 0.8, 0.15
+_LUNG_LITRES, _SIDE_LITRES, _TWO_LUNGS_MM = 0.8, 0.15, 200.0
 
 
 class _Warnings(logging.Handler):
@@ -59,7 +59,7 @@ def check_scan(scan_file: ScanFile) -> tuple[dict[str, Any], list[Fault], Volume
     if not scale:
         lungs = lung_litres(scan)
         facts |= lungs
-        faults += lung_faults(lungs)
+        faults += lung_faults(lungs, facts["extent_mm"][0])
     return facts, faults, scan
 
 
@@ -86,14 +86,14 @@ def geometry(scan: Volume) -> dict[str, Any]:
 
 
 def geometry_faults(facts: dict[str, Any]) -> list[Fault]:
-    """What no chest CT's geometry is: slices over 10 mm, pixels over 2.5 mm or under .2 mm in every direction, less than 120 mm
-    of height or 150 mm of width, more than a metre, two axes along one direction, over 30 degrees of obliquity."""
+    """What no chest CT's geometry is: slices over 10 mm, pixels over 5 mm or voxels under .2 mm, less than 120 mm along an axis or
+    more than a metre, two axes along one direction, over 30 degrees of obliquity."""
     found = []
     finest, _, coarsest = sorted(facts["spacing_mm"])
     width, depth, height = facts["extent_mm"]
     told = " x ".join(f"{v:g}" for v in facts["spacing_mm"])
-    if coarsest > 10 or finest > 4 or coarsest < 0.2:
-        found.append(Fault("warning", "spacing", f"spacing {told} mm; expected .2 to 4 mm in plane and 10 mm at most"))
+    if coarsest > 10 or finest > 5 or coarsest < 0.2:
+        found.append(Fault("warning", "spacing", f"spacing {told} mm; expected .2 to 5 mm in plane and 10 mm at most"))
     if not 120 <= height <= 1000 or min(width, depth) < 120 or max(width, depth) > 1000:
         found.append(
             Fault(
@@ -168,11 +168,13 @@ def lung_litres(scan: Volume) -> dict[str, Any]:
     }
 
 
-def lung_faults(litres: dict[str, Any]) -> list[Fault]:
-    """Under .8 l of air inside the body is no chest with two lungs; a side under .15 l is a lung that is missing, collapsed or
-    cut off."""
+def lung_faults(litres: dict[str, Any], width: float) -> list[Fault]:
+    """A lung is missing, collapsed or cut off: under .8 l of air inside the body, under .15 l on one side of its middle, or a
+    scan narrower than 200 mm from right to left, which holds one lung at most."""
     right, left = litres["lung_right_l"], litres["lung_left_l"]
-    told = f"{right:.2f} l of air in the body's right half, {left:.2f} l in its left"
+    if width < _TWO_LUNGS_MM:
+        return [Fault("warning", "lung_missing", f"{width:g} mm from right to left; two lungs are wider")]
     if right + left < _LUNG_LITRES or min(right, left) < _SIDE_LITRES:
+        told = f"{right:.2f} l of air in the body's right half, {left:.2f} l in its left"
         return [Fault("warning", "lung_missing", told + "; expected two aerated lungs")]
     return []

@@ -74,6 +74,19 @@ class PreparedFolder:
         opened._compare()
         return opened
 
+    @classmethod
+    def standing(cls, folder: Path) -> PreparedFolder:
+        """A folder as it stands, under its own spec, to check it.
+
+        Raises:
+            InputError: nothing is prepared there.
+        """
+        found = _read_json(folder / META)
+        if "volume_spec" not in found:
+            raise InputError(f"{folder}: holds no {META}; prepare it first: ctx-distill prepare MANIFEST {folder}")
+        spec = VolumeSpec.from_config(found["volume_spec"])
+        return cls.open(folder, spec, found.get("projection_version") is not None)
+
     def _meta(self) -> dict[str, Any]:
         version = PROJECTION_VERSION if self.projection else None
         return {"format": 1, "volume_spec": self.spec.to_config(), "fingerprint": self.spec.fingerprint(),

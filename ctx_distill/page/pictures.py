@@ -28,6 +28,7 @@ LUNG_WINDOW = (-1350.0, 150.0)
 SOFT_WINDOW = (-160.0, 240.0)
 MAX_PIXELS = 400
 JPEG_QUALITY = 84
+THUMBNAIL_PIXELS = 280
 
 # Patient axis (0 Left, 1 Posterior, 2 Superior; the affine's) and direction of a picture's columns and rows, and the
 # letters at its left, right, top and bottom.
@@ -168,10 +169,38 @@ def xray_picture(path: Path, inverted: bool = False) -> Picture:
     return Picture(encode(np.asarray(image, dtype=np.float32) / np.float32(255)), image.width, image.height)
 
 
+def ct_thumbnail(volume: Volume) -> bytes:
+    """An axial, a coronal and a sagittal slice beside each other, lung window, as a JPEG."""
+    body, point = find_lungs(volume)
+    low, high = LUNG_WINDOW
+    planes = [((sample_plane(volume, plane, point, body) - low) / (high - low)).clip(0, 1) for plane in _LAYOUT]
+    height = max(plane.shape[0] for plane in planes)
+    padded = [np.pad(plane, ((0, height - plane.shape[0]), (0, 4))) for plane in planes]
+    return _thumbnail(np.concatenate(padded, axis=1), 2 * THUMBNAIL_PIXELS)
+
+
+def film_thumbnail(film: Floats) -> bytes:
+    """A radiograph (H, W) in [0, 1] as a small JPEG."""
+    return _thumbnail(film, THUMBNAIL_PIXELS)
+
+
+def _thumbnail(grey: Floats, longest: int) -> bytes:
+    from PIL import Image
+
+    image = Image.fromarray((grey * 255).round().astype(np.uint8))
+    image.thumbnail((longest, longest), Image.Resampling.LANCZOS)
+    return jpeg(np.asarray(image, dtype=np.float32) / np.float32(255))
+
+
 def encode(grey: Floats) -> str:
     """A grey picture (rows, columns) in [0, 1] as a JPEG data URI."""
+    return "data:image/jpeg;base64," + base64.b64encode(jpeg(grey)).decode("ascii")
+
+
+def jpeg(grey: Floats) -> bytes:
+    """A grey picture (rows, columns) in [0, 1] as a JPEG."""
     from PIL import Image
 
     data = io.BytesIO()
     Image.fromarray((grey * 255).round().astype(np.uint8)).save(data, "JPEG", quality=JPEG_QUALITY, optimize=True)
-    return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode("ascii")
+    return data.getvalue()
