@@ -120,15 +120,12 @@ def _empty(scan: Volume, hu: NDArray[np.float32]) -> list[Fault]:
     values, counts = np.unique(hu, return_counts=True)
     if counts.max() > 0.99 * len(hu):
         return [Fault("error", "empty", f"{counts.max() / len(hu):.1%} of the voxels are {values[counts.argmax()]:g}")]
-    blank = 0
-    for axis in range(3):
-        others = tuple(i for i in range(3) if i != axis)
-        thin = scan.voxels[tuple(slice(None) if i == axis else slice(None, None, 4) for i in range(3))]
-        flat = thin.max(axis=others) == thin.min(axis=others)
-        # The scanner's circle leaves blank rows and columns; blank slices at the end of the longest-spaced axis are a cut.
-        if axis == int(np.argmax(scan.spacing)):
-            blank = int(flat.sum())
-    share = blank / scan.voxels.shape[int(np.argmax(scan.spacing))]
+    # The scanner's circle leaves blank rows and columns; blank slices are a scan that was cut off, or padded.
+    axis = int(np.abs(scan.affine_lps[2, :3]).argmax())
+    others = tuple(i for i in range(3) if i != axis)
+    thin = scan.voxels[tuple(slice(None) if i == axis else slice(None, None, 4) for i in range(3))]
+    blank = int((thin.max(axis=others) == thin.min(axis=others)).sum())
+    share = blank / scan.voxels.shape[axis]
     return [Fault("warning", "blank_slices", f"{blank} slices ({share:.0%}) hold one value")] if share > 0.1 else []
 
 

@@ -11,13 +11,14 @@ from ctx_distill.data.faults import Fault
 _MONTH = "jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?|sept?(?:ember)?|oct(?:ober)?|nov(?:ember)?|dec(?:ember)?"
 _DATE = re.compile(
     r"\b(?:19|20)\d\d[-/.](?:0?[1-9]|1[0-2])[-/.](?:0?[1-9]|[12]\d|3[01])\b"
-    r"|\b(?:0?[1-9]|[12]\d|3[01])([/.-])(?:0?[1-9]|[12]\d|3[01])\1(?:(?:19|20)\d\d|\d\d)\b"
+    r"|\b(?:0?[1-9]|[12]\d|3[01])([/.-])(?:0?[1-9]|[12]\d|3[01])\1(?:(?:19|20)\d\d|[0-4]\d)\b(?! (?:mm|cm|degrees))"
     rf"|\b\d{{1,2}}(?:st|nd|rd|th)?[\s-](?:of )?(?:{_MONTH})[.,]?[\s-](?:19|20)\d\d\b"
     rf"|\b(?:{_MONTH})\.? \d{{1,2}}(?:st|nd|rd|th)?,? (?:19|20)\d\d\b",
     re.IGNORECASE,
 )
+_UPPER = "[A-ZÀ-ÖØ-ÞĞİŞ]"
 _NAME = re.compile(
-    r"\b(?:Dr|Prof|Mr|Mrs|Ms|Miss|Doctor|Professor)\b\.? (?:[A-Z]\. ?)?[A-Z][a-z]{2,}"
+    rf"\b(?:Dr|Prof|Mr|Mrs|Ms|Miss|Doctor|Professor)(?:\.\s?|\s)(?:{_UPPER}\.\s?)*{_UPPER}\w+"
     r"|\b(?:[Dd]ictated|[Ss]igned|[Rr]eported|[Rr]eviewed|[Aa]pproved|[Vv]erified) by:? [A-Z][a-z]+ [A-Z][a-z]+"
     r"|\b[Pp]atient(?:'s)? name\b"
 )  # fmt: skip

@@ -81,7 +81,7 @@ class PreparedFolder:
         Raises:
             InputError: nothing is prepared there.
         """
-        found = _read_json(folder / META)
+        found = _read_json(folder / META) if (folder / META).is_file() else {}
         if "volume_spec" not in found:
             raise InputError(f"{folder}: holds no {META}; prepare it first: ctx-distill prepare MANIFEST {folder}")
         spec = VolumeSpec.from_config(found["volume_spec"])

@@ -69,7 +69,7 @@ class CheckPage:
         self, image: str, path: str, facts: dict[str, Any], faults: Sequence[Fault], thumbnail: Path | None
     ) -> None:
         """Count one image, and keep the first of each kind of fault to show."""
-        kinds = dict.fromkeys((fault.severity, fault.code) for fault in faults)
+        kinds: set[tuple[str, str]] = {(fault.severity, fault.code) for fault in faults}
         self.counts.update(kinds)
         self.with_severity.update({severity for severity, _ in kinds})
         if "histogram" in facts:
@@ -79,11 +79,15 @@ class CheckPage:
             self.spacings.append(tuple(facts["spacing_mm"]))
         for fault in faults:
             kept = self.shown.setdefault((fault.severity, fault.code), [])
-            if fault.severity != "note" and len(kept) < SHOWN:
+            if fault.severity != "note" and self.wants(fault):
                 picture = ""
                 if thumbnail is not None and thumbnail.is_file():
                     picture = "data:image/jpeg;base64," + base64.b64encode(thumbnail.read_bytes()).decode("ascii")
                 kept.append({"image": image, "path": path, "text": fault.text, "picture": picture})
+
+    def wants(self, fault: Fault) -> bool:
+        """Whether another image of this kind of fault is shown."""
+        return len(self.shown.get((fault.severity, fault.code), [])) < SHOWN
 
     def counted(self) -> list[tuple[tuple[str, str], int]]:
         """Kinds of faults, errors first, then the most frequent."""
@@ -118,10 +122,11 @@ def _geometry(page: CheckPage) -> list[tuple[str, str, str, str]]:
     if not page.spacings:
         return []
     ranked = np.sort(np.array(page.spacings), axis=1)
-    names = ("finest axis", "middle axis", "coarsest axis")
-    return [
-        (name, *(f"{value:.2f}" for value in np.percentile(ranked[:, i], (0, 50, 100)))) for i, name in enumerate(names)
-    ]
+    rows = []
+    for i, name in enumerate(("finest axis", "middle axis", "coarsest axis")):
+        least, middle, largest = (f"{value:.2f}" for value in np.percentile(ranked[:, i], (0, 50, 100)))
+        rows.append((name, least, middle, largest))
+    return rows
 
 
 def _histogram(page: CheckPage) -> str:

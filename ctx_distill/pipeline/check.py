@@ -29,6 +29,7 @@ from ctx_distill.data.image_paths import faults_by_place
 from ctx_distill.data.index_rows import FRONTAL_VIEWS
 from ctx_distill.data.manifest import Manifest, read_manifest
 from ctx_distill.data.prepared import PreparedFolder, source_stamp
+from ctx_distill.data.radiograph import read_radiograph
 from ctx_distill.data.scan_file import ScanFile
 from ctx_distill.errors import InputError
 from ctx_distill.files import hash_json, write_bytes, write_text
@@ -121,7 +122,7 @@ def _check_images(manifest: Manifest, out: Path, folder: PreparedFolder | None, 
         for image, (record, picture) in in_processes(title, work, images, len(images), workers):
             codes = [fault["code"] for fault in record["faults"] if fault["severity"] != "note"]
             if picture is not None and any(pictured[code] < THUMBNAILS for code in codes):
-                name = f"thumbnails/{hash_json(image.image_id)[:24]}.jpg"
+                name = _thumbnail_name(image.image_id)
                 write_bytes(out / name, picture)
                 record["thumbnail"] = name
                 pictured.update(codes)
@@ -176,6 +177,17 @@ def _check_one(folder: PreparedFolder | None, image: Image) -> tuple[dict[str, A
     return {"key": key, "facts": facts, "faults": [asdict(fault) for fault in faults]}, picture
 
 
+def _thumbnail_name(image_id: str) -> str:
+    return f"thumbnails/{hash_json(image_id)[:24]}.jpg"
+
+
+def _picture(image: Image) -> bytes:
+    """Of an image that was read once already and had no fault of its own."""
+    if image.film:
+        return film_thumbnail(read_radiograph(image.source.path, image.inverted))
+    return ct_thumbnail(image.source.read())
+
+
 def _standing_rows(path: Path) -> dict[str, str]:
     """Image id to key of the whole lines that an earlier run left; a torn last line is cut off, repeats keep the last."""
     if not path.is_file():
@@ -202,6 +214,7 @@ def _conclude(manifest: Manifest, out: Path) -> tuple[str, int]:
     frame = manifest.frame
     people = dict(zip(frame["image_id"], zip(frame["patient_id"], frame["split"], strict=True), strict=True))
     reports = {image: manifest.report(int(row)) for row, image in zip(frame.index, frame["image_id"], strict=True)}
+    rows = {str(image): int(row) for row, image in zip(frame.index, frame["image_id"], strict=True)}
     alike = identical_texts((image, people[image][0], report) for image, report in reports.items())
     copies = _copies(out, people)
     page = CheckPage(str(manifest.path), len(frame))
@@ -222,7 +235,11 @@ def _conclude(manifest: Manifest, out: Path) -> tuple[str, int]:
             if by["error"]:
                 excluded.append((image, record["path"], by["error"]))
             faults.sort(key=lambda fault: _ORDER[fault.severity])
-            page.add(image, record["path"], facts, faults, out / record["thumbnail"] if "thumbnail" in record else None)
+            picture = out / record["thumbnail"] if "thumbnail" in record else None
+            if picture is None and image in copies and page.wants(copies[image]):
+                picture = out / _thumbnail_name(image)
+                write_bytes(picture, _picture(_image(manifest, rows[image])))
+            page.add(image, record["path"], facts, faults, picture)
     table.replace(out / "check.csv")
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([("image_id", "path", "reason"), *excluded])
