@@ -6,7 +6,7 @@ right to left), F findings, T tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -27,6 +27,7 @@ class CTBatch:
         labels: (B, F) float32 holding 1, 0, -1 (uncertain) or NaN (blank); None where the task must not see labels.
         projection: (B, H, W) float32 in [0, 1], each scan's own frontal digital radiograph, bone bright; None where the
             data module was not asked for it.
+        unreadable: rows that others were read in place of, and why; `data.set_aside` counts them.
     """
 
     volume: Tensor
@@ -35,6 +36,7 @@ class CTBatch:
     report: list[str]
     labels: Tensor | None = None
     projection: Tensor | None = None
+    unreadable: list[tuple[int, str]] = field(default_factory=list)
 
 
 @dataclass
@@ -46,12 +48,14 @@ class XrayBatch:
         study: (B,) int64, an integer a study.
         row: (B,) int64, the manifest row.
         report: B report texts.
+        unreadable: as `CTBatch`.
     """
 
     image: Tensor
     study: Tensor
     row: Tensor
     report: list[str]
+    unreadable: list[tuple[int, str]] = field(default_factory=list)
 
 
 @dataclass

@@ -16,7 +16,6 @@ from torch.utils.data import DataLoader
 from ctx_distill.data.cache import shared_cache
 from ctx_distill.data.datasets import (
     Collate,
-    EpochShuffle,
     Item,
     ManifestDataset,
     PreparedDataset,
@@ -26,8 +25,10 @@ from ctx_distill.data.datasets import (
 )
 from ctx_distill.data.index_rows import leave_out_for_index
 from ctx_distill.data.manifest import Manifest, read_manifest
+from ctx_distill.data.order import EpochShuffle, Mixing
 from ctx_distill.data.prepared import PreparedFolder
 from ctx_distill.data.projection import PROJECTION_VERSION
+from ctx_distill.data.set_aside import SetAside
 from ctx_distill.data.transforms import VolumeSpec
 from ctx_distill.errors import InputError
 from ctx_distill.types import CTBatch, XrayBatch
@@ -47,6 +48,8 @@ class ManifestDataModule(L.LightningDataModule):
     collate: Collate
     manifest: Manifest
     text: Literal["required", "optional"] = "optional"
+    unreadable_share = 0.01
+    set_aside: SetAside | None = None
 
     def __init__(self, batch_size: int, eval_batch_size: int, num_workers: int, cache_gb: float, seed: int) -> None:
         super().__init__()
@@ -78,21 +81,40 @@ class ManifestDataModule(L.LightningDataModule):
     def loader(self, manifest: Manifest, *, train: bool = False) -> DataLoader[Item]:
         """A loader over (part of) a manifest; training shuffles and drops a last batch that is not full."""
         dataset = self.dataset(manifest)
+        dataset.replace_unreadable = train
         batch_size = self.batch_size if train else self.eval_batch_size
+        sampler = self.order(manifest) if train else None
         kind = PreparedLoader if isinstance(dataset, PreparedDataset) else DataLoader
         return kind(
             dataset,
             batch_size=batch_size,
-            sampler=EpochShuffle(len(dataset), self.seed) if train else None,
-            drop_last=train and len(dataset) >= batch_size,
+            sampler=sampler,
+            drop_last=sampler is not None and len(sampler) >= batch_size,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             collate_fn=self.collate,
         )
 
+    def order(self, manifest: Manifest) -> EpochShuffle:
+        """The order of a training epoch over these rows."""
+        return EpochShuffle(len(manifest), self.seed)
+
     def train_dataloader(self) -> DataLoader[Item]:
         """Shuffled `train` rows."""
-        return self.loader(self.training_rows(), train=True)
+        rows = self.training_rows()
+        self.set_aside = SetAside(len(rows), self.unreadable_share)
+        return self.loader(rows, train=True)
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Count what could not be read; too much of it ends the run."""
+        found = getattr(batch, "unreadable", None)
+        if found and self.set_aside is not None:
+            self.set_aside.add(found, self._log_folder())
+        return batch
+
+    def _log_folder(self) -> Path | None:
+        folder = self.trainer.log_dir if self.trainer is not None and self.trainer.is_global_zero else None
+        return Path(folder) if folder else None
 
     def val_dataloader(self) -> DataLoader[Item] | list[DataLoader[Item]]:
         """`val` rows in order; none where the manifest has none."""
@@ -117,6 +139,8 @@ class CTDataModule(ManifestDataModule):
         prepared: a folder that `ctx-distill prepare` wrote of this manifest and volume spec; volumes are read from there,
             and the spec's `stored` becomes `int16`. A run on the scans themselves with `volume.stored: int16` gets
             the same tensors bit for bit.
+        mixing: shares of data sets or classes in a training epoch; None takes every row once.
+        unreadable_share: of the training rows that may be unreadable; each is replaced by another and logged.
     """
 
     collate = Collate(CTBatch)
@@ -134,8 +158,11 @@ class CTDataModule(ManifestDataModule):
         text: Literal["required", "optional"] = "optional",
         projection: bool = False,
         prepared: str | None = None,
+        mixing: Mixing | None = None,
+        unreadable_share: float = 0.01,
     ) -> None:
         super().__init__(batch_size, eval_batch_size, num_workers, cache_gb, seed)
+        self.mixing, self.unreadable_share = mixing, unreadable_share
         self.volume, self.with_labels, self.text, self.projection = volume, with_labels, text, projection
         self.prepared: PreparedFolder | None = None
         if prepared is not None:
@@ -156,6 +183,13 @@ class CTDataModule(ManifestDataModule):
         """The CT manifest and the volume spec."""
         projection = {"projection_version": PROJECTION_VERSION} if self.projection else {}
         return {"ct": describe_manifest(self.manifest), "volume_spec": self.volume.to_config(), **projection}
+
+    def order(self, manifest: Manifest) -> EpochShuffle:
+        """As the base class, under the shares of `mixing` where it is given."""
+        if self.mixing is None:
+            return super().order(manifest)
+        groups, shares = self.mixing.groups(manifest, self.with_labels)
+        return EpochShuffle(len(manifest), self.seed, groups, shares)
 
     def dataset(self, manifest: Manifest) -> ManifestDataset:
         """CT volumes of (part of) the manifest."""

@@ -1,16 +1,16 @@
-"""Datasets over manifests, the epoch's shuffle, and collation into typed batches."""
+"""Datasets over manifests, and collation into typed batches."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from ctx_distill.data.cache import TensorCache
 from ctx_distill.data.manifest import Manifest
@@ -18,7 +18,9 @@ from ctx_distill.data.prepared import PreparedFolder
 from ctx_distill.data.projection import PROJECTION_VERSION, square_projection
 from ctx_distill.data.radiograph import read_radiograph
 from ctx_distill.data.rounding import from_steps
+from ctx_distill.data.set_aside import Unreadable
 from ctx_distill.data.transforms import VolumeSpec, prepare_volume
+from ctx_distill.errors import InputError
 from ctx_distill.types import CTBatch, XrayBatch
 
 
@@ -34,6 +36,7 @@ class Item:
         labels: (F,), where the task may see labels.
         projection: (H, W), a scan's own frontal radiograph where it is asked for.
         steps_of: the output range whose steps a prepared volume holds; collation makes floats of them.
+        unreadable: rows that were asked for before this one took their place.
     """
 
     tensor: Tensor
@@ -43,6 +46,7 @@ class Item:
     labels: Tensor | None
     projection: Tensor | None = None
     steps_of: tuple[float, float] | None = None
+    unreadable: list[Unreadable] = field(default_factory=list)
 
 
 class ManifestDataset(Dataset[Item]):
@@ -54,7 +58,12 @@ class ManifestDataset(Dataset[Item]):
         cache: where tensors are kept.
         cache_keys: for each of them, what else than the file decides it (a volume spec, an expert's preprocessing).
         with_labels: whether items carry labels.
+
+    Attributes:
+        replace_unreadable: whether an image that cannot be read is replaced by the next that can; for training alone.
     """
+
+    replace_unreadable = False
 
     def __init__(
         self,
@@ -68,11 +77,33 @@ class ManifestDataset(Dataset[Item]):
         self.rows: list[int] = [int(row) for row in manifest.frame.index]
         self.studies = manifest.study_codes()
         self.labels: NDArray[np.float32] | None = manifest.labels() if with_labels else None
+        self._unreadable: dict[int, str] = {}
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Item:
+        unreadable: list[Unreadable] = []
+        for place in (np.arange(len(self.rows)) + index) % len(self.rows):
+            row = self.rows[place]
+            try:
+                if row in self._unreadable:
+                    raise InputError(self._unreadable[row])
+                item = self.item(int(place))
+            except InputError as error:
+                if not self.replace_unreadable:
+                    raise
+                self._unreadable[row] = str(error)
+                unreadable.append((row, str(error)))
+                continue
+            item.unreadable = unreadable
+            return item
+        raise InputError(
+            f"{self.manifest.path}: none of {len(self.rows)} images can be read; first: {unreadable[0][1]}"
+        )
+
+    def item(self, index: int) -> Item:
+        """The image at a place, read or out of the cache; `InputError` where it cannot be read."""
         row = self.rows[index]
         file = str(self.manifest.image_file(row))
         tensor, *more = self.cache.get_all([(file, key) for key in self.cache_keys], lambda: self.read(row))
@@ -111,8 +142,9 @@ class PreparedDataset(ManifestDataset):
         super().__init__(manifest, read, TensorCache(0), ["prepared"] * (2 if folder.projection else 1), with_labels)
         self.folder, self.output_range = folder, folder.spec.output_range
 
-    def __getitem__(self, index: int) -> Item:
-        item = super().__getitem__(index)
+    def item(self, index: int) -> Item:
+        """As the base class; in a worker the file is read ahead for the training process, which maps it."""
+        item = super().item(index)
         item.steps_of = self.output_range
         if get_worker_info() is not None:
             self.folder.read_ahead(str(self.manifest.frame.at[item.row, "image_id"]))
@@ -164,15 +196,17 @@ class Collate:
         tensor = _stacked(items)
         study = torch.tensor([item.study for item in items])
         row = torch.tensor([item.row for item in items])
+        unreadable = [one for item in items for one in item.unreadable]
         report = [item.report for item in items]
         if self.batch is XrayBatch:
-            return XrayBatch(tensor, study, row, report)
+            return XrayBatch(tensor, study, row, report, unreadable)
         labels = [item.labels for item in items if item.labels is not None]
         pictures = [item.projection for item in items if item.projection is not None]
         return CTBatch(
             tensor, study, row, report,
             labels=torch.stack(labels) if labels else None,
             projection=torch.stack(pictures) if pictures else None,
+            unreadable=unreadable,
         )  # fmt: skip
 
 
@@ -189,26 +223,3 @@ def _floats(steps: Sequence[Tensor], output_range: tuple[float, float]) -> Tenso
     for one, place in zip(steps, out, strict=True):
         from_steps(one, output_range, place)
     return out
-
-
-class EpochShuffle(Sampler[int]):
-    """A shuffle that is a function of seed and epoch alone, so that a resumed run sees the order it would have seen.
-
-    Args:
-        size: number of items.
-        seed: of the run.
-    """
-
-    def __init__(self, size: int, seed: int) -> None:
-        self.size, self.seed, self.epoch = size, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by Lightning at the start of each epoch."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
-        yield from torch.randperm(self.size, generator=generator).tolist()

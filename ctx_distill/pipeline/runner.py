@@ -187,6 +187,9 @@ def _execute(request: StageRequest) -> tuple[dict[str, Any], str, dict[str, Any]
     if is_first_process():
         cli.parser.save(cli.config, request.folder / "config.yaml", overwrite=True, skip_check=True)
     metrics = cli.model.run(cli.trainer, cli.datamodule, request.folder)
+    aside = cli.datamodule.set_aside
+    if aside is not None and aside.reasons:
+        metrics["unreadable_set_aside"] = len(aside.reasons)
     artefact = request.folder / ARTEFACT
     facts = cli.datamodule.describe() | cli.model.describe()
     return metrics, source_fingerprint(artefact) if artefact.is_dir() else "", facts

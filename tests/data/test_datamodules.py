@@ -11,7 +11,7 @@ import torch
 
 from ctx_distill.data.cache import TensorCache
 from ctx_distill.data.datamodules import CTDataModule
-from ctx_distill.data.datasets import EpochShuffle
+from ctx_distill.data.order import EpochShuffle
 from ctx_distill.data.projection import PROJECTION_VERSION, square_projection
 from ctx_distill.data.transforms import VolumeSpec, load_ct
 from ctx_distill.data.volume import read_volume

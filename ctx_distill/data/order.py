@@ -1,0 +1,115 @@
+"""The order of an epoch: a function of seed and epoch alone, parted among ranks, drawn from sources or classes by shares."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import Sampler
+from torch.utils.data.distributed import DistributedSampler
+
+from ctx_distill.data.manifest import LABEL, Manifest
+from ctx_distill.distributed import rank, world_size
+from ctx_distill.errors import InputError
+
+_SEED_STEP = 100_003
+
+
+class EpochShuffle(DistributedSampler[int]):
+    """A shuffle that is a function of seed and epoch alone, so that a resumed run sees the order it would have seen.
+
+    Each rank takes every n-th item of the same shuffle; what does not go into n equal parts is left out of that epoch, so
+    that no item is read twice and all ranks take as many steps. It is a `DistributedSampler` so that Lightning does not wrap
+    it in one of its own, which repeats items to fill up.
+
+    Args:
+        size: number of items.
+        seed: of the run.
+        groups: (size,) int64, the group of each item, or None.
+        shares: of an epoch, by group; they add up to 1.
+    """
+
+    def __init__(
+        self, size: int, seed: int, groups: NDArray[np.int64] | None = None, shares: Mapping[int, float] | None = None
+    ) -> None:
+        Sampler.__init__(self)
+        self.size, self.seed, self.epoch = size, seed, 0
+        self.groups, self.shares = groups, dict(shares or {})
+        self.taken = self._taken()
+        self.length = sum(self.taken.values()) if self.taken else size
+
+    def _taken(self) -> dict[int, int]:
+        """Items an epoch of each group: as many as the scarcest group allows under the shares."""
+        if self.groups is None:
+            return {}
+        counts = {group: int((self.groups == group).sum()) for group in self.shares}
+        epoch = min(counts[group] / share for group, share in self.shares.items() if share > 0)
+        return {group: min(counts[group], int(epoch * share + 1e-9)) for group, share in self.shares.items()}
+
+    def __len__(self) -> int:
+        return self.length // world_size()
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * _SEED_STEP + self.epoch)
+        order = torch.randperm(self.size, generator=generator).numpy()
+        if self.groups is not None:
+            chosen = [order[self.groups[order] == group][:count] for group, count in self.taken.items()]
+            members = np.isin(order, np.concatenate(chosen))
+            order = order[members]
+        ranks = world_size()
+        yield from order[rank() : len(order) // ranks * ranks : ranks].tolist()
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """What share of a training epoch each data set, or each class, has.
+
+    An epoch is then as long as the scarcest group allows without reading a scan twice; of the others each epoch draws afresh.
+
+    Attributes:
+        by: `source`, the manifest's column of that name; or `label:<finding>` or `label:any`, for tasks that see labels, whose
+            groups are `1` and `0` (uncertain and blank count as 0).
+        shares: group to share, adding up to 1; groups that are not named are left out.
+    """
+
+    by: str = "source"
+    shares: Mapping[str, float] = field(default_factory=dict)
+
+    def groups(self, rows: Manifest, with_labels: bool) -> tuple[NDArray[np.int64], dict[int, float]]:
+        """(N,) int64 group of each row, -1 for none, and the shares by group.
+
+        Raises:
+            InputError: shares that do not add up to 1, a group without rows, labels that the task must not see.
+        """
+        if abs(sum(self.shares.values()) - 1) > 1e-6 or min(self.shares.values(), default=-1.0) < 0:
+            raise InputError(f"mixing.shares are {dict(self.shares)}; expected shares from 0 that add up to 1")
+        of_row = self._group_of_rows(rows, with_labels)
+        names = list(self.shares)
+        for name in names:
+            if self.shares[name] > 0 and not (of_row == name).any():
+                known = ", ".join(sorted(set(of_row.tolist())))
+                raise InputError(
+                    f"{rows.path}: mixing by {self.by} names {name!r}, and no training row has it; found {known}"
+                )
+        numbers = np.full(len(of_row), -1, dtype=np.int64)
+        for number, name in enumerate(names):
+            numbers[of_row == name] = number
+        return numbers, {number: self.shares[name] for number, name in enumerate(names)}
+
+    def _group_of_rows(self, rows: Manifest, with_labels: bool) -> NDArray[np.str_]:
+        if self.by == "source":
+            if "source" not in rows.frame.columns:
+                raise InputError(f"{rows.path}: mixing by source, and the manifest has no column source; add one")
+            return np.array(rows.frame["source"].tolist(), dtype=str)
+        finding = self.by.removeprefix(LABEL)
+        if not self.by.startswith(LABEL) or (finding != "any" and finding not in rows.finding_names):
+            raise InputError(f"mixing.by is {self.by!r}; expected source, label:any or label:<finding> of {rows.path}")
+        if not with_labels:
+            raise InputError(
+                f"mixing by {self.by}: this stage must not see labels; mix by source, or in the classifier"
+            )
+        labels = rows.labels() if finding == "any" else rows.labels()[:, [rows.finding_names.index(finding)]]
+        return (labels == 1).any(axis=1).astype(int).astype(str)
