@@ -121,7 +121,7 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("manifest", type=Path, metavar="MANIFEST")
     parser.add_argument("out", type=Path, metavar="OUT")
     parser.add_argument("--preset", default="demo", metavar="PRESET", dest="volume_preset",
-                        help="whose volume spec is taken: demo, base, large, or a YAML file (default: %(default)s)")  # fmt: skip
+                        help="whose volumes: demo, base, large, a YAML file, ct-clip, fvlm, hlip, merlin (default: %(default)s)")  # fmt: skip
     parser.add_argument("--workers", type=int, default=None, metavar="W", help="processes (default: one a core)")
     parser.add_argument("--array", default=None, metavar="i/n",
                         help="every n-th image from the i-th, from 0 (default: this task of a SLURM array, else all)")  # fmt: skip

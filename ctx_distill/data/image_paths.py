@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from ctx_distill.data.remote import REMOTE
+
 # First bytes by suffix: enough to tell a picture from a saved error page or a Git LFS pointer.
 _MAGIC: dict[str, tuple[bytes, ...]] = {
     ".gz": (b"\x1f\x8b",),
@@ -67,6 +69,8 @@ def faults_by_place(
     faults: dict[int, tuple[str, str]] = {}
     no_folders: dict[int, str] = {}
     for root in dict.fromkeys(roots):
+        if REMOTE in root:  # looked at when it is read: 50,000 requests are no check
+            continue
         places = [place for place, other in enumerate(roots) if other == root]
         if root and not (folder / root).is_dir():
             no_folders[places[0]] = root

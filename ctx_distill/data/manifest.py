@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from ctx_distill.data._problems import Problems, shorten
 from ctx_distill.data.image_paths import faults_by_place, path_fault
+from ctx_distill.data.remote import REMOTE
 from ctx_distill.data.scan_file import ScanFile
 from ctx_distill.data.tables import Table, read_table
 from ctx_distill.errors import InputError
@@ -81,6 +82,8 @@ class Manifest:
 
     def scan_file(self, row: int) -> ScanFile:
         """The same with the slope, intercept and spacing that the manifest gives for it."""
+        root = str(self.frame.at[row, "root"]) if "root" in self.frame.columns else ""
+        url = f"{root.rstrip('/')}/{self.frame.at[row, 'image_path']}" if REMOTE in root else None
         given = {name: float(str(self.frame.at[row, name])) for name in NUMBERS if name in self.frame.columns}
         slope, intercept, *spacing = (given.get(name, math.nan) for name in NUMBERS)
         return ScanFile(
@@ -88,6 +91,7 @@ class Manifest:
             None if math.isnan(slope) else slope,
             None if math.isnan(intercept) else intercept,
             None if math.isnan(sum(spacing)) else (spacing[0], spacing[1], spacing[2]),
+            url,
         )
 
     @property

@@ -103,7 +103,8 @@ class Mixing:
         if self.by == "source":
             if "source" not in rows.frame.columns:
                 raise InputError(f"{rows.path}: mixing by source, and the manifest has no column source; add one")
-            return np.array(rows.frame["source"].tolist(), dtype=str)
+            sources: NDArray[np.str_] = np.array(rows.frame["source"].tolist(), dtype=str)
+            return sources
         finding = self.by.removeprefix(LABEL)
         if not self.by.startswith(LABEL) or (finding != "any" and finding not in rows.finding_names):
             raise InputError(f"mixing.by is {self.by!r}; expected source, label:any or label:<finding> of {rows.path}")
@@ -112,4 +113,5 @@ class Mixing:
                 f"mixing by {self.by}: this stage must not see labels; mix by source, or in the classifier"
             )
         labels = rows.labels() if finding == "any" else rows.labels()[:, [rows.finding_names.index(finding)]]
-        return (labels == 1).any(axis=1).astype(int).astype(str)
+        classes: NDArray[np.str_] = (labels == 1).any(axis=1).astype(int).astype(str)
+        return classes

@@ -121,7 +121,7 @@ class PreparedFolder:
 
     def write(self, image_id: str, source: ScanFile) -> None:
         """Prepare one scan; `InputError` as `read_volume`, `OSError` where the disk is full."""
-        stamp = source_stamp(source)
+        stamp = source.stamp()
         scan = source.read()
         stem = self._stem(image_id)
         arrays = {"volume": prepare_steps(scan, self.spec).numpy()}
@@ -155,7 +155,7 @@ class PreparedFolder:
         if not stem.with_suffix(".json").is_file():
             raise InputError(f"{self.folder}: image {image_id!r} is not prepared; run ctx-distill prepare again.")
         item = _read_json(stem.with_suffix(".json"))
-        stamp = source_stamp(source)
+        stamp = source.stamp()
         for what, found, wanted in (
             ("image", item.get("image_id"), image_id),
             ("source (bytes, time)", item.get("source"), stamp),
@@ -182,18 +182,6 @@ class PreparedFolder:
                 os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_WILLNEED)
             finally:
                 os.close(handle)
-
-
-def source_stamp(source: ScanFile) -> dict[str, object]:
-    """Bytes and the latest modification time (ns) of a file, or of the files of a folder; the manifest's overrides."""
-    path = source.path
-    try:
-        files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
-        facts = [file.stat() for file in files]
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); check the path and its rights.") from error
-    latest = max((f.st_mtime_ns for f in facts), default=0)
-    return {"bytes": sum(f.st_size for f in facts), "mtime_ns": latest, **source.facts()}
 
 
 def _part(stem: Path, name: str) -> Path:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ctx_distill.data.hounsfield import tissue_shares
+from ctx_distill.data.remote import read_remote, remote_stamp
 from ctx_distill.data.volume import Volume, read_volume
 from ctx_distill.errors import InputError
 
@@ -23,16 +24,18 @@ class ScanFile:
     """Where a scan lies and what overrides its header.
 
     Attributes:
-        path: file or folder of DICOM slices.
+        path: file or folder of DICOM slices; of a remote one, what messages call it.
         slope: with `intercept`, takes the file's values to HU; None leaves them.
         intercept: HU.
         spacing: mm along the file's own x, y, z (its fastest axis first); None keeps the header's.
+        url: an fsspec address (s3://bucket/scan.nii.gz) to read in place of `path`.
     """
 
     path: Path
     slope: float | None = None
     intercept: float | None = None
     spacing: tuple[float, float, float] | None = None
+    url: str | None = None
 
     def read(self) -> Volume:
         """The scan in HU on its own grid.
@@ -40,7 +43,7 @@ class ScanFile:
         Raises:
             InputError: as `read_volume`; values that are HU already although a slope and intercept are given.
         """
-        scan = read_volume(self.path)
+        scan = read_volume(self.path) if self.url is None else read_remote(self.url)
         affine, voxels = scan.affine_lps, scan.voxels
         if self.spacing is not None:
             steps = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0) * np.array(self.spacing[::-1])
@@ -57,6 +60,24 @@ class ScanFile:
                 )
             voxels = (voxels.astype(np.float32) * np.float32(slope) + np.float32(intercept)).astype(np.float32)
         return Volume(voxels, affine, scan.path)
+
+    def stamp(self) -> dict[str, object]:
+        """Bytes and the latest modification time (ns) of the file, or of a folder's files; and the overrides.
+
+        Raises:
+            InputError: it cannot be looked at.
+        """
+        if self.url is not None:
+            return {**remote_stamp(self.url), **self.facts()}
+        try:
+            files = [file for file in self.path.iterdir() if file.is_file()] if self.path.is_dir() else [self.path]
+            facts = [file.stat() for file in files]
+        except OSError as error:
+            raise InputError(
+                f"{self.path}: cannot be read ({error.strerror}); check the path and its rights."
+            ) from error
+        latest = max((f.st_mtime_ns for f in facts), default=0)
+        return {"bytes": sum(f.st_size for f in facts), "mtime_ns": latest, **self.facts()}
 
     def facts(self) -> dict[str, object]:
         """The overrides that are set, as JSON values."""

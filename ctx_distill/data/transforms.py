@@ -32,6 +32,8 @@ _DIRECTIONS: dict[str, tuple[float, float, float]] = {
     "P": (0.0, 1.0, 0.0), "A": (0.0, -1.0, 0.0),
     "S": (0.0, 0.0, 1.0), "I": (0.0, 0.0, -1.0),
 }  # fmt: skip
+# The file's axes, slowest first, as the tensor's D, H, W.
+_FILE_AXES = {"KJI": [0, 1, 2], "KIJ": [0, 2, 1]}
 # In the fingerprint: to be raised when the same spec begins to give other tensors.
 _VERSION = 1
 
@@ -46,10 +48,12 @@ class VolumeSpec:
         window: HU that become the ends of `output_range`; what lies beyond is clamped.
         output_range: the tensor's lowest and highest value.
         orientation: where the index grows to along x, y, z (W, H, D): one letter each of L/R, P/A, S/I, in any order.
-            The default "LPS" shows an axial slice as radiologists see it, and slices from the feet upwards.
+            The default "LPS" shows an axial slice as radiologists see it, and slices from the feet upwards. "KJI" and "KIJ"
+            take the file's own axes for D, H, W, the slowest (k) first, without looking where they point.
         antialias: smooth along axes that are reduced by more than 1.5, see `resample.gaussian_sigma`.
         stored: `int16` rounds the tensor to the steps of the prepared form (`data.rounding`), whether it is read from
             there or from the scan; None does not round.
+        outside: HU beyond the scan; None is `AIR_HU`.
 
     Raises:
         InputError: a value that is none of these.
@@ -62,6 +66,7 @@ class VolumeSpec:
     orientation: str = "LPS"
     antialias: bool = True
     stored: Literal["int16"] | None = None
+    outside: float | None = None
 
     def __post_init__(self) -> None:
         # Lists are what YAML and JSON give; held as tuples of plain numbers so that equal specs hash and print alike.
@@ -79,18 +84,22 @@ class VolumeSpec:
             if low >= high:
                 raise _refusal(name, (low, high), "a lower and a higher number")
         code = self.orientation.upper() if isinstance(self.orientation, str) else ""
-        if sorted(_axis_of(letter) for letter in code) != [0, 1, 2]:
-            raise _refusal("orientation", self.orientation, "one letter each of L/R, P/A and S/I, such as LPS or RAS")
+        if code not in _FILE_AXES and sorted(_axis_of(letter) for letter in code) != [0, 1, 2]:
+            raise _refusal(
+                "orientation", self.orientation, "one letter each of L/R, P/A and S/I, such as LPS or RAS, or KJI, KIJ"
+            )
         object.__setattr__(self, "orientation", code)
         if not isinstance(self.antialias, bool):
             raise _refusal("antialias", self.antialias, "true or false")
         if self.stored not in (None, "int16"):
             raise _refusal("stored", self.stored, "int16 or null")
+        if self.outside is not None:
+            object.__setattr__(self, "outside", _numbers("outside", [self.outside], 1)[0])
 
     def to_config(self) -> dict[str, Any]:
-        """The spec as plain JSON values; `stored` where it is set, so that specs older than it keep their fingerprint."""
+        """The spec as plain JSON values; what came later where it is set, so that older specs keep their fingerprint."""
         plain = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
-        return plain if self.stored else {key: value for key, value in plain.items() if key != "stored"}
+        return {key: value for key, value in plain.items() if value is not None}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> VolumeSpec:
@@ -132,13 +141,22 @@ def _numbers(name: str, value: object, count: int) -> tuple[float, ...]:
 
 def target_affine(volume: Volume, spec: VolumeSpec) -> NDArray[np.float64]:
     """(4, 4), the prepared tensor's index (d, h, w, 1) to LPS mm: axes along the patient's, centred on the scan."""
-    x, y, z = (np.array(_DIRECTIONS[letter]) for letter in spec.orientation)
     affine = np.eye(4)
-    affine[:3, :3] = np.stack([z, y, x], axis=1) * np.array(spec.spacing)
+    affine[:3, :3] = _directions(volume, spec) * np.array(spec.spacing)
     middle = np.append((np.array(volume.voxels.shape) - 1) / 2, 1.0)
     centre = (volume.affine_lps @ middle)[:3]
     affine[:3, 3] = centre - affine[:3, :3] @ ((np.array(spec.shape) - 1) / 2)
     return affine
+
+
+def _directions(volume: Volume, spec: VolumeSpec) -> NDArray[np.float64]:
+    """(3, 3): unit columns in LPS along which D, H and W grow."""
+    if spec.orientation in _FILE_AXES:
+        steps = volume.affine_lps[:3, _FILE_AXES[spec.orientation]]
+        units: NDArray[np.float64] = steps / np.linalg.norm(steps, axis=0)
+        return units
+    x, y, z = (np.array(_DIRECTIONS[letter]) for letter in spec.orientation)
+    return np.stack([z, y, x], axis=1)
 
 
 def prepare_volume(volume: Volume, spec: VolumeSpec) -> Tensor:
@@ -154,7 +172,8 @@ def prepare_steps(volume: Volume, spec: VolumeSpec) -> Tensor:
 
 def _windowed(volume: Volume, spec: VolumeSpec) -> Tensor:
     to_source = np.linalg.inv(volume.affine_lps) @ target_affine(volume, spec)
-    hu = resample(volume.voxels, to_source, spec.shape, outside=AIR_HU, antialias=spec.antialias)
+    outside = AIR_HU if spec.outside is None else spec.outside
+    hu = resample(volume.voxels, to_source, spec.shape, outside=outside, antialias=spec.antialias)
     (low, high), (bottom, top) = spec.window, spec.output_range
     scale = (top - bottom) / (high - low)
     return hu.mul_(scale).add_(bottom - low * scale).clamp_(bottom, top)[None]

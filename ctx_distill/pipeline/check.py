@@ -28,7 +28,7 @@ from ctx_distill.data.faults import Fault
 from ctx_distill.data.image_paths import faults_by_place
 from ctx_distill.data.index_rows import FRONTAL_VIEWS
 from ctx_distill.data.manifest import Manifest, read_manifest
-from ctx_distill.data.prepared import PreparedFolder, source_stamp
+from ctx_distill.data.prepared import PreparedFolder
 from ctx_distill.data.radiograph import read_radiograph
 from ctx_distill.data.scan_file import ScanFile
 from ctx_distill.errors import InputError
@@ -147,7 +147,7 @@ def _image(manifest: Manifest, row: int) -> Image:
 def _key(image: Image, folder: PreparedFolder | None) -> str:
     """What a checked row stands for; another file, override or prepared folder is checked again."""
     try:
-        stamp = source_stamp(image.source)
+        stamp = image.source.stamp()
     except InputError:
         return ""
     what = [1, str(image.source.path), stamp, image.inverted, image.frontal, folder and str(folder.folder.resolve())]

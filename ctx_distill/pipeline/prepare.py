@@ -14,6 +14,7 @@ from ctx_distill.data.manifest import read_manifest
 from ctx_distill.data.prepared import PreparedFolder
 from ctx_distill.data.scan_file import ScanFile
 from ctx_distill.data.transforms import VolumeSpec
+from ctx_distill.data.volume_presets import VOLUME_PRESETS
 from ctx_distill.errors import InputError
 from ctx_distill.files import write_text
 from ctx_distill.parallel import in_processes
@@ -21,7 +22,9 @@ from ctx_distill.pipeline.plan import STAGES, stage_config
 
 
 def preset_volume(preset: str) -> tuple[VolumeSpec, bool]:
-    """The volume spec of a preset, rounded to the stored type, and whether it asks for projections."""
+    """The volume spec of a preset or of another project's, rounded to the stored type, and whether it asks for projections."""
+    if preset in VOLUME_PRESETS:
+        return replace(VOLUME_PRESETS[preset], stored="int16"), False
     data = stage_config(STAGES["align"], preset)["data"]["init_args"]
     return replace(VolumeSpec.from_config(data["volume"]), stored="int16"), bool(data.get("projection", False))
 

@@ -46,7 +46,7 @@ def test_it_is_replaced_by_the_next_that_can_be_read(data: Path, workers: int) -
     for batch in module.train_dataloader():
         assert torch.isfinite(batch.volume).all()
         seen += batch.row.tolist()
-        told |= {row: reason for row, reason in batch.unreadable}
+        told |= dict(batch.unreadable)
     for asked, got in zip(order, seen, strict=True):
         # the rows are in the manifest's order, so that the next readable one is the least above it
         assert got == (asked if asked in readable else min(row for row in readable if row > asked))
