@@ -83,7 +83,7 @@ class Manifest:
     def scan_file(self, row: int) -> ScanFile:
         """The same with the slope, intercept and spacing that the manifest gives for it."""
         root = str(self.frame.at[row, "root"]) if "root" in self.frame.columns else ""
-        url = f"{root.rstrip('/')}/{self.frame.at[row, 'image_path']}" if REMOTE in root else None
+        url = f"{root.rstrip('/')}/{self.frame.at[row, 'image_path']!s}" if REMOTE in root else None
         given = {name: float(str(self.frame.at[row, name])) for name in NUMBERS if name in self.frame.columns}
         slope, intercept, *spacing = (given.get(name, math.nan) for name in NUMBERS)
         return ScanFile(
