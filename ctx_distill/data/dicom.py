@@ -26,8 +26,10 @@ log = logging.getLogger(__name__)
 _TAGS = [
     "SeriesInstanceUID", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "Rows", "Columns",
     "RescaleSlope", "RescaleIntercept", "SamplesPerPixel", "NumberOfFrames", "PixelRepresentation",
-    "PixelPaddingValue", "ImageType", "BitsAllocated",
+    "PixelPaddingValue", "ImageType", "BitsAllocated", "SOPClassUID",
 ]  # fmt: skip
+_NUMBERS = frozenset(_TAGS) - {"SeriesInstanceUID", "ImageType", "SOPClassUID", "PixelPaddingValue"}
+CT_STORAGE = "1.2.840.10008.5.1.4.1.1.2"
 # Positions are written with two or three decimals, so equal gaps differ a little.
 _GAP_RELATIVE, _GAP_MM = 0.05, 0.01
 _ANGLE = 1e-3
@@ -72,12 +74,8 @@ def _series(folder: Path) -> dict[str, list[tuple[Path, Any]]]:
     for path in sorted(folder.iterdir()):
         if not path.is_file():
             continue
-        try:
-            header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_TAGS)
-        except (pydicom.errors.InvalidDicomError, EOFError, ValueError, KeyError, TypeError, AttributeError):
-            passed_over += 1
-            continue
-        if header.get("Rows") is None or "LOCALIZER" in (header.get("ImageType") or []):
+        header = _header(path)
+        if header is None or "LOCALIZER" in (header.get("ImageType") or []):
             passed_over += 1
             continue
         series[str(header.get("SeriesInstanceUID", ""))].append((path, header))
@@ -87,6 +85,28 @@ def _series(folder: Path) -> dict[str, list[tuple[Path, Any]]]:
             "series (folders inside it are not searched)"
         )
     return series
+
+
+def _header(path: Path) -> Any:
+    """The header of a DICOM file with an image, every value parsed; None for other files.
+
+    A damaged slice is refused and not passed over: without the first or the last slice a volume looks whole.
+    """
+    try:
+        header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_TAGS)
+        for name in _TAGS:
+            value = header.get(name)
+            if name in _NUMBERS and value is not None:
+                np.array(value, dtype=np.float64)
+    except pydicom.errors.InvalidDicomError:
+        return None
+    except Exception as error:  # pydicom ends in any of a dozen types on a damaged file
+        raise InputError(f"{path}: the DICOM header is damaged ({error}); copy the file again") from error
+    if header.get("Rows") is None or header.get("Columns") is None:
+        if header.get("SOPClassUID") == CT_STORAGE:
+            raise InputError(f"{path}: a CT slice without Rows or Columns; its header is damaged, copy it again")
+        return None
+    return header
 
 
 def _checked(path: Path, header: Any) -> _Slice:

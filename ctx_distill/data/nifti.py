@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 _RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 # xyzt_units, low three bits: metre, millimetre, micrometre (nifti1.h). 0 is unknown: taken as mm, as everybody does.
 _MM_PER_UNIT = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}
+_LARGEST_CODE = 5  # of the coordinate systems that nifti1.h and nifti2.h number
 _CHUNK = 1 << 20
 # What may follow the voxels: some writers pad to a block. More than that and the header does not describe the file.
 _SURPLUS = 1 << 16
@@ -99,11 +100,11 @@ def _header(path: Path, stream: BinaryIO) -> Any:
     rest = stream.read((size if size in kinds else swapped) - 4)
     try:
         header = kind.from_fileobj(io.BytesIO(start + rest), check=False)
-        magic = bytes(header["magic"])[:2]
+        magic = bytes(header["magic"])[:3]
         header.get_data_dtype(), header.get_data_shape()
     except (ValueError, KeyError, TypeError, OverflowError, HeaderDataError) as error:
         raise InputError(f"{path}: the NIfTI header cannot be read ({error}); write the file again") from error
-    if magic != b"n+":
+    if magic not in (b"n+1", b"n+2"):
         raise InputError(
             f"{path}: the header's magic is {bytes(header['magic'])!r}; expected a single-file NIfTI (n+1 or n+2), "
             "convert Analyze or .hdr/.img pairs"
@@ -124,6 +125,9 @@ def _scaling(path: Path, header: Any) -> tuple[float, float]:
 
 def _affine(path: Path, header: Any) -> NDArray[np.float64]:
     """Array index (k, j, i) to LPS mm."""
+    for name in ("sform_code", "qform_code"):
+        if not 0 <= int(header[name]) <= _LARGEST_CODE:
+            raise InputError(f"{path}: {name} is {int(header[name])}; expected 0 to {_LARGEST_CODE}, repair the header")
     if int(header["sform_code"]) == 0 and int(header["qform_code"]) == 0:
         log.warning(
             "%s: no sform and no qform; its orientation is a guess (index grows to Left, Anterior, Superior)", path

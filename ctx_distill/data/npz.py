@@ -48,9 +48,11 @@ def read_npz(path: Path) -> tuple[NDArray[Any], NDArray[np.float64]]:
             check_size(path, shape, dtype.itemsize, packed.compress_size, packed.compress_type != zipfile.ZIP_STORED)
             with archive.open(f"{KEY}.npy") as member:
                 voxels: NDArray[Any] = npy.read_array(member, allow_pickle=False)
-    except (zipfile.BadZipFile, ValueError, EOFError, KeyError, NotImplementedError, RuntimeError) as error:
-        if isinstance(error, InputError):
-            raise
+    except InputError:
+        raise
+    except (OSError, MemoryError):  # `read_volume` words these for every format
+        raise
+    except Exception as error:  # zip, deflate and NumPy's header parser end in any of a dozen types on a damaged file
         raise InputError(f"{path}: not a readable NumPy archive ({error}); damaged, copy it again") from error
     affine = np.diag([SPACING_MM, SPACING_MM, -SPACING_MM, 1.0])[:, [2, 1, 0, 3]]
     return voxels, affine

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pydicom
 
+from ctx_distill.data.dicom import CT_STORAGE
 from ctx_distill.parallel import in_processes
 
-CT_STORAGE = "1.2.840.10008.5.1.4.1.1.2"
 ENHANCED_CT = "1.2.840.10008.5.1.4.1.1.2.1"
 SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 MIN_SLICES = 10

