@@ -45,6 +45,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add_manifest(
         commands.add_parser("manifest", help="write the manifest of a public data set, or of a folder of DICOM")
     )
+    merge = commands.add_parser("merge", help="write one manifest of several, to train on several data sets")
+    merge.add_argument("out", type=Path, metavar="OUT")
+    merge.add_argument("manifests", type=Path, nargs="+", metavar="MANIFEST")
     _add_check(commands.add_parser("check", help="read every image of a manifest and say what is wrong with it"))
     _add_prepare(commands.add_parser("prepare", help="write a manifest's volumes once in the form that training reads"))
     _add_ablation(
@@ -180,6 +183,10 @@ def _dispatch(options: argparse.Namespace, overrides: list[str], given: list[str
         write_cohort(options.out, options.ct, options.xray, options.seed, options.workers)
     elif options.command == "manifest":
         _manifest(options)
+    elif options.command == "merge":
+        from ctx_distill.sources.merge import merge_manifests
+
+        print(merge_manifests(options.manifests, options.out))
     elif options.command == "check":
         from ctx_distill.pipeline.check import check_manifest
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ctx_distill.data.manifest import LABEL, SPLITS, read_manifest
+from ctx_distill.data.manifest import LABEL, SPLITS, Manifest, read_manifest
 from ctx_distill.data.tables import Table, read_table
 from ctx_distill.errors import InputError
 from ctx_distill.files import write_text
@@ -131,25 +131,39 @@ def write_manifest(built: Built, out: Path) -> str:
         writer.writerow(
             [row.study_id, row.patient_id, row.split, path, row.findings, row.impression, row.image_id, row.view]
             + [row.language, built.source, *([] if inside else [str(root)])]
-            + [_cell(row.more.get(name)) for name in more]
+            + [cell(row.more.get(name)) for name in more]
             + ["" if value is None else f"{value:g}" for value in labels]
         )
+    checked = write_checked(out, text.getvalue())
+    texts = sum(bool(row.findings or row.impression) for row in built.rows)
+    told = f"{counts(out, built.source, checked)}; {texts:,} images with a report"
+    return told + reasons + "".join(f"\n  {note}" for note in built.notes)
+
+
+def write_checked(out: Path, text: str) -> Manifest:
+    """Write a manifest that is read and checked before it takes its name; nothing stays where it is refused."""
     part = out.with_name(f".{out.stem}.part.csv")
-    write_text(part, text.getvalue())
+    write_text(part, text)
     try:
         checked = read_manifest(part)
         part.replace(out)
     finally:
         part.unlink(missing_ok=True)
-    frame = checked.frame
+    return checked
+
+
+def counts(out: Path, source: str, manifest: Manifest) -> str:
+    """Images, studies, patients, and images a split, in words."""
+    frame = manifest.frame
     splits = ", ".join(f"{name} {int((frame['split'] == name).sum()):,}" for name in SPLITS)
-    texts = sum(bool(row.findings or row.impression) for row in built.rows)
-    counts = (
-        f"{out}: {built.source}, {len(frame):,} images, {frame['study_id'].nunique():,} studies,"
-        f" {frame['patient_id'].nunique():,} patients ({splits}); {texts:,} images with a report"
+    return (
+        f"{out}: {source}, {len(frame):,} images, {frame['study_id'].nunique():,} studies,"
+        f" {frame['patient_id'].nunique():,} patients ({splits})"
     )
-    return counts + reasons + "".join(f"\n  {note}" for note in built.notes)
 
 
-def _cell(value: object) -> str:
-    return "" if value is None else repr(value) if isinstance(value, float) else str(value)
+def cell(value: object) -> str:
+    """A number or text as a manifest holds it; None and NaN are blank."""
+    if value is None or value != value:
+        return ""
+    return repr(float(value)) if isinstance(value, float) else str(value)
