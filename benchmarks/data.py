@@ -232,9 +232,10 @@ def in_its_own_process(name: str, path: Path, repeats: int) -> dict[str, float]:
     """`measure_row` in a fresh process with one thread."""
     command = [sys.executable, __file__, "--measure", name, str(path), str(repeats)]
     environment = {**os.environ, **MALLOC, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-
-    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
-    result: dict[str, float] = json.loads(printed.splitlines()[-1])
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise SystemExit(f"{name}: {done.stderr}")
+    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return result
 
 

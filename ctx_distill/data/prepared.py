@@ -135,7 +135,7 @@ class PreparedFolder:
             sums[part] = _checksum(array)
         item = {
             "image_id": image_id, "source": stamp, "fingerprint": self.spec.fingerprint(),
-            "shape": list(scan.voxels.shape), "spacing_mm": list(scan.spacing), "affine_lps": scan.affine_lps.tolist(),
+            "volume_spec": self.spec.to_config(), "shape": list(scan.voxels.shape), "spacing_mm": list(scan.spacing), "affine_lps": scan.affine_lps.tolist(),
             "projection_version": PROJECTION_VERSION if self.projection else None, "sha256": sums,
         }  # fmt: skip
         write_json(stem.with_suffix(".json"), item)

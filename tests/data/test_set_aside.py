@@ -54,6 +54,22 @@ def test_it_is_replaced_by_the_next_that_can_be_read(data: Path, workers: int) -
     assert all("truncated" in reason for reason in told.values())
 
 
+def test_a_file_that_vanishes_in_mid_run(data: Path) -> None:
+    module = CTDataModule(str(data / "ct.csv"), SPEC, batch_size=1, cache_gb=0.0)
+    loader = module.train_dataloader()
+    rows = module.training_rows()
+    seen, told = [], {}
+    for number, batch in enumerate(loader):
+        if number == 1:
+            gone = rows.image_file(int(rows.frame.index[list(module.order(rows))[4]]))
+            gone.unlink()
+        seen += batch.row.tolist()
+        told |= dict(batch.unreadable)
+    assert len(seen) == len(rows)
+    assert [rows.image_file(row) for row in told] == [gone]
+    assert "no such file or folder" in next(iter(told.values()))
+
+
 def test_validation_and_prediction_replace_nothing(data: Path) -> None:
     spoil(data, 1)
     module = CTDataModule(str(data / "ct.csv"), SPEC, cache_gb=0.0)
