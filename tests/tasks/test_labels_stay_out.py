@@ -18,6 +18,7 @@ pytestmark = pytest.mark.full
 def with_shuffled_labels(cohort: Path, target: Path) -> Path:
     """The same cohort with the label columns of both manifests dealt out anew."""
     target.mkdir()
+    shutil.copy(cohort / "cohort.json", target)  # of a phantom still: its vocabulary keeps every word
     for folder in ("ct", "xray"):
         shutil.copytree(cohort / folder, target / folder)
         table = pd.read_csv(cohort / f"{folder}.csv", dtype=str, keep_default_na=False)
