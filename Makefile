@@ -113,6 +113,9 @@ bench-large-batch: $(READY) ## memory and time of cached gradients and of chunke
 bench-data: $(READY) ## volumes a second and memory of reading CTs, beside MONAI, TorchIO, SimpleITK and the floor; 5 minutes
 	@$(VENV)/bin/python benchmarks/data.py
 
+bench-index: $(READY) ## build, lookup, recall and memory of the X-ray index at 100 thousand and 1 million rows; 30 minutes
+	@$(VENV)/bin/python benchmarks/index.py $(ARGS)
+
 lock: $(UV) ## compile the locks again from pyproject.toml
 	@for extra in cpu gpu; do $(UV) pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header \
 		--no-annotate --extra $$extra --extra bench --extra dev pyproject.toml --output-file requirements/$$extra.txt; done

@@ -17,7 +17,7 @@ LAYERS = [
     {"tasks"},
     {"callbacks", "page"},
     {"metrics", "retrieval", "losses", "models", "data", "sources", "text", "phantom"},
-    {"checkpoint", "distributed", "parallel", "types", "files", "errors"},
+    {"checkpoint", "distributed", "parallel", "types", "files", "errors", "signals"},
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 HEAVY = {"torch", "lightning", "monai", "open_clip", "transformers", "pandas", "matplotlib", "faiss", "numpy"}
