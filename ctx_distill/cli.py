@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ctx_distill import __version__
+from ctx_distill import __version__, signals
 from ctx_distill.errors import InputError
 from ctx_distill.pipeline.plan import STAGES, Stage
 
@@ -160,7 +160,15 @@ def _add_weights(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status (0 done, 1 `check` found errors, 2 bad input, 130 interrupted)."""
+    """Run a command; returns the exit status.
+
+    0 done, 1 `check` found errors, 2 bad input, 75 stopped by a signal and to be run again, 130 interrupted.
+    """
+    with signals.listening():
+        return _main(arguments)
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = build_parser()
     options, overrides = parser.parse_known_args(given)
@@ -171,6 +179,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"ctx-distill {options.command}: {error}", file=sys.stderr)
         return 2
+    except signals.StopRequested as stop:
+        from ctx_distill.pipeline.run_folder import is_first_process
+
+        if not is_first_process():
+            return 0  # of several processes the first one speaks for the job
+        print(f"stopped ({stop}); the same command goes on from here", file=sys.stderr)
+        return signals.STOPPED
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return 130

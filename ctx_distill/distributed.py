@@ -129,3 +129,26 @@ def global_ratio(numerators: Tensor, denominators: Tensor) -> Tensor:
     """
     sums = gather_with_gradient(torch.stack([numerators.sum(), denominators.sum()])[None]).sum(0)
     return sums[0] / sums[1].clamp_min(torch.finfo(numerators.dtype).tiny)
+
+
+_host_group: Any = None
+
+
+def any_rank(*flags: bool) -> list[bool]:
+    """For each flag, whether it is set on any rank; the same on every rank.
+
+    Collective, over a group of its own on the CPU: it neither waits for a GPU nor falls between the gradients' calls.
+    """
+    if world_size() == 1:
+        return list(flags)
+    values = torch.tensor([int(flag) for flag in flags])
+    dist.all_reduce(values, op=dist.ReduceOp.MAX, group=host_group())
+    return [bool(value) for value in values]
+
+
+def host_group() -> Any:
+    """A gloo group of all ranks for words between the processes; made at the first call, which is collective."""
+    global _host_group
+    if _host_group is None or _host_group[0] is not dist.group.WORLD:
+        _host_group = (dist.group.WORLD, dist.new_group(backend="gloo"))
+    return _host_group[1]

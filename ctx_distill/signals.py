@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 STOPPED = 75
@@ -37,9 +39,18 @@ def requested() -> str | None:
     return signal.Signals(_noted[0]).name if _noted else None
 
 
-def forget() -> None:
-    """Take the notes back, for a process that runs one stage after another in tests."""
-    _noted.clear()
+@contextmanager
+def listening() -> Iterator[None]:
+    """`install` for as long as a command runs; then the handlers of before stand again and the notes are gone."""
+    before = {number: signal.getsignal(number) for number in ASKING}
+    install()
+    try:
+        yield
+    finally:
+        _noted.clear()
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def _note(number: int, frame: FrameType | None) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import lightning as L
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -56,6 +57,7 @@ class ManifestDataModule(L.LightningDataModule):
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.num_workers, self.seed = num_workers, seed
         self.cache = shared_cache(cache_gb)
+        self._done: dict[str, int] = {}
 
     def describe(self) -> dict[str, Any]:
         """Facts of the data for `run.json`."""
@@ -93,6 +95,8 @@ class ManifestDataModule(L.LightningDataModule):
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             collate_fn=self.collate,
+            # of its own, so that opening a loader does not move the random state that training draws from
+            generator=torch.Generator().manual_seed(self.seed),
         )
 
     def order(self, manifest: Manifest) -> EpochShuffle:
@@ -103,7 +107,21 @@ class ManifestDataModule(L.LightningDataModule):
         """Shuffled `train` rows."""
         rows = self.training_rows()
         self.set_aside = SetAside(len(rows), self.unreadable_share)
-        return self.loader(rows, train=True)
+        loader = self.loader(rows, train=True)
+        if self._done and isinstance(loader.sampler, EpochShuffle):
+            loader.sampler.go_on(self._done["epoch"], self._done["items"])
+        return loader
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far the epoch is, for a checkpoint."""
+        trainer = self.trainer
+        assert trainer is not None
+        batches = trainer.fit_loop.epoch_loop.batch_progress.current.completed
+        return {"epoch": trainer.current_epoch, "items": batches * self.batch_size * trainer.world_size}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Begin the epoch where the checkpoint stopped."""
+        self._done = state_dict
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Count what could not be read; too much of it ends the run."""

@@ -37,6 +37,7 @@ class EpochShuffle(DistributedSampler[int]):
     ) -> None:
         Sampler.__init__(self)
         self.size, self.seed, self.epoch = size, seed, 0
+        self._done = (-1, 0)
         self.groups, self.shares = groups, dict(shares or {})
         self.taken = self._taken()
         self.length = sum(self.taken.values()) if self.taken else size
@@ -52,6 +53,15 @@ class EpochShuffle(DistributedSampler[int]):
     def __len__(self) -> int:
         return self.length // world_size()
 
+    def go_on(self, epoch: int, done: int) -> None:
+        """Leave out what a stopped run has done of an epoch already.
+
+        Args:
+            epoch: which.
+            done: items of all ranks together.
+        """
+        self._done = (epoch, done)
+
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * _SEED_STEP + self.epoch)
         order = torch.randperm(self.size, generator=generator).numpy()
@@ -60,7 +70,8 @@ class EpochShuffle(DistributedSampler[int]):
             members = np.isin(order, np.concatenate(chosen))
             order = order[members]
         ranks = world_size()
-        yield from order[rank() : len(order) // ranks * ranks : ranks].tolist()
+        done = self._done[1] if self._done[0] == self.epoch else 0
+        yield from order[done + rank() : len(order) // ranks * ranks : ranks].tolist()
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ctx_distill import __version__
+from ctx_distill import __version__, signals
 from ctx_distill.errors import InputError
 from ctx_distill.pipeline.plan import Stage
 from ctx_distill.pipeline.run_folder import is_first_process, join_metrics, note_run
@@ -64,6 +64,8 @@ def _run_alone(stage: Stage, options: argparse.Namespace, overrides: list[str]) 
     if options.force:
         command.append("--force")
     status = subprocess.call([*command, *overrides])
+    if status == signals.STOPPED:
+        raise signals.StopRequested(stage.name)
     if status:
         raise InputError(f"stage `{stage.name}` ended with status {status}; its own message stands above.")
 

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ctx_distill import __version__
+from ctx_distill import __version__, signals
 from ctx_distill.errors import InputError
 from ctx_distill.files import hash_file, write_json, write_text
 from ctx_distill.pipeline.plan import (
@@ -135,6 +135,8 @@ def run_stage(request: StageRequest, *, force: bool = False) -> None:
     if request.complete and not force:
         print(f"{stage.title}: complete in {folder} (FORCE=1 runs it again)")
         return
+    if signals.requested() is not None:
+        raise signals.StopRequested(f"before {stage.title}")
     request.check_sources()
     first = is_first_process()
     aside: Path | None = None

@@ -38,6 +38,7 @@ from ctx_distill.tasks.objective import Objective, SoftTargetSettings, check_obj
 from ctx_distill.tasks.predict import predict_rows
 from ctx_distill.tasks.prior import PriorSettings, ProjectionPrior
 from ctx_distill.tasks.report_tower import TextSettings, build_report_tower
+from ctx_distill.tasks.survival import SurvivalSettings
 from ctx_distill.tasks.teacher import open_queries, open_teacher
 from ctx_distill.tasks.training_reports import TrainingReports
 from ctx_distill.text.report import sample_sentences
@@ -72,6 +73,7 @@ class AlignmentTask(TrainedTask):
         scheduler: see `TrainedTask`.
         warmup: see `TrainedTask`.
         select: see `TrainedTask`.
+        survival: see `TrainedTask`.
     """
 
     def __init__(
@@ -98,8 +100,9 @@ class AlignmentTask(TrainedTask):
         scheduler: LRSchedulerCallable | None = None,
         warmup: float = 0.05,
         select: Literal["last", "best"] = "last",
+        survival: SurvivalSettings = SurvivalSettings(),
     ) -> None:
-        super().__init__(optimizer, scheduler, warmup, select)
+        super().__init__(optimizer, scheduler, warmup, select, survival)
         check_micro_batch(micro_batch)
         check_objective(objective, robust)
         self.micro_batch, self.storage = micro_batch, storage
@@ -201,6 +204,17 @@ class AlignmentTask(TrainedTask):
         own = [{**group, "lr_factor": self.text.lr_factor} for group in decay_groups(self.dual.text_encoder)]
         return [*decay_groups(self, without=text), *own]
 
+    def rank_state(self) -> dict[str, Any]:
+        """As the base class, with the epoch's counts of suspected pairs."""
+        counts = self.false_negatives.counts if self.false_negatives is not None else {}
+        return super().rank_state() | {"counts": dict(counts)}
+
+    def load_rank_state(self, state: dict[str, Any]) -> None:
+        """Take `rank_state` back."""
+        super().load_rank_state(state)
+        if self.false_negatives is not None:
+            self.false_negatives.counts.update(state["counts"])
+
     def _views(self, batch: CTBatch) -> list[str]:
         """This epoch's view of each report: a function of epoch and row alone."""
         views = []
@@ -227,7 +241,7 @@ class AlignmentTask(TrainedTask):
         With `micro_batch` it runs twice a micro-batch (see `encode_cached`): whatever else it may return has one row
         a volume, and gathers wait for `_contrast`.
         """
-        image, output = self.dual.encode_alone(self.augmentation(batch.volume))
+        image, output = self.dual.encode_alone(self.augmentation(batch.volume, self.row_seeds(batch.row)))
         text = self.dual.encode_text(self._views(batch))
         if self.entity_masking is None:
             return image, text
@@ -297,11 +311,12 @@ class AlignmentTask(TrainedTask):
             found.fix_threshold(self.trainer.strategy.broadcast(threshold))
 
     def on_train_epoch_end(self) -> None:
-        """Log how many pairs the epoch suspected and corrected, and how right it was."""
+        """Log the means, how many pairs the epoch suspected and corrected, and how right it was."""
+        super().on_train_epoch_end()
         if self.false_negatives is not None:
-            # Counted on the global batch, so the same on every rank: their mean, never their sum.
+            # Counted on the global batch, so the same on every rank.
             for name, value in self.false_negatives.drain_counts().items():
-                self.log(f"train/{name}", value, sync_dist=True)
+                self.log(f"train/{name}", value)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """One step; the moving average follows."""
@@ -338,7 +353,7 @@ class AlignmentTask(TrainedTask):
         if rank() == 0:
             expert = resolve_source(*self.text_source) if self.prior is not None else None
             self.dual.save(folder / "artefact", self.upstream, datamodule.volume.to_config(), expert)
-        metrics = last_values(trainer)
+        metrics = last_values(self)
         if self.false_negatives is not None:
             fixed = self.false_negatives.all_thresholds()
             metrics["thresholds"] = {kind: x if math.isfinite(x) else None for kind, x in fixed.items()}

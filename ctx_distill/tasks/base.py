@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+import os
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -12,17 +15,23 @@ from typing import Any, Literal
 import lightning as L
 import pandas as pd
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
+from ctx_distill import signals
+from ctx_distill.callbacks.checkpoint_files import BEST, standing
+from ctx_distill.callbacks.checkpoints import Checkpoints
 from ctx_distill.checkpoint import Artefact, hash_json, require_same
 from ctx_distill.data.datamodules import CTDataModule
-from ctx_distill.distributed import rank
-from ctx_distill.files import write_text
+from ctx_distill.distributed import any_rank, gather_objects, rank
+from ctx_distill.files import write_json, write_text
+from ctx_distill.tasks.epoch_means import EpochMeans
+from ctx_distill.tasks.survival import SurvivalSettings
 
-LAST = "last.ckpt"
-BEST = "best.ckpt"
+TIMINGS = ("train/lookup_ms", "train/lookup_share")
+"""Names of logged values that a run repeated would not give again; they are no metrics."""
 LARGEST_LOGIT_SCALE = math.log(100)
 """CLIP's bound of the learnt temperature (Radford et al. 2021)."""
 
@@ -49,7 +58,7 @@ class StageTask(L.LightningModule):
 
 
 class TrainedTask(StageTask):
-    """A stage that trains: resumes from its last checkpoint, and finishes with the chosen weights.
+    """A stage that trains: goes on from its last checkpoint as if it had not stopped, and finishes with the chosen weights.
 
     Args:
         optimizer: makes the optimizer from parameter groups.
@@ -57,6 +66,7 @@ class TrainedTask(StageTask):
             half a cosine down to zero at the last step.
         warmup: share of the steps that the default schedule warms up.
         select: which weights go on: those after the last epoch, or those with the lowest validation loss.
+        survival: checkpoints, bad losses, hangs.
     """
 
     def __init__(
@@ -65,12 +75,17 @@ class TrainedTask(StageTask):
         scheduler: LRSchedulerCallable | None,
         warmup: float,
         select: Literal["last", "best"],
+        survival: SurvivalSettings,
     ) -> None:
         super().__init__()
         self.warmup = warmup
         self.make_optimizer = optimizer
         self.make_scheduler = scheduler
         self.select = select
+        self.survival = survival
+        self.checkpoints: Checkpoints | None = None
+        self._means = {split: EpochMeans() for split in ("train", "val")}
+        self._order = ""
 
     @abstractmethod
     def finish(self, trainer: L.Trainer, datamodule: L.LightningDataModule, folder: Path) -> dict[str, Any]:
@@ -78,19 +93,30 @@ class TrainedTask(StageTask):
 
     def run(self, trainer: L.Trainer, datamodule: L.LightningDataModule, folder: Path) -> dict[str, Any]:
         """Train, from the last checkpoint where there is one, then finish."""
-        checkpoint = readable_checkpoint(folder)
-        curves = folder / "logs" / "metrics.csv"
-        history = keep_history(curves) if checkpoint else None
+        found = standing(folder / "checkpoints", self._identity(folder))
+        if found is not None:
+            print(f"resuming from {found.path}, step {found.step}")
+        history = cut_logs(trainer, folder / "logs" / "metrics.csv", found.step if found else 0)
         self.train()
-        trainer.fit(self, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
-        if history is not None and rank() == 0:
-            join_history(history, curves)
+        trainer.fit(self, datamodule=datamodule, ckpt_path=str(found.path) if found else None, weights_only=True)
+        if rank() == 0:
+            join_history(history, folder / "logs" / "metrics.csv")
         if trainer.interrupted:
             raise KeyboardInterrupt
         if self.select == "best":
             self._load_best(folder)
         self.eval()
-        return self.finish(trainer, datamodule, folder)
+        metrics = self.finish(trainer, datamodule, folder)
+        order = hash_json(gather_objects([self._order]))
+        if rank() == 0:
+            write_json(folder / "training.json", {"steps": trainer.global_step, "data_order": order})
+        return metrics
+
+    def _identity(self, folder: Path) -> dict[str, str | None]:
+        """What a checkpoint of this run says of itself: its stage, and the key of what was asked of it."""
+        request = folder / "request.json"
+        key = json.loads(request.read_text()).get("key") if request.is_file() else None
+        return {"stage": type(self).__name__, "request": key}
 
     def _load_best(self, folder: Path) -> None:
         path = folder / "checkpoints" / BEST
@@ -99,19 +125,45 @@ class TrainedTask(StageTask):
             self.load_state_dict(state, strict=False)
 
     def configure_callbacks(self) -> list[Callback]:
-        """A checkpoint after every epoch, and the one of lowest validation loss where there is a `val` split.
+        """Checkpoints; with `select: best` also of the lowest validation loss, where there is a `val` split.
 
         The monitored loss never sees labels in stages 1 to 3.
         """
-        root = Path(self.trainer.default_root_dir) / "checkpoints"
-        last = ModelCheckpoint(root, LAST.removesuffix(".ckpt"), save_on_train_epoch_end=True,
-                               enable_version_counter=False)  # fmt: skip
+        folder = Path(self.trainer.default_root_dir)
         manifest = getattr(getattr(self.trainer, "datamodule", None), "manifest", None)
-        if self.select == "last" or manifest is None or not len(manifest.split("val")):
-            return [last]
-        best = ModelCheckpoint(root, BEST.removesuffix(".ckpt"), monitor="val/loss", save_on_train_epoch_end=True,
-                               enable_version_counter=False)  # fmt: skip
-        return [best, last]
+        selects = self.select == "best" and manifest is not None and len(manifest.split("val")) > 0
+        self.checkpoints = Checkpoints(
+            folder / "checkpoints",
+            self.survival.checkpoint_minutes,
+            self._identity(folder),
+            "val/loss" if selects else None,
+        )
+        return [self.checkpoints]
+
+    def rank_state(self) -> dict[str, Any]:
+        """What this rank has summed of the epoch, and a hash of the order of the rows that it has seen."""
+        return {"means": {split: means.state() for split, means in self._means.items()}, "order": self._order}
+
+    def load_rank_state(self, state: dict[str, Any]) -> None:
+        """Take `rank_state` back."""
+        for split, means in self._means.items():
+            means.load(state["means"][split])
+        self._order = state["order"]
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Chain the rows of this batch to those before."""
+        del batch_idx
+        rows = ",".join(str(row) for row in batch.row.tolist())
+        self._order = hashlib.sha256(f"{self._order} {rows}".encode()).hexdigest()
+
+    def row_seeds(self, rows: Tensor) -> list[int]:
+        """A seed a row, of the run, the epoch and the row alone: what is drawn from it does not depend on the rank,
+        the place in the batch, or on whether the run was stopped."""
+        run = os.environ.get("PL_GLOBAL_SEED", "0")
+        return [
+            int.from_bytes(hashlib.sha256(f"{run} {self.current_epoch} {row}".encode()).digest()[:7], "big")
+            for row in rows.tolist()
+        ]
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Groups for the optimizer; `lr_factor` scales a group's learning rate."""
@@ -132,12 +184,36 @@ class TrainedTask(StageTask):
             scheduler = self.make_scheduler(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def log_terms(self, terms: dict[str, Tensor], split: str, batch_size: int) -> None:
-        """Log named terms as `split/term`, averaged over the epoch and the ranks."""
-        for name, value in terms.items():
-            shown = name == "loss"
-            self.log(f"{split}/{name}", value, on_step=False, on_epoch=True, prog_bar=shown, sync_dist=True,
-                     batch_size=batch_size)  # fmt: skip
+    def log_terms(self, terms: dict[str, Tensor], split: Literal["train", "val"], rows: int) -> None:
+        """Sum named terms for the mean of the epoch, logged at its end as `split/term`.
+
+        Args:
+            terms: () each, of the global batch: the same on every rank.
+            split: whose.
+            rows: of the global batch: the weight of its terms in the mean.
+        """
+        self._means[split].add(terms, rows)
+
+    def on_train_epoch_end(self) -> None:
+        """Log the means of the epoch."""
+        self._log_means("train")
+
+    def on_validation_epoch_start(self) -> None:
+        """Begin the sums anew."""
+        self._means["val"].drain()
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the means of the validation."""
+        self._log_means("val")
+
+    def _log_means(self, split: str) -> None:
+        for name, value in self._means[split].drain().items():
+            self.log(f"{split}/{name}", value)
+
+    def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Leave a validation where a signal asks for it: it is done again from the checkpoint before it."""
+        del batch, batch_idx, dataloader_idx
+        stop_if_asked("in validation")
 
 
 def check_volume_spec(artefact: Artefact, datamodule: CTDataModule) -> None:
@@ -165,10 +241,15 @@ def warmup_cosine(step: int, steps: int, warmup: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
 
 
-def last_values(trainer: L.Trainer) -> dict[str, Any]:
-    """The last logged value of every `train/` and `val/` term, as JSON values."""
-    values = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    return {name.replace("/", "_"): value if math.isfinite(value) else None for name, value in values.items()}
+def last_values(task: TrainedTask) -> dict[str, Any]:
+    """The last logged value of every `train/` and `val/` term, as JSON values; without timings."""
+    before = task.checkpoints.logged if task.checkpoints is not None else {}
+    values = {**before, **{name: float(value) for name, value in task.trainer.callback_metrics.items()}}
+    return {
+        name.replace("/", "_"): value if math.isfinite(value) else None
+        for name, value in values.items()
+        if not name.startswith(TIMINGS)
+    }
 
 
 def decay_groups(module: nn.Module, without: Iterable[Tensor] = ()) -> list[dict[str, Any]]:
@@ -189,32 +270,50 @@ def decay_groups(module: nn.Module, without: Iterable[Tensor] = ()) -> list[dict
     return groups + ([{"params": vectors, "weight_decay": 0.0}] if vectors else [])
 
 
-def keep_history(curves: Path) -> Path:
-    """Put the rows logged so far aside, since Lightning's CSV logger begins a new file when a run is resumed."""
+def cut_logs(trainer: L.Trainer, curves: Path, step: int) -> Path:
+    """Cut the logs back to the restored step; what was logged before it is put aside until the rest is there.
+
+    Lightning's CSV logger begins a new file in a run that is resumed; TensorBoard is told to forget what comes later.
+
+    Args:
+        trainer: with its loggers.
+        curves: the CSV logger's table.
+        step: number of optimiser steps that are kept.
+
+    Returns:
+        Where the kept rows lie, for `join_history`.
+    """
     history = curves.with_name("metrics.before.csv")
-    if curves.is_file() and rank() == 0:
-        join_history(history, curves)
-        curves.replace(history)
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger) and step:
+            logger._kwargs["purge_step"] = step
+    if rank() != 0 or not (curves.is_file() or history.is_file()):
+        return history
+    join_history(history, curves)
+    kept = pd.read_csv(curves)
+    kept = kept[kept["step"] < step]
+    if len(kept):
+        write_text(history, kept.to_csv(index=False, lineterminator="\n"))
+    curves.unlink()
     return history
 
 
 def join_history(history: Path, curves: Path) -> None:
-    """Put the rows of before a resume in front of those since, less the steps that were run again."""
+    """Put the kept rows of before a resume in front of those since, less the steps that were run again."""
+    if not history.is_file():
+        return
     parts = [pd.read_csv(path) for path in (history, curves) if path.is_file() and path.stat().st_size]
     if len(parts) == 2:
         parts[0] = parts[0][parts[0]["step"] < parts[1]["step"].min()]
-        write_text(curves, pd.concat(parts, ignore_index=True).to_csv(index=False, lineterminator="\n"))
+    write_text(curves, pd.concat(parts, ignore_index=True).to_csv(index=False, lineterminator="\n"))
+    history.unlink()
 
 
-def readable_checkpoint(folder: Path) -> str | None:
-    """The stage's last checkpoint where it can be read; a torn one is passed over with a word."""
-    path = folder / "checkpoints" / LAST
-    if not path.is_file():
-        return None
-    try:
-        torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a torn zip raises whatever its layer finds
-        print(f"{path}: not readable ({type(error).__name__}); this stage starts again from its beginning")
-        return None
-    print(f"resuming from {path}")
-    return str(path)
+def stop_if_asked(where: str) -> None:
+    """End the run where a signal has asked any rank for it; collective.
+
+    Raises:
+        StopRequested: it has.
+    """
+    if any_rank(signals.requested() is not None)[0]:
+        raise signals.StopRequested(where)

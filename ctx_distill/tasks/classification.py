@@ -22,6 +22,8 @@ from ctx_distill.models.dual_encoder import DualEncoder
 from ctx_distill.models.heads import FindingsHead
 from ctx_distill.tasks.base import TrainedTask, adamw, check_volume_spec, last_values
 from ctx_distill.tasks.predict import predict_rows, study_means, write_predictions
+from ctx_distill.tasks.row_features import RowFeatures
+from ctx_distill.tasks.survival import SurvivalSettings
 from ctx_distill.types import CTBatch
 
 
@@ -37,6 +39,7 @@ class ClassifierTask(TrainedTask):
         scheduler: see `TrainedTask`.
         warmup: see `TrainedTask`.
         select: see `TrainedTask`; the labels of `val` may choose here.
+        survival: see `TrainedTask`.
     """
 
     def __init__(
@@ -49,8 +52,9 @@ class ClassifierTask(TrainedTask):
         scheduler: LRSchedulerCallable | None = None,
         warmup: float = 0.05,
         select: Literal["last", "best"] = "best",
+        survival: SurvivalSettings = SurvivalSettings(),
     ) -> None:
-        super().__init__(optimizer, scheduler, warmup, select)
+        super().__init__(optimizer, scheduler, warmup, select, survival)
         self.artefact: Artefact | None = None
         if model is not None:
             dual, self.artefact = DualEncoder.load(Path(model))
@@ -65,7 +69,7 @@ class ClassifierTask(TrainedTask):
         self.encoder.requires_grad_(mode == "finetune")
         self.head: FindingsHead | None = None
         self.positive_weight: Tensor | None = None
-        self._features: dict[int, Tensor] = {}
+        self._features = RowFeatures()
 
     def setup(self, stage: str) -> None:
         """Size the head by the manifest's labels, and weigh positives by their rarity in `train`."""
@@ -85,17 +89,16 @@ class ClassifierTask(TrainedTask):
 
     def _pooled(self, batch: CTBatch, augment: bool) -> Tensor:
         if self.mode == "finetune":
-            volume = self.augmentation(batch.volume) if augment else batch.volume
+            volume = self.augmentation(batch.volume, self.row_seeds(batch.row)) if augment else batch.volume
             pooled: Tensor = self.encoder(volume).pooled
             return pooled
-        rows = batch.row.tolist()
-        new = [index for index, row in enumerate(rows) if row not in self._features]
-        if new:
-            self.encoder.eval()
-            with torch.no_grad():
-                for index, feature in zip(new, self.encoder(batch.volume[new]).pooled, strict=True):
-                    self._features[rows[index]] = feature
-        return torch.stack([self._features[row] for row in rows])
+        return self._features(batch.row.tolist(), lambda new: self._frozen(batch.volume[new])).to(batch.volume.device)
+
+    @torch.no_grad()
+    def _frozen(self, volume: Tensor) -> Tensor:
+        self.encoder.eval()
+        pooled: Tensor = self.encoder(volume).pooled
+        return pooled
 
     def _logits(self, batch: CTBatch, augment: bool) -> Tensor:
         assert self.head is not None
@@ -143,7 +146,7 @@ class ClassifierTask(TrainedTask):
         assert isinstance(datamodule, CTDataModule)
         assert self.head is not None
         names = list(datamodule.manifest.finding_names)
-        metrics = last_values(trainer)
+        metrics = last_values(self)
         if rank() == 0:
             tensors = self.head.state_dict(prefix="head.")
             if self.mode == "finetune":

@@ -37,6 +37,7 @@ from ctx_distill.tasks.distillation_targets import (
 from ctx_distill.tasks.predict import predict_rows, study_means
 from ctx_distill.tasks.prompting import pair_probabilities, prompt_features
 from ctx_distill.tasks.row_features import ReportFeatures
+from ctx_distill.tasks.survival import SurvivalSettings
 from ctx_distill.tasks.teacher import open_queries, open_teacher
 from ctx_distill.text.report import sample_sentences
 from ctx_distill.types import CTBatch
@@ -90,6 +91,7 @@ class DistillationTask(TrainedTask):
         scheduler: see `TrainedTask`.
         warmup: see `TrainedTask`.
         select: see `TrainedTask`.
+        survival: see `TrainedTask`.
 
     Raises:
         InputError: expert, index and settings do not fit together.
@@ -114,8 +116,9 @@ class DistillationTask(TrainedTask):
         scheduler: LRSchedulerCallable | None = None,
         warmup: float = 0.05,
         select: Literal["last", "best"] = "last",
+        survival: SurvivalSettings = SurvivalSettings(),
     ) -> None:
-        super().__init__(optimizer, scheduler, warmup, select)
+        super().__init__(optimizer, scheduler, warmup, select, survival)
         teacher, store = open_teacher(expert, expert_revision, index)
         if store.config.get("value_dim") != store.value_dim or store.value_dim != teacher.embed_dim:
             raise InputError(
@@ -229,7 +232,7 @@ class DistillationTask(TrainedTask):
         return self.anchors(self.teacher, texts, batch.row.device)
 
     def _terms(self, batch: CTBatch, train: bool) -> dict[str, Tensor]:
-        volume = self.augmentation(batch.volume) if train else batch.volume
+        volume = self.augmentation(batch.volume, self.row_seeds(batch.row)) if train else batch.volume
         views = batch.report
         if train:
             views = [self._view(row, report) for row, report in zip(batch.row.tolist(), batch.report, strict=True)]
@@ -294,7 +297,7 @@ class DistillationTask(TrainedTask):
                 self._upstream(),
                 datamodule.volume.to_config(),
             )
-        metrics: dict[str, Any] = last_values(trainer)
+        metrics: dict[str, Any] = last_values(self)
         metrics["tau"] = self.tau
         val = datamodule.manifest.split("val")
         if len(val) and datamodule.manifest.finding_names and self.teacher.has_joint_space:

@@ -27,6 +27,7 @@ from ctx_distill.models.xray_expert import open_expert
 from ctx_distill.tasks.base import LARGEST_LOGIT_SCALE, TrainedTask, adamw, last_values
 from ctx_distill.tasks.predict import predict_rows, study_means
 from ctx_distill.tasks.prompting import pair_probabilities, prompt_features
+from ctx_distill.tasks.survival import SurvivalSettings
 from ctx_distill.tasks.vocabulary_texts import vocabulary_texts
 from ctx_distill.text.report import sample_sentences
 from ctx_distill.types import XrayBatch
@@ -55,6 +56,7 @@ class ExpertTask(TrainedTask):
         scheduler: see `TrainedTask`.
         warmup: see `TrainedTask`.
         select: see `TrainedTask`.
+        survival: see `TrainedTask`.
     """
 
     def __init__(
@@ -75,8 +77,9 @@ class ExpertTask(TrainedTask):
         scheduler: LRSchedulerCallable | None = None,
         warmup: float = 0.05,
         select: Literal["last", "best"] = "last",
+        survival: SurvivalSettings = SurvivalSettings(),
     ) -> None:
-        super().__init__(optimizer, scheduler, warmup, select)
+        super().__init__(optimizer, scheduler, warmup, select, survival)
         self.sizes: dict[str, Any] = {
             "image_size": image_size, "embed_dim": embed_dim, "vision": vision, "text_width": text_width,
             "text_layers": text_layers, "context_length": context_length, "vocab_size": vocab_size,
@@ -139,7 +142,8 @@ class ExpertTask(TrainedTask):
         """InfoNCE of radiographs and reports, and of the reports' sections."""
         rows = batch.row.tolist()
         views = [self._view(row, report) for row, report in zip(rows, batch.report, strict=True)]
-        terms = {"image_to_report": self._image_to_report(self.augmentation(batch.image), views, batch.study)}
+        image = self.augmentation(batch.image, self.row_seeds(batch.row))
+        terms = {"image_to_report": self._image_to_report(image, views, batch.study)}
         terms["loss"] = terms["image_to_report"]
         sections = self._section_to_section(rows, batch_idx) if self.section_weight else None
         if sections is not None:
@@ -175,7 +179,7 @@ class ExpertTask(TrainedTask):
                 shutil.rmtree(target, ignore_errors=True)
                 (Path(scratch) / "expert").rename(target)
         barrier()
-        metrics = last_values(trainer) | {"macro_auroc": None}
+        metrics = last_values(self) | {"macro_auroc": None}
         test = datamodule.manifest.split("test")
         if len(test) and test.finding_names:
             metrics |= self._ask(trainer, datamodule, test, target)

@@ -99,6 +99,7 @@ class FalseNegatives:
         settings: what is switched on.
         thresholds: of the frozen kinds.
         moving_average: gives `ema`, or None.
+        counts: of the epoch so far, for the log.
     """
 
     def __init__(
@@ -131,7 +132,7 @@ class FalseNegatives:
             self.tables[kind] = table
             given = settings.thresholds.get(kind)
             self.thresholds[kind] = self._quantile(table, table, reports.study) if given is None else given
-        self._counts: defaultdict[str, float] = defaultdict(float)
+        self.counts: defaultdict[str, float] = defaultdict(float)
         self.known = torch.tensor([bool(text) for text in reports.reports])
 
     def _quantile(self, rows: Tensor, columns: Tensor, study: Tensor) -> float:
@@ -237,7 +238,7 @@ class FalseNegatives:
         """
         gathered = {name: gather_with_gradient(value) for name, value in self.features(batch).items()}
         correction, suspects = self.corrections(gathered, study, epoch)
-        counts = self._counts
+        counts = self.counts
         counts["suspected"] += float(correction.suspected)
         counts["corrected"] += float(correction.corrected)
         counts["pairs"] += len(study) * (len(study) - 1)
@@ -258,7 +259,7 @@ class FalseNegatives:
             `corrected_share` (of all ordered pairs), and, where labels say so, `false_negative_precision` and
             `false_negative_recall`.
         """
-        counts, self._counts = self._counts, defaultdict(float)
+        counts, self.counts = self.counts, defaultdict(float)
         values = {"suspected_pairs": counts["suspected"], "corrected_pairs": counts["corrected"]}
         shares = {
             "suspected_share": ("suspected", "pairs"),

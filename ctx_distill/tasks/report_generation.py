@@ -19,6 +19,8 @@ from ctx_distill.metrics.generation import generation_report
 from ctx_distill.models.dual_encoder import DualEncoder
 from ctx_distill.models.report_decoder import ReportDecoder
 from ctx_distill.tasks.base import TrainedTask, adamw, check_volume_spec, last_values
+from ctx_distill.tasks.row_features import RowFeatures
+from ctx_distill.tasks.survival import SurvivalSettings
 from ctx_distill.text.findings import load_vocabulary, vocabulary_for
 from ctx_distill.types import CTBatch
 
@@ -42,6 +44,7 @@ class ReportTask(TrainedTask):
         scheduler: see `TrainedTask`.
         warmup: see `TrainedTask`.
         select: see `TrainedTask`.
+        survival: see `TrainedTask`.
     """
 
     def __init__(
@@ -61,8 +64,9 @@ class ReportTask(TrainedTask):
         scheduler: LRSchedulerCallable | None = None,
         warmup: float = 0.05,
         select: Literal["last", "best"] = "best",
+        survival: SurvivalSettings = SurvivalSettings(),
     ) -> None:
-        super().__init__(optimizer, scheduler, warmup, select)
+        super().__init__(optimizer, scheduler, warmup, select, survival)
         dual, self.artefact = DualEncoder.load(Path(model))
         self.encoder = dual.ct_encoder.requires_grad_(False)
         self.decoder_source, self.decoder_revision = source, revision
@@ -70,7 +74,7 @@ class ReportTask(TrainedTask):
         self.max_length, self.beams, self.no_repeat = max_length, beams, no_repeat
         self.vocabulary = vocabulary
         self.decoder: ReportDecoder | None = None
-        self._tokens: dict[int, Tensor] = {}
+        self._tokens = RowFeatures()
 
     def run(self, trainer: L.Trainer, datamodule: L.LightningDataModule, folder: Path) -> dict[str, Any]:
         """Make the decoder; its vocabulary comes from the `train` reports alone. Then train."""
@@ -95,14 +99,13 @@ class ReportTask(TrainedTask):
 
     def _ct_tokens(self, batch: CTBatch) -> Tensor:
         """(B, T, D_c), computed once a volume, since the encoder is frozen."""
-        rows = batch.row.tolist()
-        new = [index for index, row in enumerate(rows) if row not in self._tokens]
-        if new:
-            self.encoder.eval()
-            with torch.no_grad():
-                for index, tokens in zip(new, self.encoder(batch.volume[new]).tokens, strict=True):
-                    self._tokens[rows[index]] = tokens
-        return torch.stack([self._tokens[row] for row in rows])
+        return self._tokens(batch.row.tolist(), lambda new: self._frozen(batch.volume[new])).to(batch.volume.device)
+
+    @torch.no_grad()
+    def _frozen(self, volume: Tensor) -> Tensor:
+        self.encoder.eval()
+        tokens: Tensor = self.encoder(volume).tokens
+        return tokens
 
     def _loss(self, batch: CTBatch) -> Tensor:
         assert self.decoder is not None
@@ -139,7 +142,7 @@ class ReportTask(TrainedTask):
         assert self.decoder is not None
         if rank() == 0:
             self.decoder.save(folder / "artefact", {"dual-encoder": self.artefact.fingerprint})
-        metrics = last_values(trainer)
+        metrics = last_values(self)
         test = datamodule.with_text(datamodule.manifest.split("test"))
         test = test.where(~test.frame["study_id"].duplicated().to_numpy())
         outputs: list[Any] = trainer.predict(self, dataloaders=datamodule.loader(test)) or [] if len(test) else []

@@ -1,0 +1,197 @@
+"""Checkpoints from which a run goes on exactly: weights, optimiser, schedule, place in the epoch, random state, sums.
+
+A checkpoint is taken **before a training batch**, when everything of the batch before it is done: Lightning's progress
+then says how many batches are complete, and neither a batch nor a log row is lost or doubled. It is taken at the first
+batch of every epoch but the first, every so many minutes, before the last batch of an epoch whose validation takes long,
+when a signal asks the run to stop, and once when training is over.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import lightning as L
+import torch
+
+from ctx_distill import signals
+from ctx_distill.callbacks import random_state
+from ctx_distill.callbacks.checkpoint_files import BEST, LAST, OWN, PREVIOUS, part_of, settle
+from ctx_distill.distributed import any_rank, gather_objects, rank
+from ctx_distill.errors import InputError
+
+LONG_VALIDATION = 60.0
+"""Seconds from which on a validation is not put at risk with the epoch before it."""
+
+
+class Resumable(Protocol):
+    """What a task keeps of its own in a checkpoint, beyond its weights."""
+
+    def rank_state(self) -> dict[str, Any]:
+        """State of this rank alone."""
+
+    def load_rank_state(self, state: dict[str, Any]) -> None:
+        """Take `rank_state` back."""
+
+
+class Checkpoints(L.Callback):
+    """Writes and restores the checkpoints of a training stage.
+
+    Args:
+        folder: where they go.
+        minutes: between two within an epoch.
+        identity: of the run, by name; a checkpoint carries it, and `checkpoint_files.standing` compares it.
+        monitor: name of the logged value whose lowest point `best.ckpt` keeps; None keeps none.
+    """
+
+    def __init__(
+        self, folder: Path, minutes: float, identity: Mapping[str, str | None], monitor: str | None = None
+    ) -> None:
+        self.folder, self.minutes, self.identity, self.monitor = folder, minutes, dict(identity), monitor
+        self.best: float | None = None
+        self.logged: dict[str, float] = {}
+        self._restored: dict[str, Any] | None = None
+        self._over = False
+        self._saved_step, self._saved_at = -1, time.monotonic()
+        self._validation_began, self._validation_s = 0.0, 0.0
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Note signals here rather than where Lightning would end the epoch on them; drop what a kill left half-written."""
+        del pl_module
+        signals.install()
+        if trainer.is_global_zero:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for left in self.folder.glob(".*.part"):
+                left.unlink(missing_ok=True)
+        self._saved_at = time.monotonic()
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Take up the random state that was saved before this batch; write a checkpoint where one is due."""
+        del batch
+        if self._restored is not None:
+            self._take_up(trainer, pl_module)
+        last_batch = batch_idx + 1 == trainer.num_training_batches
+        asked, due = any_rank(
+            signals.requested() is not None,
+            time.monotonic() - self._saved_at >= 60 * self.minutes
+            or (last_batch and self._validation_s >= LONG_VALIDATION),
+        )
+        if asked or due or (batch_idx == 0 and trainer.current_epoch > 0):
+            self._save(trainer)
+        if asked:
+            raise signals.StopRequested(f"step {trainer.global_step}")
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The trained weights, and what was logged last."""
+        del pl_module
+        self._over = True
+        self.logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        self._save(trainer, again=True)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Time the validation."""
+        del trainer, pl_module
+        self._validation_began = time.monotonic()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Know how long it took."""
+        del trainer, pl_module
+        self._validation_s = time.monotonic() - self._validation_began
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keep the weights of the lowest validation loss."""
+        del pl_module
+        value = None if self.monitor is None else trainer.callback_metrics.get(self.monitor)
+        if value is None or not (self.best is None or float(value) < self.best):
+            return
+        self.best = float(value)
+        weights = trainer.strategy.lightning_module_state_dict()
+        path = self.folder / BEST
+        if trainer.is_global_zero:
+            with self._room(trainer, path):
+                torch.save({"state_dict": weights, "global_step": trainer.global_step}, part_of(path))
+                settle(path)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add what Lightning's state lacks."""
+        own = random_state.capture() | {"task": cast(Resumable, pl_module).rank_state()}
+        loop = trainer.fit_loop.epoch_loop
+        if not self._over:
+            # The batch that comes now may be the last one; the last that is complete is not.
+            checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"] = False
+        checkpoint[OWN] = {
+            "identity": self.identity,
+            "ranks": gather_objects([own]),
+            "batches_that_stepped": loop._batches_that_stepped,
+            "best": self.best,
+            "logged": self.logged,
+            "over": self._over,
+        }
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep what `on_save_checkpoint` added until the first batch."""
+        del trainer
+        own = checkpoint[OWN]
+        self.best, self.logged = own["best"], own["logged"]
+        self._restored, self._saved_step = own, int(checkpoint["global_step"])
+        if own["over"]:
+            cast(Resumable, pl_module).load_rank_state(self._own_rank()["task"])
+
+    def _own_rank(self) -> dict[str, Any]:
+        assert self._restored is not None
+        ranks: list[dict[str, Any]] = self._restored["ranks"]
+        return ranks[rank() % len(ranks)]
+
+    def _take_up(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert self._restored is not None
+        ranks = len(self._restored["ranks"])
+        if ranks != trainer.world_size and trainer.is_global_zero:
+            print(
+                f"resumed with {trainer.world_size} ranks from a checkpoint of {ranks}: the run goes on, not bit for bit"
+            )
+        own = self._own_rank()
+        cast(Resumable, pl_module).load_rank_state(own["task"])
+        random_state.restore(own)
+        # Lightning adds a step to what it restores in mid-epoch, as if the batch were done that is run now.
+        trainer.fit_loop.epoch_loop._batches_that_stepped = self._restored["batches_that_stepped"]
+        self._restored = None
+
+    def _save(self, trainer: L.Trainer, again: bool = False) -> None:
+        if trainer.global_step == self._saved_step and not again:
+            return
+        for logger in trainer.loggers:
+            logger.save()
+        path = self.folder / LAST
+        with self._room(trainer, path):
+            trainer.save_checkpoint(part_of(path))
+            if trainer.is_global_zero:
+                settle(path, keep=self.folder / PREVIOUS)
+        self._saved_step, self._saved_at = trainer.global_step, time.monotonic()
+
+    def _room(self, trainer: L.Trainer, path: Path) -> _Room:
+        return _Room(path, trainer.global_step, self._saved_step)
+
+
+class _Room:
+    """A disk without room is a clear error, and leaves nothing half-written."""
+
+    def __init__(self, path: Path, step: int, before: int) -> None:
+        self.path, self.step, self.before = path, step, before
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if error is None:
+            return
+        part_of(self.path).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            stands = f"that of step {self.before} stands" if self.before >= 0 else "none stands yet"
+            raise InputError(
+                f"{self.path}: the checkpoint of step {self.step} cannot be written ({error.strerror or error}); {stands}."
+                " Make room, or make it writable, and give the same command again."
+            ) from error
