@@ -2,28 +2,29 @@
 
 faiss after torch, always: imported before torch, a parallel search followed by a fork hangs the forked DataLoader
 workers. Importing this module imports torch first. DataLoader workers never search: lookups belong to the training
-process.
+process, and a worker that asks is refused.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.metadata
-import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
+from ctx_distill.retrieval.exact import WIDE, exact_neighbours
 from ctx_distill.types import InputError
 
 IndexKind = Literal["exact", "ivf", "hnsw"]
 Device = Literal["auto", "cpu", "gpu"]
+Placement = Literal["replicated", "sharded"]
 INDEX_FILE = "index.faiss"
-HNSW_NEIGHBOURS = 32
 BLAS_FROM_BATCH = 2
 """Flat search goes through BLAS from this many queries on: 3.7 to 7 times faster at batches of 20 to 128."""
 
@@ -54,8 +55,33 @@ def refuse_two_faiss() -> None:
         )
 
 
+def faiss_module() -> Any:
+    """The faiss module.
+
+    Raises:
+        InputError: none or several are installed.
+        RuntimeError: asked for in a DataLoader worker.
+    """
+    refuse_worker()
+    return _import_faiss()
+
+
+def refuse_worker() -> None:
+    """Lookups belong to the training process: FAISS in a forked DataLoader worker hangs or fails.
+
+    Raises:
+        RuntimeError: this is a DataLoader worker.
+    """
+    worker = get_worker_info()
+    if worker is not None:
+        raise RuntimeError(
+            f"DataLoader worker {worker.id} of {worker.num_workers} asked the X-ray index; expected the training process "
+            "alone to ask it. Look neighbours up in the task's step, not in a dataset, transform or collate function."
+        )
+
+
 @functools.cache
-def _faiss() -> Any:
+def _import_faiss() -> Any:
     refuse_two_faiss()
     import faiss
 
@@ -63,11 +89,43 @@ def _faiss() -> Any:
     return faiss
 
 
-def _as_matrix(rows: Tensor | NDArray[np.floating]) -> NDArray[np.float32]:
+def as_matrix(rows: Tensor | NDArray[np.floating]) -> NDArray[np.float32]:
     array = rows.detach().cpu().float().numpy() if isinstance(rows, Tensor) else np.asarray(rows)
     if array.ndim != 2:
         raise ValueError(f"index got an array of shape {array.shape}; expected (rows, dimension)")
     return np.ascontiguousarray(array, dtype=np.float32)
+
+
+class KeyIndex(Protocol):
+    """What answers for the nearest keys: `XrayIndex`, or `ShardedIndex` over the ranks."""
+
+    def __len__(self) -> int:
+        """Number of keys."""
+        ...
+
+    @property
+    def dimension(self) -> int:
+        """Dimension of keys and queries."""
+        ...
+
+    def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Similarity (B, k) float32 and position (B, k) int64 of the k nearest keys of queries (B, D)."""
+        ...
+
+
+def check_query(dimension: int, expected: int, k: int, rows: int) -> None:
+    """Check what an index is asked.
+
+    Raises:
+        InputError: the dimension differs, or k is larger than the index.
+    """
+    if dimension != expected:
+        raise InputError(
+            f"queries have {dimension} dimensions, the X-ray index {expected}. "
+            "Embed the reports with the expert that the index was built with, or build the index again."
+        )
+    if not 1 <= k <= rows:
+        raise InputError(f"{k} neighbours asked of an index of {rows} X-rays. Ask for 1 to {rows}.")
 
 
 class XrayIndex:
@@ -105,41 +163,53 @@ class XrayIndex:
             k: neighbours.
 
         Returns:
-            Similarity (B, k) float32 and position (B, k) int64, on the queries' device. Never an empty place.
+            Similarity (B, k) float32 and position (B, k) int64, on the queries' device. Never an empty place. Exact
+            search breaks ties by position, and a query's result does not depend on the others of its batch.
 
         Raises:
             InputError: the dimension differs, or k is larger than the index.
+            RuntimeError: asked in a DataLoader worker.
         """
-        array = _as_matrix(queries)
-        if array.shape[1] != self.dimension:
-            raise InputError(
-                f"queries have {array.shape[1]} dimensions, the X-ray index {self.dimension}. "
-                "Embed the reports with the expert that the index was built with, or build the index again."
-            )
-        if not 1 <= k <= len(self):
-            raise InputError(f"{k} neighbours asked of an index of {len(self)} X-rays. Ask for 1 to {len(self)}.")
+        refuse_worker()
+        array = as_matrix(queries)
+        check_query(array.shape[1], self.dimension, k, len(self))
         if len(array) == 0:
             return queries.new_zeros((0, k), dtype=torch.float32), queries.new_zeros((0, k), dtype=torch.int64)
-        similarity, position = self._index.search(array, k)
-        # Approximate indexes leave places empty (-1) where few lists or links were visited: search those in full.
-        short = np.flatnonzero((position < 0).any(axis=1))
-        if len(short):
-            similarity[short], position[short] = self._exhaustive(array[short], k)
+        if self.kind == "exact":
+            similarity, position = exact_neighbours(self._find, self._keys, array, k)
+        else:
+            similarity, position = self._find(array, k)
+            # Approximate indexes leave places empty (-1) where few lists or links were visited: search those in full.
+            short = np.flatnonzero((position < 0).any(axis=1))
+            if len(short):
+                similarity[short], position[short] = self._exhaustive(array[short], k)
         return torch.from_numpy(similarity).to(queries.device), torch.from_numpy(position).to(queries.device)
+
+    def _find(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        found: tuple[NDArray[np.float32], NDArray[np.int64]]
+        found = (self._cpu if k > WIDE else self._index).search(queries, k)
+        return found
+
+    @functools.cached_property
+    def _keys(self) -> NDArray[np.float32]:
+        """The keys of an exact index where they lie, without a copy."""
+        flat = faiss_module().rev_swig_ptr(self._cpu.get_xb(), len(self) * self.dimension)
+        keys: NDArray[np.float32] = flat.reshape(len(self), self.dimension)
+        return keys
 
     def _exhaustive(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         if self.kind == "ivf":
-            wide = _faiss().SearchParametersIVF(nprobe=self._cpu.nlist)
+            wide = faiss_module().SearchParametersIVF(nprobe=self._cpu.nlist)
             similarity, position = self._cpu.search(queries, k, params=wide)
         else:  # keys that no link of the HNSW graph reaches are found by comparing with all
             keys = self._cpu.reconstruct_n(0, len(self))
-            similarity, position = _faiss().knn(queries, keys, k, metric=_faiss().METRIC_INNER_PRODUCT)
+            similarity, position = knn(queries, keys, k)
         return similarity, position
 
     def save(self, path: Path) -> None:
         """Write the index, whole or not at all."""
         part = path.with_name(f".{path.name}.part")
-        _faiss().write_index(self._cpu, str(part))
+        faiss_module().write_index(self._cpu, str(part))
         part.replace(path)
 
     @classmethod
@@ -149,7 +219,7 @@ class XrayIndex:
         Raises:
             InputError: the file is missing, torn, or not one of this project's indexes.
         """
-        faiss = _faiss()
+        faiss = faiss_module()
         if not path.is_file():
             raise InputError(f"{path}: no X-ray index here. Run stage 1 (make stage-1) to build it.")
         try:
@@ -168,88 +238,50 @@ class XrayIndex:
         return cls(index, kind, device)
 
 
-def _on_device(index: Any, kind: IndexKind, device: Device) -> Any:
-    """The index on this process's GPU where there is one and FAISS has a GPU form of this kind."""
-    faiss = _faiss()
+def knn(
+    queries: NDArray[np.float32], keys: NDArray[np.float32], k: int
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """The k nearest of keys (N, D) that lie in no index, by inner product, compared with all: (B, k) each."""
+    faiss = faiss_module()
+    found: tuple[NDArray[np.float32], NDArray[np.int64]]
+    found = faiss.knn(queries, keys, k, metric=faiss.METRIC_INNER_PRODUCT)
+    return found
+
+
+def gpu_wanted(device: Device) -> bool:
+    """Whether an index goes onto this process's GPU.
+
+    Raises:
+        InputError: it is to, and FAISS sees no GPU.
+    """
+    faiss = faiss_module()
     gpus = faiss.get_num_gpus() if hasattr(faiss, "StandardGpuResources") else 0
     if device == "gpu" and gpus == 0:
         raise InputError(
             "the X-ray index was asked onto a GPU, but FAISS sees none. "
             'Install "ctx-distill[gpu]" on a machine with an NVIDIA driver, or set device to auto or cpu.'
         )
-    if device == "cpu" or gpus == 0 or kind == "hnsw":
+    return device != "cpu" and gpus > 0
+
+
+def flat_on_gpu(keys: NDArray[np.float32], chunk: int = 262_144) -> Any:
+    """An exact index over keys (N, D) on this process's GPU, filled part by part: the host holds no copy."""
+    faiss = faiss_module()
+    config = faiss.GpuIndexFlatConfig()
+    config.device = _gpu()
+    index = faiss.GpuIndexFlatIP(faiss.StandardGpuResources(), keys.shape[1], config)
+    for start in range(0, len(keys), chunk):
+        index.add(np.ascontiguousarray(keys[start : start + chunk]))
+    return index
+
+
+def _gpu() -> int:
+    return torch.cuda.current_device() if torch.cuda.is_available() else 0
+
+
+def _on_device(index: Any, kind: IndexKind, device: Device) -> Any:
+    """The index on this process's GPU where there is one and FAISS has a GPU form of this kind."""
+    if not gpu_wanted(device) or kind == "hnsw":
         return index
-    place = torch.cuda.current_device() if torch.cuda.is_available() else 0
-    return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), place, index)
-
-
-def recall_at_1(index: XrayIndex, keys: Tensor | NDArray[np.floating], queries: Tensor) -> float:
-    """Share of queries whose first neighbour is as near as the nearest of all keys.
-
-    Args:
-        index: an index over the keys.
-        keys: (N, D).
-        queries: (Q, D) unit rows.
-    """
-    exact = build_index(keys, "exact", device="cpu")
-    best, _ = exact.search(queries, 1)
-    found, _ = index.search(queries, 1)
-    return float((found >= best - 1e-5).float().mean())
-
-
-def build_index(
-    keys: Tensor | NDArray[np.floating],
-    kind: IndexKind = "exact",
-    device: Device = "auto",
-    nprobe: int = 8,
-    probes: Tensor | None = None,
-    minimum_recall: float | None = None,
-) -> XrayIndex:
-    """Build an index over the keys.
-
-    Args:
-        keys: (N, D) unit rows.
-        kind: `exact`; `ivf` (inverted lists, about 4 sqrt(N) of them); `hnsw` (a graph).
-        device: `auto`: the GPU where FAISS has one.
-        nprobe: lists visited a query (ivf).
-        probes: (Q, D) queries to measure recall@1 of an approximate index with; default: up to 256 keys, disturbed.
-        minimum_recall: refuse an approximate index below it.
-
-    Raises:
-        InputError: no keys, keys that are not finite, or recall below the minimum.
-    """
-    faiss = _faiss()
-    array = _as_matrix(keys)
-    rows, dimension = array.shape
-    if rows == 0:
-        raise InputError("no X-rays to index; expected at least one. See what the X-ray manifest's filters left out.")
-    # Not isfinite(array): that would be a second array as long as the first.
-    if not np.isfinite(array.sum(axis=1)).all():
-        bad = int(np.flatnonzero(~np.isfinite(array.sum(axis=1)))[0])
-        raise InputError(f"key {bad} of the X-ray index is not finite. Check the expert's weights and the item's text.")
-    if kind == "exact":
-        index: Any = faiss.IndexFlatIP(dimension)
-    elif kind == "hnsw":
-        index = faiss.IndexHNSWFlat(dimension, HNSW_NEIGHBOURS, faiss.METRIC_INNER_PRODUCT)
-        index.hnsw.efConstruction, index.hnsw.efSearch = 80, 64
-    elif kind == "ivf":
-        lists = max(1, min(round(4 * math.sqrt(rows)), rows // 39))  # k-means wants 39 points a list
-        index = faiss.IndexIVFFlat(faiss.IndexFlatIP(dimension), dimension, lists, faiss.METRIC_INNER_PRODUCT)
-        index.train(array)
-        index.nprobe = min(nprobe, lists)
-    else:
-        raise ValueError(f"index kind is {kind!r}; expected exact, ivf or hnsw")
-    index.add(array)
-    built = XrayIndex(index, kind, device)
-    if kind != "exact":
-        if probes is None:
-            draw = np.random.default_rng(0)
-            base = array[draw.choice(rows, min(rows, 256), replace=False)]
-            probes = torch.from_numpy(base + draw.normal(0, 0.3 / math.sqrt(dimension), base.shape).astype(np.float32))
-        built.recall = recall_at_1(built, array, torch.nn.functional.normalize(probes.float(), dim=-1))
-        if minimum_recall is not None and built.recall < minimum_recall:
-            raise InputError(
-                f"recall@1 of the {kind} index is {built.recall:.3f}; expected at least {minimum_recall}. "
-                "Raise nprobe, or use kind exact."
-            )
-    return built
+    faiss = faiss_module()
+    return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), _gpu(), index)

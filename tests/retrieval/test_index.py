@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ctx_distill.retrieval import index as index_module
-from ctx_distill.retrieval.index import XrayIndex, build_index, recall_at_1, refuse_two_faiss
+from ctx_distill.retrieval.build import build_index, recall_at_1
+from ctx_distill.retrieval.index import XrayIndex, refuse_two_faiss
 from ctx_distill.types import InputError
 
 
@@ -141,7 +142,8 @@ def test_importing_the_package_does_not_import_faiss() -> None:
 FORK = """
 import torch
 from torch.utils.data import DataLoader
-from ctx_distill.retrieval.index import build_index, _faiss
+from ctx_distill.retrieval.build import build_index
+from ctx_distill.retrieval.index import faiss_module
 
 class Items(torch.utils.data.Dataset):
     def __len__(self):
@@ -153,7 +155,7 @@ if __name__ == "__main__":
     torch.set_num_threads(2)
     keys = torch.nn.functional.normalize(torch.randn(20000, 32), dim=-1)
     index = build_index(keys)
-    _faiss().omp_set_num_threads(2)
+    faiss_module().omp_set_num_threads(2)
     for batch in (1, 64):
         assert index.search(keys[:batch], 3)[1][:, 0].tolist() == list(range(batch))
     for _ in range(2):

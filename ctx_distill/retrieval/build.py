@@ -1,0 +1,117 @@
+"""Building the index: from keys in memory or memory-mapped, added part by part, its recall measured against exact."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ctx_distill.retrieval.index import Device, IndexKind, XrayIndex, as_matrix, faiss_module, knn
+from ctx_distill.types import InputError
+
+HNSW_NEIGHBOURS = 32
+CHUNK = 65_536
+POINTS_A_LIST = 39
+"""What FAISS's k-means wants at least, an inverted list."""
+TRAINING_POINTS = 64
+"""Keys a list that k-means learns from; more change the recall little."""
+
+Keys = Tensor | NDArray[np.floating]
+
+
+def recall_at_1(index: XrayIndex, keys: Keys, queries: Tensor) -> float:
+    """Share of queries whose first neighbour is as near as the nearest of all keys.
+
+    Args:
+        index: an index over the keys.
+        keys: (N, D).
+        queries: (Q, D) unit rows.
+    """
+    asked = as_matrix(queries)
+    best = np.full(len(asked), -np.inf, dtype=np.float32)
+    for start in range(0, len(keys), CHUNK):
+        part = as_matrix(keys[start : start + CHUNK])
+        best = np.maximum(best, knn(asked, part, 1)[0][:, 0])
+    found, _ = index.search(queries, 1)
+    return float((found[:, 0].cpu().numpy() >= best - 1e-5).mean())
+
+
+def construct(keys: Keys, kind: IndexKind = "exact", device: Device = "auto", nprobe: int = 8) -> XrayIndex:
+    """An index over the keys, its recall not measured; see `build_index`.
+
+    Keys are read part by part, so that memory-mapped ones are never held a second time beside the index.
+    """
+    faiss = faiss_module()
+    rows, dimension = keys.shape
+    if rows == 0:
+        raise InputError("no X-rays to index; expected at least one. See what the X-ray manifest's filters left out.")
+    if kind == "exact":
+        index: Any = faiss.IndexFlatIP(dimension)
+    elif kind == "hnsw":
+        index = faiss.IndexHNSWFlat(dimension, HNSW_NEIGHBOURS, faiss.METRIC_INNER_PRODUCT)
+        index.hnsw.efConstruction, index.hnsw.efSearch = 80, 64
+    elif kind == "ivf":
+        lists = max(1, min(round(4 * math.sqrt(rows)), rows // POINTS_A_LIST))
+        index = faiss.IndexIVFFlat(faiss.IndexFlatIP(dimension), dimension, lists, faiss.METRIC_INNER_PRODUCT)
+        chosen = np.sort(np.random.default_rng(0).choice(rows, min(rows, TRAINING_POINTS * lists), replace=False))
+        index.train(_finite(as_matrix(keys[chosen]), 0))
+        index.nprobe = min(nprobe, lists)
+    else:
+        raise ValueError(f"index kind is {kind!r}; expected exact, ivf or hnsw")
+    for start in range(0, rows, CHUNK):
+        index.add(_finite(as_matrix(keys[start : start + CHUNK]), start))
+    return XrayIndex(index, kind, device)
+
+
+def _finite(part: NDArray[np.float32], start: int) -> NDArray[np.float32]:
+    good = np.isfinite(part.sum(axis=1))
+    if not good.all():
+        bad = start + int(np.flatnonzero(~good)[0])
+        raise InputError(f"key {bad} of the X-ray index is not finite. Check the expert's weights and the item's text.")
+    return part
+
+
+def build_index(
+    keys: Keys,
+    kind: IndexKind = "exact",
+    device: Device = "auto",
+    nprobe: int = 8,
+    probes: Tensor | None = None,
+    minimum_recall: float | None = None,
+) -> XrayIndex:
+    """Build an index over the keys.
+
+    Args:
+        keys: (N, D) unit rows.
+        kind: `exact`; `ivf` (inverted lists, about 4 sqrt(N) of them); `hnsw` (a graph).
+        device: `auto`: the GPU where FAISS has one.
+        nprobe: lists visited a query (ivf).
+        probes: (Q, D) queries to measure recall@1 of an approximate index with; default: up to 256 keys, disturbed.
+        minimum_recall: refuse an approximate index below it.
+
+    Raises:
+        InputError: no keys, keys that are not finite, or recall below the minimum.
+    """
+    built = construct(keys, kind, device, nprobe)
+    if kind != "exact":
+        if probes is None:
+            probes = disturbed(keys)
+        built.recall = recall_at_1(built, keys, torch.nn.functional.normalize(probes.float(), dim=-1))
+        if minimum_recall is not None and built.recall < minimum_recall:
+            raise InputError(
+                f"recall@1 of the {kind} index is {built.recall:.3f}; expected at least {minimum_recall}. "
+                "Raise nprobe, or use kind exact."
+            )
+    return built
+
+
+def disturbed(keys: Keys, queries: int = 256) -> Tensor:
+    """(Q, D): up to so many keys, drawn at random and disturbed by noise of length .3."""
+    rows, dimension = keys.shape
+    draw = np.random.default_rng(0)
+    base = as_matrix(keys[draw.choice(rows, min(rows, queries), replace=False)])
+    return torch.from_numpy(base + draw.normal(0, 0.3 / math.sqrt(dimension), base.shape).astype(np.float32))
