@@ -9,8 +9,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from ctx_distill.models.compute import ComputeSettings
 from ctx_distill.types import EncoderOutput, InputError
 
 
@@ -18,18 +22,53 @@ class CTEncoder(nn.Module, ABC):
     """f in h = f(V): (B, 1, D, H, W) to a pooled embedding (B, D_c) and tokens (B, T, D_c).
 
     A subclass stores its arguments under `init_args` (plain JSON values), which is all that is needed to build it again.
+    How it is computed (`compute_with`) is no part of that.
 
     Attributes:
         embed_dim: D_c.
         init_args: arguments of the constructor.
+        convolutional: whether `channels_last` serves it.
     """
 
     embed_dim: int
     init_args: dict[str, Any]
+    convolutional = False
+    _checkpointing = False
+    _channels_last = False
 
     @abstractmethod
     def forward(self, volume: Tensor) -> EncoderOutput:
         """Encode volumes (B, 1, D, H, W) scaled as the volume spec says; tokens in D, H, W order."""
+
+    def compute_with(self, settings: ComputeSettings, device: torch.device) -> None:
+        """Set how it is computed in training; names and values of its weights stay as they are.
+
+        Args:
+            settings: see `ComputeSettings`.
+            device: that it will be on.
+        """
+        self._checkpointing = settings.checkpointing
+        chosen = settings.channels_last
+        if chosen is None:
+            chosen = self.convolutional and settings.compile and device.type == "cuda"
+        self._channels_last = chosen
+        if chosen:
+            self.to(memory_format=torch.channels_last_3d)
+        if settings.compile:
+            self.compile()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """In training as `compute_with` said; in evaluation never compiled."""
+        call: Any = super().__call__ if self.training else self._call_impl
+        return call(*args, **kwargs)
+
+    def _through(self, block: nn.Module, x: Tensor) -> Tensor:
+        """The block's output, its activations kept or, with checkpointing, computed again in backward."""
+        if self._checkpointing and self.training and torch.is_grad_enabled():
+            again: Tensor = checkpoint(block, x, use_reentrant=False)
+            return again
+        out: Tensor = block(x)
+        return out
 
     def layers(self) -> list[list[nn.Module]]:
         """The modules by depth, the input's first: what layer-wise learning-rate decay goes by."""
@@ -97,6 +136,8 @@ class ResNet3D(CTEncoder):
     The grid is the input divided by stem_stride * (2 with max_pool) * 4 * last_stride along each axis, rounded up.
     """
 
+    convolutional = True
+
     def __init__(
         self,
         variant: Literal["small", "resnet10", "resnet18", "resnet34", "resnet50"] = "small",
@@ -154,9 +195,13 @@ class ResNet3D(CTEncoder):
     def forward(self, volume: Tensor) -> EncoderOutput:
         """Encode volumes (B, 1, D, H, W) of any size; tokens in D, H, W order."""
         _check_volume(volume, "ResNet3D")
-        x = self.stem(volume)
-        for stage in self.stages:
-            x = stage(x)
+        if self._channels_last:
+            volume = volume.contiguous(memory_format=torch.channels_last_3d)
+        x = self._through(self.stem, volume)
+        stages: list[Any] = list(self.stages)
+        for stage in stages:
+            for block in stage:
+                x = self._through(block, x)
         tokens = x.flatten(2).transpose(1, 2)
         return EncoderOutput(pooled=tokens.mean(dim=1), tokens=tokens)
 
@@ -164,6 +209,26 @@ class ResNet3D(CTEncoder):
         """Stem, then each residual block."""
         stages: list[Any] = list(self.stages)
         return [[self.stem], *([block] for stage in stages for block in stage)]
+
+
+class _Attention(nn.Module):
+    """MONAI's self-attention through `scaled_dot_product_attention`: no (T, T) matrix in memory (Dao et al. 2022).
+
+    MONAI's own `use_flash_attention` drops attention weights in evaluation too.
+    """
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        self.qkv, self.out_proj, self.drop_output = block.qkv, block.out_proj, block.drop_output
+        self.heads, self.dropout = block.num_heads, block.dropout_rate
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        """(B, T, C) to the same; no mask is taken, since a volume has none."""
+        del attn_mask
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+        out: Tensor = self.drop_output(self.out_proj(mixed.transpose(1, 2).flatten(2)))
+        return out
 
 
 _VITS: dict[str, tuple[int, int, int]] = {"small": (128, 4, 4), "vit_s": (384, 12, 6), "vit_b": (768, 12, 12)}
@@ -205,10 +270,10 @@ class ViT3D(CTEncoder):
             spatial_dims=3, qkv_bias=True,
         )  # fmt: skip
         self.patch_embedding, self.blocks, self.norm = net.patch_embedding, net.blocks, net.norm
-        for (
-            block
-        ) in net.blocks:  # MONAI always makes these, without a use here: DDP waits for gradients of all parameters
+        for block in net.blocks:
+            # MONAI always makes these, without a use here: DDP waits for gradients of all parameters.
             block.norm_cross_attn, block.cross_attn = nn.Identity(), nn.Identity()
+            block.attn = _Attention(block.attn)
         self.embed_dim = width
         self._img_size = size
         self.init_args = {
@@ -232,7 +297,7 @@ class ViT3D(CTEncoder):
             )
         x = self.patch_embedding(volume)
         for block in self.blocks:
-            x = block(x)
+            x = self._through(block, x)
         tokens = self.norm(x)
         return EncoderOutput(pooled=tokens.mean(dim=1), tokens=tokens)
 
