@@ -17,7 +17,20 @@ RECORD ?= $(RUN)
 CT ?= 480
 XRAY ?= 1000
 SEED ?= 0
+NODES ?= 1
+GPUS ?= 1
+TASKS ?=
+CPUS ?=
+TIME ?=
+PARTS ?=
+PREPARED ?=
+DRY ?=
+# As they were given: a $ in them is the job's, not make's.
+override SBATCH := $(value SBATCH)
+override SBATCH_PREPARE := $(value SBATCH_PREPARE)
+override SETUP := $(value SETUP)
 
+export SBATCH SBATCH_PREPARE SETUP
 export UV_PYTHON_DOWNLOADS = never
 export MALLOC_MMAP_THRESHOLD_ = 268435456
 export MALLOC_TRIM_THRESHOLD_ = 268435456
@@ -32,8 +45,15 @@ READY := $(VENV)/.ready-$(EXTRA)
 CLI := $(VENV)/bin/ctx-distill
 OPTIONS = --data "$(DATA)" --run "$(RUN)" --preset "$(PRESET)" $(if $(EXPERT),--expert "$(EXPERT)") $(if $(FORCE),--force)
 PYTEST := $(VENV)/bin/python -m pytest
+# A login node has no GPU: an environment that stands is taken as it is. `make setup EXTRA=gpu` makes the GPU one.
+STANDING = $(or $(firstword $(wildcard $(VENV)/.ready-*)),$(READY))
+SUBMIT = $(CLI) submit
+JOB = --data "$(DATA)" --run "$(RUN)" --preset "$(PRESET)" $(if $(EXPERT),--expert "$(EXPERT)") $(if $(FORCE),--force) \
+	--nodes "$(NODES)" --gpus "$(GPUS)" $(if $(TASKS),--tasks "$(TASKS)") $(if $(CPUS),--cpus "$(CPUS)") \
+	$(if $(TIME),--time "$(TIME)") $(if $(PARTS),--parts "$(PARTS)") $(if $(PREPARED),--prepared "$(PREPARED)") \
+	--sbatch="$$SBATCH" $(if $(SBATCH_PREPARE),--sbatch-prepare="$$SBATCH_PREPARE") --setup="$$SETUP" $(if $(DRY),--dry-run)
 
-.PHONY: help setup demo data expert all stage-1 stage-2 stage-3 stage-4 ablation page check test test-quick test-slow bench-large-batch bench-data lock clean
+.PHONY: help setup demo data expert all stage-1 stage-2 stage-3 stage-4 ablation page check slurm-stage-1 slurm-stage-2 slurm-stage-3 slurm-stage-4 slurm-expert slurm-prepare slurm-all test-slurm test test-quick test-slow bench-large-batch bench-data lock clean
 
 help: ## list the targets
 	@echo "ctx-distill: chest CT, taught by chest X-ray experts. A research tool, not a medical device."
@@ -81,6 +101,27 @@ stage-3: $(READY) ## robust contrastive alignment of CT and report
 stage-4: $(READY) ## downstream: zero-shot findings, classifier, report decoder
 	@$(CLI) heads $(OPTIONS) $(ARGS)
 
+slurm-stage-1: $(STANDING) ## the same as SLURM jobs: NODES= GPUS= (or GPUS=0 TASKS=) CPUS= TIME= SBATCH= SETUP= DRY=1
+	@$(SUBMIT) index $(JOB) $(ARGS)
+
+slurm-stage-2: $(STANDING)
+	@$(SUBMIT) distill $(JOB) $(ARGS)
+
+slurm-stage-3: $(STANDING)
+	@$(SUBMIT) align $(JOB) $(ARGS)
+
+slurm-stage-4: $(STANDING)
+	@$(SUBMIT) heads $(JOB) $(ARGS)
+
+slurm-expert: $(STANDING)
+	@$(SUBMIT) expert $(JOB) $(ARGS)
+
+slurm-prepare: $(STANDING) ## the volumes of DATA/ct.csv prepared by an array of PARTS jobs
+	@$(SUBMIT) prepare $(JOB) $(ARGS)
+
+slurm-all: $(STANDING) ## all of it: preparing as an array, then the stages, each after those that it needs
+	@$(SUBMIT) all $(JOB) $(ARGS)
+
 ablation: RUN = runs/ablation
 ablation: DATA = runs/ablation/data
 ablation: PRESET = ablation
@@ -106,6 +147,10 @@ test: check ## check, then all tests but the slow ones; at most 12 minutes
 
 test-slow: $(READY) ## the slow tests: the whole pipeline, and real scans where they are
 	@$(PYTEST) -m "slow" --durations 15
+
+test-slurm: $(READY) ## a real SLURM of two nodes on this host, with jobs signalled and killed; 8 minutes on 2 cores
+	@tests/slurm/cluster.sh install || [ -z "$$CI" ]
+	@$(PYTEST) -m slurm --durations 15 tests/slurm
 
 bench-large-batch: $(READY) ## memory and time of cached gradients and of chunked logits; 4 minutes on 2 cores
 	@$(VENV)/bin/python benchmarks/large_batch.py

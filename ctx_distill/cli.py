@@ -50,6 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     merge.add_argument("manifests", type=Path, nargs="+", metavar="MANIFEST")
     _add_check(commands.add_parser("check", help="read every image of a manifest and say what is wrong with it"))
     _add_prepare(commands.add_parser("prepare", help="write a manifest's volumes once in the form that training reads"))
+    _add_submit(commands.add_parser("submit", help="write the SLURM job of a stage, or of the whole chain, and submit it"))
     _add_ablation(
         commands.add_parser("ablation", help="compare the parts of the method on one cohort, with paired seeds")
     )
@@ -58,6 +59,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
+    _add_inputs(parser)
+    parser.add_argument("--force", action="store_true", help="run again although it is complete")
+
+
+def _add_inputs(parser: argparse.ArgumentParser) -> None:
     parser.allow_abbrev = False
     parser.add_argument("--data", type=Path, default=Path("runs/demo/data"), metavar="DATA",
                         help="folder holding ct.csv and xray.csv (default: %(default)s)")  # fmt: skip
@@ -67,7 +73,6 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
                         help="demo, base, large, or a YAML file (default: %(default)s)")  # fmt: skip
     parser.add_argument("--expert", default=None, metavar="SOURCE", dest="expert_source",
                         help="an X-ray expert's folder or hf-hub:org/name; default: the run's own")  # fmt: skip
-    parser.add_argument("--force", action="store_true", help="run again although it is complete")
     parser.epilog = "Any other option is a LightningCLI override, such as --trainer.max_epochs=5."
 
 
@@ -128,6 +133,24 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=None, metavar="W", help="processes (default: one a core)")
     parser.add_argument("--array", default=None, metavar="i/n",
                         help="every n-th image from the i-th, from 0 (default: this task of a SLURM array, else all)")  # fmt: skip
+
+
+def _add_submit(parser: argparse.ArgumentParser) -> None:
+    targets = [*STAGES, "heads", "prepare", "all"]
+    parser.add_argument("target", choices=targets, metavar="TARGET", help=", ".join(targets))
+    _add_inputs(parser)
+    add = parser.add_argument
+    add("--nodes", type=int, default=1, metavar="N", help="machines a job (default: %(default)s)")
+    add("--gpus", type=int, default=1, metavar="N", help="GPUs a machine; 0 for CPU jobs (default: %(default)s)")
+    add("--tasks", type=int, default=None, metavar="N", help="processes a machine of CPU jobs (default: 1)")
+    add("--cpus", type=int, default=None, metavar="N", help="cores a process (default: the cluster's)")
+    add("--time", default="", metavar="LIMIT", help="time limit as sbatch takes it (default: the partition's)")
+    add("--sbatch", default="", metavar="OPTIONS", help="more options of sbatch: '--partition=gpu --account=lab'")
+    add("--sbatch-prepare", default=None, metavar="OPTIONS", help="those of the preparing jobs in their place")
+    add("--setup", default="", metavar="LINES", help="shell lines run first in the job: modules, a container")
+    add("--parts", type=int, default=8, metavar="N", help="jobs of the preparing array; 0: none (default: %(default)s)")
+    add("--prepared", type=Path, default=None, metavar="FOLDER", help="of prepared volumes (default: RUN/prepared)")
+    add("--dry-run", action="store_true", help="write and show the scripts only")
 
 
 def _add_ablation(parser: argparse.ArgumentParser) -> None:
@@ -216,6 +239,8 @@ def _dispatch(options: argparse.Namespace, overrides: list[str], given: list[str
         from ctx_distill.page.page import build_page
 
         print(build_page(options.run))
+    elif options.command == "submit":
+        _submit(options, overrides)
     elif options.command == "ablation":
         _ablation(options)
     elif options.command == "weights":
@@ -245,6 +270,16 @@ def _ablation(options: argparse.Namespace) -> None:
     )  # fmt: skip
     with lock_run(options.run, "ctx-distill ablation"):
         print(run_ablation(asked))
+
+
+def _submit(options: argparse.Namespace, overrides: list[str]) -> None:
+    from dataclasses import fields
+
+    from ctx_distill.pipeline.slurm import JobOptions, RunOptions, submit
+
+    asked = JobOptions(**{field.name: getattr(options, field.name) for field in fields(JobOptions)})
+    run = RunOptions(options.data, options.run, options.preset, options.expert_source, overrides)
+    print(submit(options.target, run, asked, options.dry_run))
 
 
 def _weights(options: argparse.Namespace) -> None:

@@ -15,6 +15,7 @@ from ctx_distill.pipeline.plan import Stage
 from ctx_distill.pipeline.run_folder import is_first_process, join_metrics, note_run
 from ctx_distill.pipeline.runner import StageRequest, run_stage
 from ctx_distill.pipeline.table import result_table
+from ctx_distill.pipeline.topology import job_topology
 
 
 def run_stages(stages: list[Stage], options: argparse.Namespace, overrides: list[str]) -> None:
@@ -23,8 +24,15 @@ def run_stages(stages: list[Stage], options: argparse.Namespace, overrides: list
     The caller holds the lock on the run folder.
 
     Raises:
-        InputError: bad input, or an isolated stage that ended with an error.
+        InputError: bad input, or an isolated stage that ended with an error; several stages in one SLURM step of several
+            tasks, since its ranks would pass from stage to stage at different times.
     """
+    topology = job_topology()
+    if topology and topology.size > 1 and len(stages) > 1:
+        raise InputError(
+            f"{len(stages)} stages in one SLURM step of {topology.size} tasks: run them one by one, as `ctx-distill submit"
+            " all` and `ctx-distill submit heads` do."
+        )
     ran = False
     for stage in stages:
         request = StageRequest(stage, options.data, options.run, options.preset, overrides, options.expert_source)

@@ -31,6 +31,7 @@ from ctx_distill.pipeline.run_folder import (
     put_back,
     read_json,
 )
+from ctx_distill.pipeline.topology import TrainerSettings, trainer_settings
 
 MANIFEST_SUFFIXES = (".csv", ".parquet")
 
@@ -135,10 +136,11 @@ def run_stage(request: StageRequest, *, force: bool = False) -> None:
     if request.complete and not force:
         print(f"{stage.title}: complete in {folder} (FORCE=1 runs it again)")
         return
-    if signals.requested() is not None:
+    first = is_first_process()
+    if first and signals.requested() is not None:  # another rank that ended here would leave the first one waiting
         raise signals.StopRequested(f"before {stage.title}")
     request.check_sources()
-    first = is_first_process()
+    job = trainer_settings()
     aside: Path | None = None
     if first:
         if force and folder.exists():
@@ -150,7 +152,7 @@ def run_stage(request: StageRequest, *, force: bool = False) -> None:
         _await_request(folder, request.key)
     started = time.monotonic()
     try:
-        metrics, fingerprint, facts = _execute(request)
+        metrics, fingerprint, facts = _execute(request, job)
     except InputError:
         if first:
             put_back(folder, aside)
@@ -180,12 +182,12 @@ def _await_request(folder: Path, key: str, seconds: float = 300.0) -> None:
         time.sleep(0.5)
 
 
-def _execute(request: StageRequest) -> tuple[dict[str, Any], str, dict[str, Any]]:
+def _execute(request: StageRequest, job: TrainerSettings) -> tuple[dict[str, Any], str, dict[str, Any]]:
     """Build trainer, task and data with LightningCLI and run the task."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from ctx_distill.pipeline.lightning import build
 
-    cli = build(["--config", str(request.folder / "layers.yaml"), *request.overrides])
+    cli = build(["--config", str(request.folder / "layers.yaml"), *job.before, *request.overrides, *job.after])
     if is_first_process():
         cli.parser.save(cli.config, request.folder / "config.yaml", overwrite=True, skip_check=True)
     metrics = cli.model.run(cli.trainer, cli.datamodule, request.folder)
