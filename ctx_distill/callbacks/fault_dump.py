@@ -1,7 +1,7 @@
 """What is known of the step at which a run gave up, in `FOLDER/fault/`.
 
-`step-<n>.json`: loss and manifest rows of every rank (one entry a batch of an accumulated step), gradient norm, learning
-rate a parameter group, the last good norms, and the parameters whose gradient or weight is not finite.
+`step-<n>.json`: loss and manifest rows of every rank (one entry a batch of an accumulated step), gradient norm,
+learning rate a parameter group, the last good norms, and the parameters whose gradient or weight is not finite.
 `step-<n>-rank-<r>.safetensors`: the tensors of each rank's last batch, as the task got them.
 """
 

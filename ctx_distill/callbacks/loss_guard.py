@@ -87,8 +87,8 @@ class LossGuard(L.Callback):
         del pl_module, stage
         if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy)):
             raise InputError(
-                f"trainer.strategy is {type(trainer.strategy).__name__}, whose ranks see the norm of their own shard of "
-                "the gradient; expected DDP, or FSDP2 (ModelParallelStrategy). Set trainer.strategy to one of them."
+                f"trainer.strategy is {type(trainer.strategy).__name__}, whose ranks see the norm of their own shard "
+                "of the gradient; expected DDP, or FSDP2 (ModelParallelStrategy). Set trainer.strategy to one of them."
             )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -225,9 +225,9 @@ class LossGuard(L.Callback):
         worst = _worst(losses)
         usual = f"{median(self._norms):g}" if self._norms else "not known"
         raise InputError(
-            f"training step {trainer.global_step}: {self._in_a_row} bad steps in a row (loss {losses[worst]:g}, gradient "
-            f"norm {norm:g}, median of the last good ones {usual}, manifest rows {rows[worst]} on rank {rank()}); expected "
-            f"finite ones, and a norm of at most {self.explosion:g} times the median. {written} "
+            f"training step {trainer.global_step}: {self._in_a_row} bad steps in a row (loss {losses[worst]:g}, "
+            f"gradient norm {norm:g}, median of the last good ones {usual}, manifest rows {rows[worst]} on rank "
+            f"{rank()}); expected finite ones, and a norm of at most {self.explosion:g} times the median. {written} "
             "Look at those rows (`ctx-distill check`), lower the learning rate, or train in bf16-mixed or 32-true."
         )
 
