@@ -47,12 +47,9 @@ def file_faults(folder: Path, image_paths: Sequence[str]) -> list[tuple[str, str
         full = os.path.join(parent, name)  # noqa: PTH118
         if name in ("..", ".", "") or os.path.islink(full):  # noqa: PTH114
             full = os.path.realpath(full)
-        if full != root and not full.startswith(root.rstrip(os.sep) + os.sep):
-            return (
-                f"{image_path!r}, which leads to {full}, outside the manifest's folder",
-                "move the images (not links to them) under the manifest's folder, or the manifest above them",
-            )
-        return _open_fault(image_path, full)
+        if not _inside(full, root):
+            return _leaves(image_path, full)
+        return _open_fault(image_path, full, root)
 
     with ThreadPoolExecutor(_THREADS) as pool:
         return list(pool.map(fault, image_paths, chunksize=256))
@@ -80,12 +77,23 @@ def faults_by_place(
     return faults, no_folders
 
 
-def _open_fault(image_path: str, full: str) -> tuple[str, str] | None:
+def _inside(full: str, root: str) -> bool:
+    return full == root or full.startswith(root.rstrip(os.sep) + os.sep)
+
+
+def _leaves(image_path: str, full: str) -> tuple[str, str]:
+    return (
+        f"{image_path!r}, which leads to {full}, outside the manifest's folder",
+        "move the images (not links to them) under the manifest's folder, or the manifest above them",
+    )
+
+
+def _open_fault(image_path: str, full: str, root: str) -> tuple[str, str] | None:
     try:
         with open(full, "rb") as file:  # noqa: PTH123
             head = file.read(16)
     except IsADirectoryError:
-        return _folder_fault(image_path, full)
+        return _folder_fault(image_path, full, root)
     except FileNotFoundError:
         hint = "write / between folders" if "\\" in image_path else "correct the path or remove the row"
         return f"{image_path!r}, which does not exist", hint
@@ -102,11 +110,15 @@ def _open_fault(image_path: str, full: str) -> tuple[str, str] | None:
     return None
 
 
-def _folder_fault(image_path: str, full: str) -> tuple[str, str] | None:
+def _folder_fault(image_path: str, full: str, root: str) -> tuple[str, str] | None:
     try:
-        with os.scandir(full) as entries:
-            if not any(entry.is_file() for entry in entries):
-                return f"the folder {image_path!r} without files", "expected a file, or a folder of DICOM slices"
+        with os.scandir(full) as scanned:
+            entries = list(scanned)
+        for entry in entries:
+            if entry.is_symlink() and not _inside(target := os.path.realpath(entry.path), root):
+                return _leaves(f"{image_path}/{entry.name}", target)
+        if not any(entry.is_file() for entry in entries):
+            return f"the folder {image_path!r} without files", "expected a file, or a folder of DICOM slices"
     except OSError as error:
         return f"the folder {image_path!r}, which cannot be opened ({error.strerror})", "give the right to read it"
     return None

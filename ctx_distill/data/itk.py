@@ -100,12 +100,19 @@ def _text_header(path: Path) -> bytes:
 
 
 def _stored_bytes(path: Path, header: bytes) -> int | None:
-    """Bytes that can hold voxels: the file itself, or the one other file that the header names."""
+    """Bytes that can hold voxels: the file itself, or the one other file that the header names.
+
+    A header may not name files elsewhere: a manifest's images stay in its folder.
+    """
     match = _DATA_FILE.search(header)
     name = match.group(1).decode("utf-8", errors="replace") if match else "LOCAL"
     if name.upper() == "LOCAL":
         return path.stat().st_size
-    if "%" in name or " " in name or name.upper().startswith("LIST"):
+    listed = name.upper().startswith("LIST")
+    for other in _listed(path) if listed else [name]:
+        if Path(other).is_absolute() or ".." in Path(other).parts:
+            raise InputError(f"{path}: its voxels are said to be in {other!r}; put that file beside the header")
+    if "%" in name or " " in name or listed:
         return None
     data = path.parent / name
     if not data.is_file():
@@ -113,3 +120,11 @@ def _stored_bytes(path: Path, header: bytes) -> int | None:
             f"{path}: its voxels are said to be in {name!r}, which does not exist; put it beside the header"
         )
     return data.stat().st_size
+
+
+def _listed(path: Path) -> list[str]:
+    """The files that follow a header's LIST, one a line."""
+    with path.open("rb") as file:
+        text = file.read(_HEADER_BYTES).decode("utf-8", errors="replace")
+    after = re.split(r"(?im)^\s*(?:ElementDataFile\s*=|data ?file:)\s*LIST.*$", text, maxsplit=1)
+    return [line.strip() for line in after[-1].splitlines() if line.strip()]

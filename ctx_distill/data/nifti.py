@@ -19,6 +19,7 @@ from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 
 from ctx_distill.data._sizes import check_size
+from ctx_distill.data.hounsfield import to_hounsfield
 from ctx_distill.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ def read_nifti(path: Path) -> tuple[NDArray[Any], NDArray[np.float64]]:
             if compressed:
                 _finish(path, stream)
     voxels = raw.view(dtype).reshape(shape[::-1])
-    return _scaled(voxels, slope, intercept), affine
+    return to_hounsfield(voxels, slope, intercept), affine
 
 
 def _inflated_at_once(file: BinaryIO, offset: int, size: int) -> NDArray[np.uint8] | None:
@@ -180,25 +181,6 @@ def _finish(path: Path, stream: Any) -> None:
             raise InputError(
                 f"{path}: goes on after the voxels that its header declares; the header is wrong or damaged"
             )
-
-
-def _scaled(voxels: NDArray[Any], slope: float, intercept: float) -> NDArray[Any]:
-    if slope == 1.0 and intercept == 0.0:
-        # Byte order: torch knows only the machine's own.
-        return voxels.astype(voxels.dtype.newbyteorder("="), copy=False)
-    if voxels.dtype == np.int16 and slope == 1.0 and intercept.is_integer() and abs(intercept) <= 32767:
-        low, high = int(voxels.min()) + int(intercept), int(voxels.max()) + int(intercept)
-        if low >= -32768 and high <= 32767:
-            return np.asarray(voxels + np.int16(intercept))
-    if voxels.dtype.kind in "iu" and slope == 1.0 and intercept.is_integer() and abs(intercept) < 1 << 20:
-        low, high = int(voxels.min()) + int(intercept), int(voxels.max()) + int(intercept)
-        if low >= -32768 and high <= 32767:  # whole HU that fit: half the memory of float32, and exact
-            shifted = np.add(voxels, int(intercept), dtype=np.int32 if voxels.dtype.itemsize < 4 else np.int64)
-            return np.asarray(shifted, dtype=np.int16)
-    scaled = voxels.astype(np.float32)
-    scaled *= np.float32(slope)
-    scaled += np.float32(intercept)
-    return scaled
 
 
 class _Inflate:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ctx_distill.data.hounsfield import tissue_shares
+from ctx_distill.data.hounsfield import tissue_shares, to_hounsfield
 from ctx_distill.data.remote import read_remote, remote_stamp
 from ctx_distill.data.volume import Volume, read_volume
 from ctx_distill.errors import InputError
@@ -58,7 +58,7 @@ class ScanFile:
                     f" manifest asks for slope {slope:g}, intercept {intercept:g} once more; blank both columns for it, or"
                     " make the manifest again with --release fixed"
                 )
-            voxels = (voxels.astype(np.float32) * np.float32(slope) + np.float32(intercept)).astype(np.float32)
+            voxels = to_hounsfield(voxels, slope, intercept)
         return Volume(voxels, affine, scan.path)
 
     def stamp(self) -> dict[str, object]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from ctx_distill.data.tables import Table
 from ctx_distill.errors import InputError
 from ctx_distill.sources.options import SourceOptions
-from ctx_distill.sources.rows import Built, Row, hashed_split, present, table
+from ctx_distill.sources.rows import Built, Row, hashed_split, label_value, present, table
 from ctx_distill.text.sections import without_marks
 
 LABELS = (
@@ -63,7 +63,8 @@ def _add_split(built: Built, name: str, long: str, folder: Path, release: str, o
     reports = table(
         base / "radiology_text_reports" / f"{long}_reports.csv", "VolumeName", "Findings_EN", "Impressions_EN"
     )
-    labels = _by_volume(base / "multi_abnormality_labels" / f"{name}_predicted_labels.csv", *LABELS)
+    label_table = base / "multi_abnormality_labels" / f"{name}_predicted_labels.csv"
+    labels = _by_volume(label_table, *LABELS)
     metadata = _by_volume(
         base / "metadata" / f"{long}_metadata.csv",
         "XYSpacing", "ZSpacing", "RescaleSlope", "RescaleIntercept", "NumberofSlices",
@@ -81,7 +82,7 @@ def _add_split(built: Built, name: str, long: str, folder: Path, release: str, o
             folder.relative_to(base) / patient / study / volume, image_id,
             findings=without_marks(reports.columns["Findings_EN"][place]),
             impression=without_marks(reports.columns["Impressions_EN"][place]),
-            labels=_labels(labels.get(volume, {})),
+            labels=_labels(label_table, labels.get(volume, {})),
         )  # fmt: skip
         if image_id in UNREADABLE:
             built.left_out["known to be unreadable"] += 1
@@ -113,8 +114,8 @@ def _by_volume(path: Path, *columns: str, required: bool = False) -> dict[str, d
     }
 
 
-def _labels(row: dict[str, str]) -> dict[str, float | None]:
-    return {name.lower(): float(row[name]) if row.get(name, "").strip() else None for name in LABELS} if row else {}
+def _labels(path: Path, row: dict[str, str]) -> dict[str, float | None]:
+    return {name.lower(): label_value(path, name, row[name]) for name in LABELS} if row else {}
 
 
 def _thinnest_first(row: Row, facts: dict[str, str]) -> tuple[float, float, int]:

@@ -11,7 +11,7 @@ from ctx_distill.data.dicom import read_dicom_folder
 from ctx_distill.data.write_nifti import write_nifti
 from ctx_distill.errors import InputError
 from ctx_distill.parallel import in_processes
-from ctx_distill.sources.dicom_series import MIN_SLICES, Series, by_study, find_series
+from ctx_distill.sources.dicom_series import LOCALIZER, MIN_SLICES, Series, by_study, find_series
 from ctx_distill.sources.options import SourceOptions
 from ctx_distill.sources.pseudonyms import Pseudonyms, days_since
 from ctx_distill.sources.rows import Built, Row, hashed_split, table
@@ -71,7 +71,7 @@ def _usable(several: list[Series], scattered: set[str], convert: bool, built: Bu
             other.folder == one.folder
             and len(other.along) >= len(one.along)
             and other is not one
-            and other.reason != "localizer"
+            and other.reason != LOCALIZER
             for other in several
         )
         if one.reason:

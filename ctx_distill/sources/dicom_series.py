@@ -18,6 +18,7 @@ from ctx_distill.parallel import in_processes
 
 ENHANCED_CT = "1.2.840.10008.5.1.4.1.1.2.1"
 SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
+LOCALIZER = "localizer"
 MIN_SLICES = 10
 # A head tilted by a gantry of up to 30 degrees is still axial: the normal's largest part is along the patient.
 _AXIAL = 0.8
@@ -87,25 +88,43 @@ def _series_of_folder(item: tuple[Path, Path]) -> tuple[list[Series], Counter[st
     found: dict[str, Series] = {}
     passed: Counter[str] = Counter()
     for path in sorted(folder.iterdir()):
-        if not path.is_file() or path.is_symlink() or path.name.upper() == "DICOMDIR":
+        if path.is_symlink():
+            passed["symbolic link, which is not followed"] += 1
+            continue
+        if not path.is_file() or path.name.upper() == "DICOMDIR":
             continue
         try:
             header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_TAGS)
-            uid = str(header.get("SeriesInstanceUID") or "")
         except Exception:  # pydicom ends in any of a dozen types on files of other kinds
             passed["file that is not DICOM"] += 1
             continue
-        if not uid or header.get("Rows") is None:
-            passed["DICOM file without an image"] += 1
-            continue
-        if uid not in found:
-            found[uid] = _new(header, uid, folder.relative_to(root))
-        series = found[uid]
-        series.reason = series.reason or _fault(header)
-        along = _along(header)
-        if along is not None:
-            series.along.append(along)
+        try:
+            reason = _add(found, header, folder.relative_to(root))
+        except Exception:  # likewise where a value is asked for
+            reason = "DICOM file with a damaged header"
+        if reason:
+            passed[reason] += 1
+    for series in found.values():
+        # a localizer inside an axial series is passed over by the reader too
+        if not series.along and not series.reason:
+            series.reason = LOCALIZER
     return list(found.values()), passed
+
+
+def _add(found: dict[str, Series], header: Any, folder: Path) -> str:
+    """Count one file to its series; why it is passed over, where it has none."""
+    uid = str(header.get("SeriesInstanceUID") or "")
+    if not uid or header.get("Rows") is None:
+        return "DICOM file without an image"
+    fault, along = _fault(header), _along(header)
+    series = found[uid] if uid in found else _new(header, uid, folder)
+    found[uid] = series
+    if fault == LOCALIZER:
+        return ""
+    series.reason = series.reason or fault
+    if along is not None:
+        series.along.append(along)
+    return ""
 
 
 def _new(header: Any, uid: str, folder: Path) -> Series:
@@ -133,7 +152,7 @@ def _fault(header: Any) -> str:
     if sop.startswith(SECONDARY_CAPTURE) or "SCREEN SAVE" in kinds:
         return "secondary capture"
     if "LOCALIZER" in kinds or "SCOUT" in kinds:
-        return "localizer"
+        return LOCALIZER
     if sop == ENHANCED_CT:
         return "enhanced multi-frame (convert it to one slice a file)"
     if str(header.get("Modality") or "") != "CT" or (sop and sop != CT_STORAGE):

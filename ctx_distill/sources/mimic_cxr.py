@@ -13,7 +13,7 @@ from pathlib import Path
 from ctx_distill.data.tables import Table, parse_csv
 from ctx_distill.errors import InputError
 from ctx_distill.sources.options import SourceOptions
-from ctx_distill.sources.rows import Built, Row, one_split_a_patient, present
+from ctx_distill.sources.rows import Built, Row, label_value, one_split_a_patient, present
 from ctx_distill.text.sections import cut_report
 
 _SPLITS = {"train": "train", "validate": "val", "test": "test"}
@@ -35,7 +35,7 @@ def build(root: Path, options: SourceOptions) -> Built:
     chexpert = _gz(root, "chexpert", *_KEYS)
     names = [name for name in chexpert.columns if name not in _KEYS]
     labels_of = {
-        study: {name.lower(): _label(chexpert.columns[name][place]) for name in names}
+        study: {name.lower(): label_value(chexpert.path, name, chexpert.columns[name][place]) for name in names}
         for place, study in enumerate(chexpert.columns["study_id"])
     }
     texts: dict[str, tuple[str, str]] = {}
@@ -67,10 +67,6 @@ def _view(position: str) -> str:
     """PA and AP as they are; LATERAL and LL are lateral; the rest (obliques, unknown) is `other` and never frontal."""
     name = position.strip().upper()
     return name if name in ("PA", "AP") else "lateral" if name in ("LATERAL", "LL") else "other"
-
-
-def _label(value: str) -> float | None:
-    return float(value) if value.strip() else None
 
 
 def _gz(root: Path, name: str, *columns: str) -> Table:

@@ -108,7 +108,10 @@ def build(root: Path, options: SourceOptions) -> Built:
         InputError: no reports there, or damaged ones.
     """
     built = Built("open-i", root)
-    source = next((root / name for name in (ARCHIVE, "ecgen-radiology") if (root / name).exists()), root)
+    # The archive is often kept under a name with the set's in front.
+    source = next(
+        (path for name in (ARCHIVE, "ecgen-radiology", f"*{ARCHIVE}") for path in sorted(root.glob(name))), root
+    )
     folder = next((Path(name) for name in _IMAGE_FOLDERS if any((root / name).glob("CXR*.png"))), Path())
     views = _projections(root)
     for report in read_reports(source):

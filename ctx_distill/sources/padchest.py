@@ -7,6 +7,7 @@ import ast
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ctx_distill.errors import InputError
 from ctx_distill.sources.options import SourceOptions
 from ctx_distill.sources.rows import Built, Row, hashed_split, table
 from ctx_distill.text.sections import without_marks
@@ -30,6 +31,9 @@ _SHARED: Mapping[str, tuple[str, ...]] = {
 def build(root: Path, options: SourceOptions) -> Built:
     """Rows of every film on the disk, split by a hash of the patient's id (`--val`, `--test`).
 
+    Without a column StudyID a study is a patient's films of one StudyDate_DICOM; without PhotometricInterpretation_DICOM the films
+    are taken as bright where the film is bright, and the counts say so.
+
     The reports are Spanish (`language` es), so the index takes them with a multilingual tower alone;
     `--english-from-labels` writes English sentences made from the labels instead. Those are ours, not a radiologist's.
 
@@ -37,9 +41,14 @@ def build(root: Path, options: SourceOptions) -> Built:
         InputError: the table is missing or not the set's.
     """
     built = Built("padchest", root)
-    names = ("ImageID", "ImageDir", "PatientID", "StudyID", "Projection", "Labels", "Report")
-    read = table(root / TABLE, *names, "PhotometricInterpretation_DICOM")
-    columns = read.columns
+    names = ("ImageID", "ImageDir", "PatientID", "Projection", "Labels", "Report")
+    columns = table(root / TABLE, *names).columns
+    studies = _studies(root / TABLE, columns)
+    photometric = columns.get("PhotometricInterpretation_DICOM")
+    if photometric is None:
+        built.notes.append(
+            "no column PhotometricInterpretation_DICOM: films of MONOCHROME1 are not told, and not turned"
+        )
     for place, image_id in enumerate(columns["ImageID"]):
         value = {name: columns[name][place].strip() for name in names}
         terms = _terms(value["Labels"])
@@ -48,14 +57,14 @@ def build(root: Path, options: SourceOptions) -> Built:
             built.left_out["image is not on the disk"] += 1
         elif "exclude" in terms:
             built.left_out["labelled exclude by the set"] += 1
-        elif not value["PatientID"] or not value["StudyID"]:
+        elif not value["PatientID"] or not studies[place]:
             built.left_out["no patient or study id"] += 1
         else:
             english = english_from_labels(terms) if options.english_from_labels else None
-            inverted = columns["PhotometricInterpretation_DICOM"][place].strip() == "MONOCHROME1"
+            inverted = photometric is not None and photometric[place].strip() == "MONOCHROME1"
             built.rows.append(
                 Row(
-                    value["StudyID"], value["PatientID"],
+                    studies[place], value["PatientID"],
                     hashed_split("padchest", value["PatientID"], options.val, options.test), path, image_id,
                     findings=without_marks(value["Report"]) if english is None else english,
                     view=_VIEWS.get(value["Projection"].upper(), "other"),
@@ -67,6 +76,20 @@ def build(root: Path, options: SourceOptions) -> Built:
     if options.english_from_labels:
         built.notes.append("findings are English sentences made from the labels by ctx-distill, not reports")
     return built
+
+
+def _studies(path: Path, columns: Mapping[str, list[str]]) -> list[str]:
+    """Each film's study: StudyID, else the patient and the number of the day among the patient's in the table's order."""
+    if "StudyID" in columns:
+        return [value.strip() for value in columns["StudyID"]]
+    if "StudyDate_DICOM" not in columns:
+        raise InputError(f"{path}: neither column StudyID nor StudyDate_DICOM; is it this data set's table?")
+    days: dict[str, dict[str, int]] = {}
+    studies = []
+    for patient, day in zip(columns["PatientID"], columns["StudyDate_DICOM"], strict=True):
+        seen = days.setdefault(patient.strip(), {})
+        studies.append(f"{patient.strip()}_{seen.setdefault(day.strip(), len(seen) + 1)}")
+    return studies
 
 
 def _terms(text: str) -> list[str]:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ctx_distill.errors import InputError
 from ctx_distill.sources.options import SourceOptions
-from ctx_distill.sources.rows import Built, Row, present, table
+from ctx_distill.sources.rows import Built, Row, label_value, present, table
 
 _TABLES = {"train": ("trn", "imgtrain"), "val": ("val", "imgvalid"), "test": ("tst", "imgtest")}
 ID = "NoteAcc_DEID"
@@ -68,11 +68,19 @@ def build(root: Path, options: SourceOptions) -> Built:
             built.notes.append(f"{path.name} is not there; its volumes are not in the manifest")
             continue
         found = True
-        read = table(path, ID)
-        labels = _labels(read.columns, options.labels, path)
-        for place, image_id in enumerate(read.columns[ID]):
+        read = table(path)
+        named = ID if ID in read.columns else next(iter(read.columns))
+        labels, left_blank = _labels(read.columns, options.labels, path)
+        if left_blank:
+            built.notes.append(
+                f"{path.name} lacks abnormalities of the map {options.labels}: no label {', '.join(left_blank)}"
+            )
+        for place, cell in enumerate(read.columns[named]):
+            image_id = cell.strip().removesuffix(".npz")
             if not image_id.startswith(prefix):
-                raise InputError(f"{path}: row {read.rows[place]}: {ID} {image_id!r}; expected {prefix} and a number")
+                raise InputError(
+                    f"{path}: row {read.rows[place]}: {named} {image_id!r}; expected {prefix} and a number"
+                )
             row = Row(image_id, image_id, split, folder / f"{image_id}.npz", image_id)
             row.labels = {finding: float(values[place]) for finding, values in labels.items()}
             built.rows += present(built, [row])
@@ -84,21 +92,25 @@ def build(root: Path, options: SourceOptions) -> Built:
     return built
 
 
-def _labels(columns: Mapping[str, list[str]], name: str, path: Path) -> dict[str, NDArray[np.int64]]:
-    """Each finding's (N,) 0 and 1."""
+def _labels(columns: Mapping[str, list[str]], name: str, path: Path) -> tuple[dict[str, NDArray[np.int64]], list[str]]:
+    """Each finding's (N,) 0 and 1, and the findings that the table has not every abnormality for."""
     of: dict[str, list[str]] = defaultdict(list)
     for column in columns:
         abnormality, star, _ = column.partition("*")
         if star:
             of[abnormality.strip()].append(column)
     wanted = MAPS[name] if name in MAPS else {key.replace("_", " "): (key,) for key in of}
-    missing = sorted({key for keys in wanted.values() for key in keys} - set(of))
-    if missing:
-        raise InputError(f"{path}: no column {missing[0]}*<location>; expected columns abnormality*location")
+    if not of:
+        raise InputError(f"{path}: no column abnormality*location; is it this data set's table?")
+    lacking = [finding for finding, keys in wanted.items() if not set(keys) <= set(of)]
+    wanted = {finding: keys for finding, keys in wanted.items() if finding not in lacking}
     present_at = {
-        key: np.any([[float(value or 0) > 0 for value in columns[column]] for column in of[key]], axis=0)
+        key: np.any(
+            [[(label_value(path, column, value) or 0) > 0 for value in columns[column]] for column in of[key]], axis=0
+        )
         for key in {key for keys in wanted.values() for key in keys}
     }
-    return {
+    labels = {
         finding: np.any([present_at[key] for key in keys], axis=0).astype(np.int64) for finding, keys in wanted.items()
     }
+    return labels, lacking

@@ -103,6 +103,20 @@ def table(path: Path, *columns: str) -> Table:
     return read
 
 
+def label_value(path: Path, column: str, text: str) -> float | None:
+    """A cell of a label column as a number; None where it is blank.
+
+    Raises:
+        InputError: it is no number.
+    """
+    try:
+        return float(text) if text.strip() else None
+    except ValueError as error:
+        raise InputError(
+            f"{path}: column {column!r}: found {text!r}; expected a label as a number, or blank"
+        ) from error
+
+
 def write_manifest(built: Built, out: Path) -> str:
     """Check the rows as every manifest is checked, write them, and say in numbers what came in and what did not.
 

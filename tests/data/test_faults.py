@@ -211,6 +211,35 @@ def test_links_in_a_manifest(tmp_path: Path, inside: bool) -> None:
         read_manifest(tmp_path / "else/ct.csv")
 
 
+def test_links_in_a_folder_of_slices(tmp_path: Path) -> None:
+    """A folder's slices stay under the manifest's folder too."""
+    series = slices(tmp_path / "data/s")
+    (tmp_path / "data/ct.csv").write_text("study_id,patient_id,split,image_path,findings,impression\ns,p,train,s,,x\n")
+    (series / "000.dcm").rename(tmp_path / "data/000.dcm")
+    (series / "000.dcm").symlink_to("../000.dcm")
+    assert len(read_volume(read_manifest(tmp_path / "data/ct.csv").image_file(0)).voxels) == 12
+    (tmp_path / "data/000.dcm").rename(tmp_path / "000.dcm")
+    (series / "000.dcm").unlink()
+    (series / "000.dcm").symlink_to("../../000.dcm")
+    with pytest.raises(InputError, match=r"'s/000.dcm', which leads to .*/000.dcm, outside the manifest's folder"):
+        read_manifest(tmp_path / "data/ct.csv")
+
+
+@pytest.mark.parametrize("place", ["../a.raw", "{}/a.raw", "LIST"])
+@pytest.mark.parametrize("name", ["a.mhd", "a.nhdr"])
+def test_a_header_whose_voxels_lie_elsewhere(tmp_path: Path, name: str, place: str) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    sitk.WriteImage(sitk.GetImageFromArray(np.zeros((4, 4, 4), dtype=np.int16)), str(folder / name))
+    assert read_volume(folder / name).voxels.shape == (4, 4, 4)
+    raw = next(path for path in folder.iterdir() if path.suffix == ".raw")
+    raw.rename(tmp_path / "a.raw")
+    listed = "LIST 3\n../a.raw" if name == "a.nhdr" else "LIST\n../a.raw"
+    told = listed if place == "LIST" else place.format(tmp_path)
+    (folder / name).write_text((folder / name).read_text().replace(raw.name, told))
+    refused(folder / name, "a.raw", "put that file beside the header")
+
+
 def test_a_gzip_bomb_is_refused_before_it_goes_off(tmp_path: Path) -> None:
     """4 GB of zeros in 4 MB: the header says 512 x 512 x 8000 and the file could hold them; a small header could not."""
     header = nib.Nifti1Header()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pydicom
 import pytest
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
@@ -174,3 +175,24 @@ def test_a_key_inside_the_output_or_damaged_is_refused(
         == 2
     )
     assert "no DICOM series (no file at all)" in capsys.readouterr().err
+
+
+def test_a_localizer_in_the_series_damaged_headers_and_links(
+    tree: tuple[Path, dict[str, str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """None of them costs the series that they lie beside."""
+    root, uids = tree
+    inside = pydicom.dcmread(root / "a/2/003_000.dcm")
+    inside.ImageType, inside.ImageOrientationPatient = ["ORIGINAL", "PRIMARY", "LOCALIZER"], CORONAL
+    inside.save_as(root / "a/2/000_scout.dcm", enforce_file_format=True)
+    damaged = pydicom.dcmread(root / "a/1/002_000.dcm")
+    damaged.add_new("SeriesNumber", "LO", "none")
+    damaged.SeriesInstanceUID = generate_uid()
+    damaged.save_as(root / "a/1/damaged.dcm", enforce_file_format=True)
+    (root / "b/link.dcm").symlink_to(root / "a/1/002_000.dcm")
+    frame = built(root, root / "ct.csv", "--keep-ids").frame
+    assert frame["image_id"].tolist() == [uids["thin"], uids["later"]]
+    assert read_volume(root / "a/2").voxels.shape == (40, 8, 8)
+    told = capsys.readouterr().out
+    for reason in ("DICOM file with a damaged header: 1", "symbolic link, which is not followed: 1", "localizer: 1"):
+        assert f"left out, {reason}" in told

@@ -132,3 +132,21 @@ def test_other_contents(tmp_path: Path) -> None:
     np.savez(path, ct=voxels()[0])
     with pytest.raises(InputError, match="2 dimensions"):
         read_volume(path)
+
+
+def test_a_table_with_other_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The first column holds the volumes, with or without their suffix; a label that cannot be told is left out and said."""
+    write_tree(tmp_path)
+    for path in tmp_path.glob("*Labels.csv"):
+        frame = pd.read_csv(path, dtype=str).rename(columns={"NoteAcc_DEID": "volume"})
+        frame["volume"] += ".npz"
+        frame.drop(columns=[name for name in frame if name.startswith("scarring*")]).to_csv(path, index=False)
+    manifest = built(tmp_path, "radfinder")
+    assert manifest.frame["image_id"].tolist() == ["trn00001", "val00001", "tst00001"]
+    assert "pulmonary fibrotic sequela" not in manifest.finding_names
+    assert len(manifest.finding_names) == 16
+    assert "no label pulmonary fibrotic sequela" in capsys.readouterr().out
+    assert len(built(tmp_path, "hlip").finding_names) == 15
+    frame[["volume"]].to_csv(path, index=False)
+    assert main(["manifest", "rad-chestct", str(tmp_path), str(tmp_path / "ct.csv")]) == 2
+    assert "no column abnormality*location" in capsys.readouterr().err

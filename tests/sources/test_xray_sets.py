@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
@@ -164,6 +165,28 @@ def test_padchest_in_english_made_of_labels(tmp_path: Path, capsys: pytest.Captu
     assert english_from_labels(["unchanged"]) == ""
 
 
+def test_padchest_without_study_ids_and_polarity(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Copies of the table go around with fewer columns: films of a patient and a day are a study then, and no date is told."""
+    table = padchest(tmp_path) / "PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv"
+    frame = pd.read_csv(table, dtype=str, keep_default_na=False)
+    frame.drop(columns=["StudyID", "PhotometricInterpretation_DICOM"]).to_csv(table, index=False)
+    manifest = built("padchest", tmp_path)
+    assert manifest.frame["study_id"].tolist() == ["p1_1", "p1_1", "p2_1", "p4_1"]
+    assert not any(manifest.inverted(row) for row in range(4))
+    assert "no column PhotometricInterpretation_DICOM" in capsys.readouterr().out
+    frame.drop(columns=["StudyID", "StudyDate_DICOM"]).to_csv(table, index=False)
+    assert main(["manifest", "padchest", str(tmp_path), str(tmp_path / "x.csv")]) == 2
+    assert "neither column StudyID nor StudyDate_DICOM" in capsys.readouterr().err
+
+
+def test_a_label_that_is_no_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mimic(tmp_path)
+    rows = csv_text(["subject_id", "study_id", "Edema"], [("10000032", "50414267", "yes")])
+    (tmp_path / "mimic-cxr-2.0.0-chexpert.csv.gz").write_bytes(gzip.compress(rows.encode()))
+    assert main(["manifest", "mimic-cxr", str(tmp_path), str(tmp_path / "x.csv")]) == 2
+    assert "column 'Edema': found 'yes'; expected a label as a number" in capsys.readouterr().err
+
+
 def open_i_xml(uid: str, findings: str, impression: str, images: Sequence[str]) -> str:
     films = "".join(f'<parentImage id="{name}"><caption>Xray</caption></parentImage>' for name in images)
     return f"""<?xml version="1.0" encoding="utf-8"?>
@@ -236,5 +259,5 @@ def test_the_real_open_i_archive(tmp_path: Path) -> None:
     some = [image for report in reports[:50] for image in report.images]
     for image in some:
         film(tmp_path / f"NLMCXR_png/{image}.png")
-    (tmp_path / "NLMCXR_reports.tgz").symlink_to(REAL_ARCHIVE)
+    (tmp_path / REAL_ARCHIVE.name).symlink_to(REAL_ARCHIVE)  # under the name it is kept by here
     assert len(built("open-i", tmp_path)) == len(some)
