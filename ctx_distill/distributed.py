@@ -92,6 +92,28 @@ def gather_with_gradient(x: Tensor) -> Tensor:
     return result
 
 
+def first_rows(rows: Tensor) -> Tensor:
+    """Which of the gathered rows come for the first time.
+
+    Args:
+        rows: (B,) int64 of the global batch; a held-out row that a sampler repeated comes twice.
+
+    Returns:
+        (B,) bool.
+    """
+    same = rows[:, None] == rows[None]
+    return same.int().argmax(dim=1) == torch.arange(len(rows), device=rows.device)
+
+
+def own_first_rows(rows: Tensor) -> Tensor:
+    """`first_rows` of the global batch, for this rank's rows (b,) alone; collective."""
+    if world_size() == 1:
+        return torch.ones_like(rows, dtype=torch.bool)
+    counts = gather_row_counts(len(rows), rows.device)
+    start = sum(counts[: rank()])
+    return first_rows(gather_with_gradient(rows))[start : start + len(rows)]
+
+
 def gather_objects(items: list[T]) -> list[T]:
     """Items of all ranks in rank order, pickled between this run's own processes (texts, names; not tensors)."""
     if world_size() == 1:

@@ -26,7 +26,7 @@ from ctx_distill.data.datasets import (
 )
 from ctx_distill.data.index_rows import leave_out_for_index
 from ctx_distill.data.manifest import Manifest, read_manifest
-from ctx_distill.data.order import EpochShuffle, Mixing
+from ctx_distill.data.order import EpochShuffle, InOrder, Mixing
 from ctx_distill.data.prepared import PreparedFolder
 from ctx_distill.data.projection import PROJECTION_VERSION
 from ctx_distill.data.set_aside import SetAside
@@ -85,13 +85,13 @@ class ManifestDataModule(L.LightningDataModule):
         dataset = self.dataset(manifest)
         dataset.replace_unreadable = train
         batch_size = self.batch_size if train else self.eval_batch_size
-        sampler = self.order(manifest) if train else None
+        sampler = self.order(manifest) if train else InOrder(len(manifest))
         kind = PreparedLoader if isinstance(dataset, PreparedDataset) else DataLoader
         return kind(
             dataset,
             batch_size=batch_size,
             sampler=sampler,
-            drop_last=sampler is not None and len(sampler) >= batch_size,
+            drop_last=train and len(sampler) >= batch_size,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             collate_fn=self.collate,

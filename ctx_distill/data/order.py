@@ -74,6 +74,28 @@ class EpochShuffle(DistributedSampler[int]):
         yield from order[done + rank() : len(order) // ranks * ranks : ranks].tolist()
 
 
+class InOrder(DistributedSampler[int]):
+    """Items one after the other, parted among ranks as `EpochShuffle` parts them.
+
+    All ranks take as many, so that they meet in every gather: where the items do not go into equal parts the last one is
+    repeated. It then comes twice in one global batch, never in two, and `distributed.first_rows` finds it there.
+
+    Args:
+        size: number of items.
+    """
+
+    def __init__(self, size: int) -> None:
+        Sampler.__init__(self)
+        self.size, self.epoch = size, 0
+
+    def __len__(self) -> int:
+        return -(-self.size // world_size())
+
+    def __iter__(self) -> Iterator[int]:
+        for place in range(len(self)):
+            yield min(place * world_size() + rank(), self.size - 1)
+
+
 @dataclass(frozen=True)
 class Mixing:
     """What share of a training epoch each data set, or each class, has.

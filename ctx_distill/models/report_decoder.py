@@ -171,8 +171,8 @@ class ReportDecoder(nn.Module):
 
     def forward(
         self, tokens: Tensor, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None
-    ) -> dict[str, Tensor]:
-        """Next-token cross-entropy of reports in view of the CT tokens.
+    ) -> tuple[Tensor, Tensor]:
+        """Predictions of the next token of reports in view of the CT tokens, for `losses.report.report_loss`.
 
         Args:
             tokens: (B, T, D_c).
@@ -181,14 +181,13 @@ class ReportDecoder(nn.Module):
             labels: (B, L), -100 where nothing is to be predicted; None for every real token.
 
         Returns:
-            `lm`: the mean over the predicted tokens.
+            (B, L - 1, V) float32 logits, and what they are to predict, (B, L - 1) int64.
         """
         labels = input_ids.masked_fill(attention_mask == 0, -100) if labels is None else labels
         out = self.decoder(
             input_ids=input_ids, attention_mask=attention_mask, encoder_hidden_states=self._memory(tokens)
         )
-        logits = out.logits[:, :-1].float()
-        return {"lm": nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)}
+        return out.logits[:, :-1].float(), labels[:, 1:]
 
     @torch.no_grad()
     def generate(

@@ -15,7 +15,7 @@ from torch import Tensor
 from ctx_distill.checkpoint import hash_json, require_same
 from ctx_distill.data.augment import Augmentation
 from ctx_distill.data.datamodules import CTDataModule
-from ctx_distill.distributed import gather_with_gradient, rank
+from ctx_distill.distributed import gather_with_gradient, rank, world_size
 from ctx_distill.errors import InputError
 from ctx_distill.losses.contrastive import contrastive_loss
 from ctx_distill.losses.distillation import pair_loss
@@ -23,6 +23,7 @@ from ctx_distill.losses.masked_language import masked_language_loss
 from ctx_distill.losses.siglip import INIT_LOGIT_BIAS, INIT_LOGIT_SCALE, siglip_loss
 from ctx_distill.losses.soft_targets import soft_target_loss
 from ctx_distill.metrics.retrieval import recall_at_k
+from ctx_distill.models.compute import ComputeSettings
 from ctx_distill.models.ct_encoder import CTEncoder
 from ctx_distill.models.dual_encoder import DualEncoder, load_ct_encoder
 from ctx_distill.models.heads import ProjectionHead
@@ -74,6 +75,7 @@ class AlignmentTask(TrainedTask):
         warmup: see `TrainedTask`.
         select: see `TrainedTask`.
         survival: see `TrainedTask`.
+        compute: memory and speed of the CT encoder in training.
     """
 
     def __init__(
@@ -101,8 +103,10 @@ class AlignmentTask(TrainedTask):
         warmup: float = 0.05,
         select: Literal["last", "best"] = "last",
         survival: SurvivalSettings = SurvivalSettings(),
+        compute: ComputeSettings = ComputeSettings(),
     ) -> None:
         super().__init__(optimizer, scheduler, warmup, select, survival)
+        self.compute = compute
         check_micro_batch(micro_batch)
         check_objective(objective, robust)
         self.micro_batch, self.storage = micro_batch, storage
@@ -172,6 +176,15 @@ class AlignmentTask(TrainedTask):
         if self.masking.weight:
             self.entity_masking = EntityMasking.beside(self.model, self.masking, datamodule.volume.shape)
         return super().run(trainer, datamodule, folder)
+
+    def unfit_for_shards(self) -> dict[str, bool]:
+        """See `TrainedTask`. Cached gradients and the moving average take the weights by themselves, past FSDP2."""
+        return {
+            "compute.compile": self.compute.compile,
+            "micro_batch": self.micro_batch is not None,
+            "robust.evidence ema": self.robust.needs_moving_average(),
+            "masking.weight": bool(self.masking.weight),
+        }
 
     @property
     def dual(self) -> DualEncoder:
@@ -297,7 +310,7 @@ class AlignmentTask(TrainedTask):
             terms["loss"] = terms["loss"] + self.masking.weight * efm["total"]
             # A batch without any chosen word of a kind has no accuracy there; all ranks agree on that.
             terms |= {f"efm_{name}": value for name, value in efm.items() if not value.isnan()}
-        self.log_terms({name: value.float() for name, value in terms.items()}, "train", len(batch.row))
+        self.log_terms({name: value.float() for name, value in terms.items()}, "train", len(batch.row) * world_size())
         return terms["loss"]
 
     def on_train_epoch_start(self) -> None:
@@ -329,10 +342,9 @@ class AlignmentTask(TrainedTask):
         del batch_idx
         image, _ = self.dual.encode_alone(batch.volume)
         text = self.dual.encode_text(batch.report)
-        image, text = gather_with_gradient(image), gather_with_gradient(text)
-        study = gather_with_gradient(batch.study)
+        image, text, study = self.gather_once(batch.row, image, text, batch.study)
         terms = self._plain_terms(image, text, study)
-        self.log_terms({"loss": terms["total"]}, "val", len(batch.row))
+        self.log_terms({"loss": terms["total"]}, "val", len(study))
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Hold the temperature within CLIP's bounds: the scale stays in [1, 100]."""

@@ -25,9 +25,12 @@ from ctx_distill.callbacks.checkpoint_files import BEST, standing
 from ctx_distill.callbacks.checkpoints import Checkpoints
 from ctx_distill.checkpoint import Artefact, hash_json, require_same
 from ctx_distill.data.datamodules import CTDataModule
-from ctx_distill.distributed import any_rank, gather_objects, rank
+from ctx_distill.distributed import any_rank, first_rows, gather_objects, gather_with_gradient, rank
 from ctx_distill.files import write_json, write_text
+from ctx_distill.models.compute import ComputeSettings, check_compiler
+from ctx_distill.models.ct_encoder import CTEncoder
 from ctx_distill.tasks.epoch_means import EpochMeans
+from ctx_distill.tasks.sharding import Shards, by_layout, shard_for_training
 from ctx_distill.tasks.survival import SurvivalSettings
 
 TIMINGS = ("train/lookup_ms", "train/lookup_share")
@@ -69,6 +72,9 @@ class TrainedTask(StageTask):
         survival: checkpoints, bad losses, hangs.
     """
 
+    compute = ComputeSettings()
+    shards: Shards | None = None
+
     def __init__(
         self,
         optimizer: OptimizerCallable,
@@ -103,6 +109,8 @@ class TrainedTask(StageTask):
             join_history(history, folder / "logs" / "metrics.csv")
         if trainer.interrupted:
             raise KeyboardInterrupt
+        if self.shards is not None:
+            self.shards.gather()
         if self.select == "best":
             self._load_best(folder)
         self.eval()
@@ -123,6 +131,19 @@ class TrainedTask(StageTask):
         if path.is_file():
             state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
             self.load_state_dict(state, strict=False)
+
+    def unfit_for_shards(self) -> dict[str, bool]:
+        """What keeps this stage from FSDP2: settings by name, and whether they are asked for."""
+        return {f"{type(self).__name__} (stages 2 and 3 can)": True}
+
+    def configure_model(self) -> None:
+        """Set how CT encoders are computed; shard what is trained where the strategy asks for it."""
+        device = self.trainer.strategy.root_device
+        check_compiler(self.compute, device)
+        for module in self.modules():
+            if isinstance(module, CTEncoder):
+                module.compute_with(self.compute, device)
+        self.shards = shard_for_training(self, self.unfit_for_shards()) or self.shards
 
     def configure_callbacks(self) -> list[Callback]:
         """Checkpoints; with `select: best` also of the lowest validation loss, where there is a `val` split.
@@ -171,7 +192,7 @@ class TrainedTask(StageTask):
 
     def configure_optimizers(self) -> Any:
         """Optimizer with weight decay on matrices only, and the schedule stepped per step."""
-        groups = self.parameter_groups()
+        groups = by_layout(self.parameter_groups())
         factors = [group.pop("lr_factor", 1.0) for group in groups]
         optimizer = self.make_optimizer(groups)
         for group, factor in zip(optimizer.param_groups, factors, strict=True):
@@ -193,6 +214,16 @@ class TrainedTask(StageTask):
             rows: of the global batch: the weight of its terms in the mean.
         """
         self._means[split].add(terms, rows)
+
+    def gather_once(self, rows: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+        """Values (b, ...) of the global batch; of a held-out row that the sampler repeated to fill up, once."""
+        first = first_rows(gather_with_gradient(rows))
+        return tuple(gather_with_gradient(value)[first] for value in values)
+
+    @staticmethod
+    def global_rows(rows: Tensor) -> int:
+        """Number of rows of the global batch; one that the sampler repeated counts once."""
+        return int(first_rows(gather_with_gradient(rows)).sum())
 
     def on_train_epoch_end(self) -> None:
         """Log the means of the epoch."""

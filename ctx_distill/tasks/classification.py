@@ -14,7 +14,7 @@ from torch import Tensor
 from ctx_distill.checkpoint import Artefact, write_artefact
 from ctx_distill.data.augment import Augmentation
 from ctx_distill.data.datamodules import CTDataModule
-from ctx_distill.distributed import rank
+from ctx_distill.distributed import global_ratio, own_first_rows, rank
 from ctx_distill.errors import InputError
 from ctx_distill.metrics.classification import classification_report
 from ctx_distill.models.ct_encoder import CTEncoder
@@ -106,6 +106,7 @@ class ClassifierTask(TrainedTask):
         return logits
 
     def _loss(self, batch: CTBatch, augment: bool) -> Tensor:
+        """Mean over the known labels of the global batch, with the gradient of one process."""
         assert batch.labels is not None
         assert self.positive_weight is not None
         known = (batch.labels == 0) | (batch.labels == 1)
@@ -113,19 +114,20 @@ class ClassifierTask(TrainedTask):
         loss = F.binary_cross_entropy_with_logits(
             self._logits(batch, augment), target, pos_weight=self.positive_weight.to(self.device), reduction="none"
         )
-        return (loss * known).sum() / known.sum().clamp_min(1)
+        known = known & own_first_rows(batch.row)[:, None]
+        return global_ratio((loss * known).sum(dim=1), known.sum(dim=1).to(loss.dtype))
 
     def training_step(self, batch: CTBatch, batch_idx: int) -> Tensor:
         """Weighted binary cross-entropy."""
         del batch_idx
         loss = self._loss(batch, augment=True)
-        self.log_terms({"loss": loss}, "train", len(batch.row))
+        self.log_terms({"loss": loss}, "train", self.global_rows(batch.row))
         return loss
 
     def validation_step(self, batch: CTBatch, batch_idx: int) -> None:
         """The same without augmentation."""
         del batch_idx
-        self.log_terms({"loss": self._loss(batch, augment=False)}, "val", len(batch.row))
+        self.log_terms({"loss": self._loss(batch, augment=False)}, "val", self.global_rows(batch.row))
 
     def predict_step(self, batch: CTBatch, batch_idx: int) -> dict[str, Tensor]:
         """Probabilities (B, F)."""

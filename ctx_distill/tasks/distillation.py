@@ -17,15 +17,16 @@ from torch import Tensor
 from ctx_distill.data.augment import Augmentation
 from ctx_distill.data.datamodules import CTDataModule
 from ctx_distill.data.projection import PROJECTION_VERSION
-from ctx_distill.distributed import gather_with_gradient, rank
+from ctx_distill.distributed import rank
 from ctx_distill.errors import InputError
 from ctx_distill.losses.distillation import NEAR_UNIFORM, distillation_loss, mix_neighbours, scheduled
 from ctx_distill.metrics.classification import classification_report
+from ctx_distill.models.compute import ComputeSettings
 from ctx_distill.models.ct_encoder import CTEncoder
 from ctx_distill.models.dual_encoder import save_ct_encoder
 from ctx_distill.models.heads import ProjectionHead
 from ctx_distill.models.xray_expert import XrayExpert
-from ctx_distill.tasks.base import TrainedTask, adamw, last_values
+from ctx_distill.tasks.base import TIMINGS, TrainedTask, adamw, last_values
 from ctx_distill.tasks.distillation_anchors import AnchorKind, Anchors
 from ctx_distill.tasks.distillation_targets import (
     NeighbourSettings,
@@ -34,6 +35,7 @@ from ctx_distill.tasks.distillation_targets import (
     RetrievedTeacher,
     TeacherSettings,
 )
+from ctx_distill.tasks.lookup_cost import LookupClock
 from ctx_distill.tasks.predict import predict_rows, study_means
 from ctx_distill.tasks.prompting import pair_probabilities, prompt_features
 from ctx_distill.tasks.row_features import ReportFeatures
@@ -92,6 +94,7 @@ class DistillationTask(TrainedTask):
         warmup: see `TrainedTask`.
         select: see `TrainedTask`.
         survival: see `TrainedTask`.
+        compute: memory and speed of the encoder in training.
 
     Raises:
         InputError: expert, index and settings do not fit together.
@@ -117,9 +120,11 @@ class DistillationTask(TrainedTask):
         warmup: float = 0.05,
         select: Literal["last", "best"] = "last",
         survival: SurvivalSettings = SurvivalSettings(),
+        compute: ComputeSettings = ComputeSettings(),
     ) -> None:
         super().__init__(optimizer, scheduler, warmup, select, survival)
-        teacher, store = open_teacher(expert, expert_revision, index)
+        self.compute = compute
+        teacher, store = open_teacher(expert, expert_revision, index, neighbours.placement, neighbours.device)
         if store.config.get("value_dim") != store.value_dim or store.value_dim != teacher.embed_dim:
             raise InputError(
                 f"{index}: the index names values of {store.config.get('value_dim')} dimensions and holds "
@@ -128,7 +133,6 @@ class DistillationTask(TrainedTask):
         self._teacher = (teacher,)
         self.store = store
         self.teachers, self.neighbours = teachers, neighbours
-        self.retrieved = RetrievedTeacher(store, neighbours, vocabulary)
         self.oracle: OracleTeacher | None = None
         self.own_projection = ProjectionTeacher()
         self.encoder = encoder
@@ -147,7 +151,12 @@ class DistillationTask(TrainedTask):
         asked = open_queries(teacher, store)
         self._queries = ReportFeatures(asked)
         self._anchor_texts = self._queries if asked is teacher else ReportFeatures(teacher)
+        self.retrieved, self.lookup_clock = RetrievedTeacher(store, neighbours, vocabulary, self._queries), LookupClock()
         self._steps, self._warned = 1, False
+
+    def unfit_for_shards(self) -> dict[str, bool]:
+        """See `TrainedTask`."""
+        return {"compute.compile": self.compute.compile}
 
     @property
     def teacher(self) -> XrayExpert:
@@ -179,10 +188,29 @@ class DistillationTask(TrainedTask):
             )
         if self.neighbours.control == "oracle":
             self.oracle = OracleTeacher(self.store, self.neighbours, datamodule.manifest.finding_names)
+        elif self.neighbours.lookup == "static" and self.teachers.retrieved > 0:
+            told = datamodule.report_rows(used)
+            rows = [int(row) for row in told.frame.index]
+            with self.trainer.precision_plugin.train_step_context():
+                self.retrieved.prepare(rows, [told.report(row) for row in rows], self.trainer.strategy.root_device)
 
     def on_train_start(self) -> None:
         """Note over how many steps the schedule runs."""
         self._steps = max(1, int(self.trainer.estimated_stepping_batches))
+
+    def on_train_epoch_start(self) -> None:
+        """A step begins."""
+        self.lookup_clock.restart()
+
+    def on_validation_end(self) -> None:
+        """A validation is no part of the next step."""
+        self.lookup_clock.restart()
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Log what the step's lookups cost."""
+        del outputs, batch, batch_idx
+        for name, value in zip(TIMINGS, self.lookup_clock.end_step(), strict=True):
+            self.log(name, value, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
 
     def _progress(self) -> float:
         return min(1.0, self.global_step / max(1, self._steps - 1))
@@ -211,10 +239,8 @@ class DistillationTask(TrainedTask):
         if self.oracle is not None:
             retrieved = self.oracle(batch)
         else:
-            retrieved = torch.zeros(len(known), self.store.value_dim, device=device)
-            if any(known):
-                queries = self._queries(batch.row, batch.report, views)
-                retrieved[known] = self.retrieved(queries[known], [view for view in views if view]).to(retrieved)
+            with self.lookup_clock.measure(device):
+                retrieved = self.retrieved(batch.row, batch.report, views)
         if self.teachers.projection == 0:
             return retrieved
         both = torch.stack([retrieved, self.own_projection(batch, self.teacher)], dim=1)
@@ -227,32 +253,33 @@ class DistillationTask(TrainedTask):
             return None
         texts = None
         if self.anchors.kind == "batch":
-            texts = gather_with_gradient(self._anchor_texts(batch.row, batch.report, views))
+            (texts,) = self.gather_once(batch.row, self._anchor_texts(batch.row, batch.report, views))
             texts = texts[texts.any(dim=1)]
         return self.anchors(self.teacher, texts, batch.row.device)
 
-    def _terms(self, batch: CTBatch, train: bool) -> dict[str, Tensor]:
+    def _terms(self, batch: CTBatch, train: bool) -> tuple[dict[str, Tensor], int]:
+        """The terms of the global batch, and its number of rows."""
         volume = self.augmentation(batch.volume, self.row_seeds(batch.row)) if train else batch.volume
         views = batch.report
         if train:
             views = [self._view(row, report) for row, report in zip(batch.row.tolist(), batch.report, strict=True)]
         with torch.no_grad():
             target, anchors = self._target(batch, views), self._anchors_of(batch, views)
-        student, target = gather_with_gradient(self.features(volume)), gather_with_gradient(target)
+        student, target = self.gather_once(batch.row, self.features(volume), target)
         now = self._now(self._progress() if train else 1.0)
         weights = {"pair": now["pair"], "relation": now["relation"]}
         terms = distillation_loss(student, target, anchors, now["tau"], weights)
         terms["loss"] = terms.pop("total")
         if self.schedule != DistillationSchedule():
             terms |= {f"now_{name}": torch.tensor(value) for name, value in now.items()}
-        return terms
+        return terms, len(student)
 
     def training_step(self, batch: CTBatch, batch_idx: int) -> Tensor:
         """L_distill of a batch."""
-        terms = self._terms(batch, train=True)
+        terms, rows = self._terms(batch, train=True)
         if batch_idx == 0 and not self._warned:
             self._warn_of_uniform_targets(terms)
-        self.log_terms(terms, "train", len(batch.row))
+        self.log_terms(terms, "train", rows)
         return terms["loss"]
 
     def _warn_of_uniform_targets(self, terms: dict[str, Tensor]) -> None:
@@ -271,7 +298,8 @@ class DistillationTask(TrainedTask):
     def validation_step(self, batch: CTBatch, batch_idx: int) -> None:
         """The same without augmentation, on whole reports, at the schedule's last values."""
         del batch_idx
-        self.log_terms(self._terms(batch, train=False), "val", len(batch.row))
+        terms, rows = self._terms(batch, train=False)
+        self.log_terms(terms, "val", rows)
 
     def predict_step(self, batch: CTBatch, batch_idx: int) -> dict[str, Tensor]:
         """Normalised features (B, D_e)."""

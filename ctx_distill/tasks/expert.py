@@ -18,7 +18,7 @@ from torch import Tensor
 from ctx_distill.data.augment import Augmentation
 from ctx_distill.data.datamodules import XrayDataModule
 from ctx_distill.data.manifest import Manifest
-from ctx_distill.distributed import barrier, gather_with_gradient, rank
+from ctx_distill.distributed import barrier, gather_row_counts, gather_with_gradient, rank, world_size
 from ctx_distill.errors import InputError
 from ctx_distill.losses.contrastive import contrastive_loss
 from ctx_distill.metrics.classification import classification_report
@@ -119,44 +119,57 @@ class ExpertTask(TrainedTask):
         return sample_sentences(report, rng) if rng.random() < self.subset_share else report
 
     def _text(self, reports: list[str]) -> Tensor:
+        """(b, D) unit rows; of no reports none, with a gradient all the same, as every rank gathers alike."""
+        if not reports:
+            scale = self.model.logit_scale
+            nothing: Tensor = (scale * scale.new_zeros(0, self.sizes["embed_dim"])).float()
+            return nothing
         features: Tensor = self.model.encode_text(self.tokenizer(reports).to(self.device), normalize=True)
-        return gather_with_gradient(features)
+        return features
 
-    def _image_to_report(self, image: Tensor, reports: list[str], study: Tensor) -> Tensor:
-        features = gather_with_gradient(self.model.encode_image(image, normalize=True))
-        scale = self.model.logit_scale.exp()
-        return contrastive_loss(features, self._text(reports), scale, study=gather_with_gradient(study))["total"]
+    def _image_to_report(self, image: Tensor, reports: list[str], batch: XrayBatch) -> tuple[Tensor, int]:
+        """InfoNCE over the global batch, and its number of rows."""
+        features = self.model.encode_image(image, normalize=True)
+        features, text, study = self.gather_once(batch.row, features, self._text(reports), batch.study)
+        return contrastive_loss(features, text, self.model.logit_scale.exp(), study=study)["total"], len(study)
 
     def _section_to_section(self, rows: list[int], batch_idx: int) -> Tensor | None:
-        """InfoNCE between views of findings and impressions: of the batch's studies, and of as many CT reports."""
-        pairs = [self._sections[row] for row in rows if row in self._sections]
-        rng = random.Random(f"{self.current_epoch}-{batch_idx}-{rank()}")
-        pairs += rng.sample(self._ct_sections, min(len(rows), len(self._ct_sections)))
-        if len(pairs) < 2:
+        """InfoNCE between views of findings and impressions: of the batch's studies, and of as many CT reports.
+
+        What is drawn depends on the row, and on the place in the global batch's draw, not on the rank.
+        """
+        epoch = self.current_epoch
+        own = [(*self._sections[row], f"sections {epoch}-{row}") for row in rows if row in self._sections]
+        wanted = min(len(rows) * world_size(), len(self._ct_sections))
+        drawn = random.Random(f"{epoch}-{batch_idx}").sample(self._ct_sections, wanted)
+        own += [(*pair, f"ct sections {epoch}-{batch_idx}-{n}") for n, pair in enumerate(drawn)][rank() :: world_size()]
+        if sum(gather_row_counts(len(own), self.device)) < 2:
             return None
-        findings = [sample_sentences(findings, rng) for findings, _ in pairs]
+        findings = self._text([sample_sentences(text, random.Random(seed)) for text, _, seed in own])
+        impressions = self._text([impression for _, impression, _ in own])
         scale = self.model.logit_scale.exp()
-        return contrastive_loss(self._text(findings), self._text([pair[1] for pair in pairs]), scale)["total"]
+        return contrastive_loss(gather_with_gradient(findings), gather_with_gradient(impressions), scale)["total"]
 
     def training_step(self, batch: XrayBatch, batch_idx: int) -> Tensor:
         """InfoNCE of radiographs and reports, and of the reports' sections."""
         rows = batch.row.tolist()
         views = [self._view(row, report) for row, report in zip(rows, batch.report, strict=True)]
         image = self.augmentation(batch.image, self.row_seeds(batch.row))
-        terms = {"image_to_report": self._image_to_report(image, views, batch.study)}
+        contrast, count = self._image_to_report(image, views, batch)
+        terms = {"image_to_report": contrast}
         terms["loss"] = terms["image_to_report"]
         sections = self._section_to_section(rows, batch_idx) if self.section_weight else None
         if sections is not None:
             terms["section_to_section"] = sections
             terms["loss"] = terms["loss"] + self.section_weight * sections
-        self.log_terms(terms, "train", len(rows))
+        self.log_terms(terms, "train", count)
         return terms["loss"]
 
     def validation_step(self, batch: XrayBatch, batch_idx: int) -> None:
         """The same on whole reports, without augmentation."""
         del batch_idx
-        loss = self._image_to_report(batch.image, batch.report, batch.study)
-        self.log_terms({"loss": loss}, "val", len(batch.row))
+        loss, count = self._image_to_report(batch.image, batch.report, batch)
+        self.log_terms({"loss": loss}, "val", count)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Hold the temperature within CLIP's bounds."""

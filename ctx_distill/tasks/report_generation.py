@@ -13,8 +13,9 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from ctx_distill.data.datamodules import CTDataModule
-from ctx_distill.distributed import gather_objects, rank
+from ctx_distill.distributed import gather_objects, own_first_rows, rank
 from ctx_distill.files import write_text
+from ctx_distill.losses.report import IGNORE, report_loss
 from ctx_distill.metrics.generation import generation_report
 from ctx_distill.models.dual_encoder import DualEncoder
 from ctx_distill.models.report_decoder import ReportDecoder
@@ -109,20 +110,21 @@ class ReportTask(TrainedTask):
 
     def _loss(self, batch: CTBatch) -> Tensor:
         assert self.decoder is not None
-        loss: Tensor = self.decoder(self._ct_tokens(batch), **self.decoder.tokenize(batch.report))["lm"]
-        return loss
+        logits, targets = self.decoder(self._ct_tokens(batch), **self.decoder.tokenize(batch.report))
+        repeated = ~own_first_rows(batch.row)
+        return report_loss(logits, targets.masked_fill(repeated[:, None], IGNORE))["total"]
 
     def training_step(self, batch: CTBatch, batch_idx: int) -> Tensor:
         """Cross-entropy of the next token."""
         del batch_idx
         loss = self._loss(batch)
-        self.log_terms({"loss": loss}, "train", len(batch.row))
+        self.log_terms({"loss": loss}, "train", self.global_rows(batch.row))
         return loss
 
     def validation_step(self, batch: CTBatch, batch_idx: int) -> None:
         """The same."""
         del batch_idx
-        self.log_terms({"loss": self._loss(batch)}, "val", len(batch.row))
+        self.log_terms({"loss": self._loss(batch)}, "val", self.global_rows(batch.row))
 
     def predict_step(self, batch: CTBatch, batch_idx: int) -> dict[str, Any]:
         """Generated reports of a batch."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from ctx_distill.models.report_decoder import ReportDecoder
 from ctx_distill.types import InputError
@@ -14,12 +15,17 @@ from ctx_distill.types import InputError
 TEXTS = ["there is a small nodule in the right upper lobe, 8.5 mm.", "no pleural effusion. the heart is enlarged."]
 
 
+def loss_of(model: ReportDecoder, tokens: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    logits, targets = model(tokens, **batch)
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
+
+
 def fit(model: ReportDecoder, tokens: torch.Tensor, steps: int = 120) -> float:
     batch = model.tokenize(TEXTS)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for _ in range(steps):
         optimizer.zero_grad()
-        loss = model(tokens, **batch)["lm"]
+        loss = loss_of(model, tokens, batch)
         loss.backward()
         optimizer.step()
     return loss.item()
@@ -57,7 +63,7 @@ def test_it_comes_back_from_its_folder(trained: tuple[ReportDecoder, torch.Tenso
     for kwargs in ({}, {"num_beams": 2, "no_repeat_ngram_size": 3}):
         assert again.generate(tokens, 40, **kwargs) == model.generate(tokens, 40, **kwargs)
     batch = again.tokenize(TEXTS)
-    assert torch.allclose(again(tokens, **batch)["lm"], model.eval()(tokens, **batch)["lm"])
+    assert torch.allclose(loss_of(again, tokens, batch), loss_of(model.eval(), tokens, batch))
 
 
 def test_the_loss_is_the_mean_over_the_words(trained: tuple[ReportDecoder, torch.Tensor]) -> None:
@@ -66,17 +72,17 @@ def test_the_loss_is_the_mean_over_the_words(trained: tuple[ReportDecoder, torch
     both = model.tokenize(TEXTS)
     assert (both["labels"] == -100).sum() == (both["attention_mask"] == 0).sum() > 0
     single = [model.tokenize([text]) for text in TEXTS]
-    losses = [model(tokens[i : i + 1], **batch)["lm"] for i, batch in enumerate(single)]
+    losses = [loss_of(model, tokens[i : i + 1], batch) for i, batch in enumerate(single)]
     words = [batch["input_ids"].shape[1] - 1 for batch in single]
     expected = sum(loss * n for loss, n in zip(losses, words)) / sum(words)
-    assert torch.allclose(model(tokens, **both)["lm"], expected, atol=1e-5)
+    assert torch.allclose(loss_of(model, tokens, both), expected, atol=1e-5)
     assert model.tokenize(["heart " * 100])["input_ids"].shape == (1, 48)
 
 
 def test_gradients_reach_the_ct_tokens(trained: tuple[ReportDecoder, torch.Tensor]) -> None:
     model, tokens = trained
     tokens = tokens.clone().requires_grad_()
-    model(tokens, **model.tokenize(["the heart is enlarged.", "no nodule."]))["lm"].backward()
+    loss_of(model, tokens, model.tokenize(["the heart is enlarged.", "no nodule."])).backward()
     assert tokens.grad is not None
     assert (tokens.grad.abs().sum(dim=(1, 2)) > 0).all()
 
@@ -99,7 +105,7 @@ def test_a_pretrained_language_model(tmp_path: Path) -> None:
     tokens = torch.randn(2, 3, 8)
     for name in ("gpt2", "bert"):
         model = ReportDecoder.from_pretrained(str(tmp_path / name), token_dim=8, max_length=32)
-        assert model(tokens, **model.tokenize(TEXTS))["lm"].isfinite()
+        assert loss_of(model, tokens, model.tokenize(TEXTS)).isfinite()
         texts = model.eval().generate(tokens, 8)
         model.save(tmp_path / f"{name}-artefact", {})
         assert ReportDecoder.load(tmp_path / f"{name}-artefact")[0].generate(tokens, 8) == texts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,12 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from ctx_distill.data.manifest import read_manifest
-from ctx_distill.tasks.base import decay_groups, join_history, keep_history, readable_checkpoint, warmup_cosine
+from ctx_distill.tasks.base import cut_logs, decay_groups, join_history, warmup_cosine
+from ctx_distill.tasks.epoch_means import EpochMeans
 from ctx_distill.tasks.predict import study_means
 from ctx_distill.tasks.prompting import pair_probabilities, prompt_features
 
@@ -69,21 +73,78 @@ def test_only_matrices_decay_and_frozen_weights_are_left_out() -> None:
     assert plain["weight_decay"] == 0.0
 
 
-def test_curves_of_before_a_resume_stay_in_front_without_the_steps_run_again(tmp_path: Path) -> None:
+class Logs:
+    """A trainer as far as `cut_logs` looks at it."""
+
+    def __init__(self, *loggers: TensorBoardLogger) -> None:
+        self.loggers = loggers
+
+
+def curve(path: Path, steps: list[int], losses: list[float]) -> None:
+    pd.DataFrame({"epoch": range(len(steps)), "step": steps, "train/loss": losses}).to_csv(path, index=False)
+
+
+def test_curves_are_cut_back_to_the_restored_step_and_joined(tmp_path: Path) -> None:
     curves = tmp_path / "metrics.csv"
-    pd.DataFrame({"epoch": [0, 1, 2], "step": [4, 9, 14], "train/loss": [3.0, 2.0, 1.5]}).to_csv(curves, index=False)
-    history = keep_history(curves)
-    pd.DataFrame({"epoch": [2, 3], "step": [14, 19], "train/loss": [1.4, 1.2]}).to_csv(curves, index=False)
+    curve(curves, [4, 9, 14], [3.0, 2.0, 1.5])
+    history = cut_logs(Logs(), curves, 10)
+    assert not curves.exists()
+    # killed again after one more row, which is restored too
+    curve(curves, [14], [1.4])
+    assert cut_logs(Logs(), curves, 15) == history
+    curve(curves, [19], [1.2])
     join_history(history, curves)
     assert pd.read_csv(curves)["train/loss"].tolist() == [3.0, 2.0, 1.4, 1.2]
+    assert not history.exists()
 
 
-def test_a_torn_checkpoint_is_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "checkpoints" / "last.ckpt"
-    path.parent.mkdir()
-    assert readable_checkpoint(tmp_path) is None
-    torch.save({"state_dict": {"a": torch.zeros(100)}}, path)
-    assert readable_checkpoint(tmp_path) == str(path)
-    path.write_bytes(path.read_bytes()[:-200])
-    assert readable_checkpoint(tmp_path) is None
-    assert "not readable" in capsys.readouterr().out
+def test_a_run_that_begins_again_keeps_no_curve(tmp_path: Path) -> None:
+    curves = tmp_path / "metrics.csv"
+    curve(curves, [4, 9], [3.0, 2.0])
+    history = cut_logs(Logs(), curves, 0)
+    curve(curves, [4], [2.9])
+    join_history(history, curves)
+    assert pd.read_csv(curves)["train/loss"].tolist() == [2.9]
+
+
+def test_a_run_restored_at_its_end_keeps_its_curve(tmp_path: Path) -> None:
+    curves = tmp_path / "metrics.csv"
+    curve(curves, [4, 9], [3.0, 2.0])
+    join_history(cut_logs(Logs(), curves, 10), curves)
+    assert pd.read_csv(curves)["train/loss"].tolist() == [3.0, 2.0]
+
+
+def events_of(folder: Path) -> list[Event]:
+    """Of all TensorBoard files, in the order they were logged: length, its checksum, the event, its checksum."""
+    found = []
+    for path in folder.glob("events.*"):
+        content = path.read_bytes()
+        while content:
+            (length,) = struct.unpack("<Q", content[:8])
+            found.append(Event.FromString(content[12 : 12 + length]))
+            content = content[16 + length :]
+    return sorted(found, key=lambda event: event.wall_time)
+
+
+def test_tensorboard_is_told_to_forget_what_comes_after_the_restored_step(tmp_path: Path) -> None:
+    for first, value in ((0, 1.0), (5, 2.0)):
+        logger = TensorBoardLogger(str(tmp_path), name="", version="logs")
+        cut_logs(Logs(logger), tmp_path / "metrics.csv", first)
+        for step in range(first, 8):
+            logger.log_metrics({"loss": value}, step)
+        logger.finalize("success")
+    events = events_of(tmp_path / "logs")
+    starts = [event.step for event in events if event.session_log.status == SessionLog.START]
+    assert starts == [5]  # TensorBoard drops what came before this mark with this step or a later one
+    assert [event.step for event in events if event.summary.value] == [*range(8), *range(5, 8)]
+
+
+def test_means_of_an_epoch_are_weighted_and_live_in_a_checkpoint() -> None:
+    means = EpochMeans()
+    means.add({"loss": torch.tensor(1.0)}, 3)
+    other = EpochMeans()
+    other.load(means.state())
+    for one in (means, other):
+        one.add({"loss": torch.tensor(5.0), "rare": torch.tensor(2.0)}, 1)
+        assert {name: float(value) for name, value in one.drain().items()} == {"loss": 2.0, "rare": 2.0}
+        assert one.drain() == {}

@@ -1,0 +1,208 @@
+"""Runs of stages that are killed and finished: started out of one warm process, stopped by SIGKILL to the whole group.
+
+`Runner` keeps a process that has imported what a stage needs and forks a run from it, so that the seconds of imports are paid
+once. The run is the leader of a process group of its own; its DataLoader workers belong to that group.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+FOLDERS = {
+    "expert": "expert", "index": "index", "distill": "distill", "align": "align", "zero-shot": "zero_shot",
+    "classifier": "classifier", "report": "report",
+}  # fmt: skip
+TRAINED = ("expert", "distill", "align", "classifier", "report")
+TIMINGS = ("lookup_ms", "lookup_share")
+
+
+class Runner:
+    """A warm process that forks runs of `ctx-distill`."""
+
+    def __init__(self, data: Path, preset: Path, workers: int = 0, more: tuple[str, ...] = ()) -> None:
+        self.data, self.preset = data, preset
+        self.more = [f"--data.init_args.num_workers={workers}", *more]
+        self.server = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
+        )
+        assert self._ask({"hello": 1})
+
+    def _ask(self, what: dict[str, Any]) -> Any:
+        assert self.server.stdin is not None
+        assert self.server.stdout is not None
+        self.server.stdin.write(json.dumps(what) + "\n")
+        self.server.stdin.flush()
+        return json.loads(self.server.stdout.readline())
+
+    def start(self, stage: str, run: Path) -> int:
+        """Begin a stage; returns its process and group id."""
+        run.mkdir(parents=True, exist_ok=True)
+        arguments = [stage, "--data", str(self.data), "--run", str(run), "--preset", str(self.preset), *self.more]
+        return int(self._ask({"run": arguments, "log": str(run / f"{stage}.log")}))
+
+    def wait(self, process: int) -> int:
+        """Its exit status, 128 + signal where one ended it."""
+        return int(self._ask({"wait": process}))
+
+    def ended(self, process: int) -> bool:
+        """Whether it has ended, without waiting."""
+        with contextlib.suppress(OSError):
+            return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+        return True
+
+    def finish(self, stage: str, run: Path) -> None:
+        """Run a stage to its end."""
+        status = self.wait(self.start(stage, run))
+        assert status == 0, f"{stage} ended with {status}:\n{(run / f'{stage}.log').read_text()[-3000:]}"
+
+    def kill_when(self, process: int, moment: Callable[[], bool], seconds: float = 120) -> bool:
+        """Kill the whole group once `moment()` holds; False where the run ended before."""
+        end = time.monotonic() + seconds
+        while not moment():
+            if self.ended(process):
+                return False
+            assert time.monotonic() < end, "the moment to kill at did not come"
+        os.killpg(process, signal.SIGKILL)
+        return True
+
+    def close(self) -> None:
+        """End the warm process."""
+        assert self.server.stdin is not None
+        self.server.stdin.close()
+        self.server.wait(30)
+
+
+def with_upstream(reference: Path, stage: str, run: Path) -> Path:
+    """A copy of a finished run as it stood before a stage."""
+    names = list(FOLDERS)
+    run.mkdir(parents=True)
+    for name in names[: names.index(stage)]:
+        shutil.copytree(reference / FOLDERS[name], run / FOLDERS[name])
+    shutil.copy(reference / "run.json", run / "run.json")
+    return run
+
+
+def fingerprints(run: Path, stage: str) -> dict[str, str]:
+    """SHA-256 of what a stage left: weights, optimiser state, predictions, metrics and curves without timings, data order."""
+    folder = run / FOLDERS[stage]
+    found: dict[str, str] = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.suffix in (".safetensors", ".faiss") or name in (
+            "predictions.csv",
+            "reports.csv",
+            "retrieval.csv",
+            "training.json",
+        ):
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    metrics = json.loads((folder / "metrics.json").read_text())
+    metrics.pop("timing", None)
+    found["metrics.json"] = hashlib.sha256(json.dumps(metrics, sort_keys=True).encode()).hexdigest()
+    curves = folder / "logs" / "metrics.csv"
+    if curves.is_file():
+        import pandas as pd
+
+        table = pd.read_csv(curves)
+        table = table[sorted(c for c in table.columns if not c.endswith(TIMINGS))]
+        found["metrics.csv"] = hashlib.sha256(table.to_csv(index=False).encode()).hexdigest()
+    last = folder / "checkpoints" / "last.ckpt"
+    if last.is_file():
+        import torch
+
+        content = torch.load(last, map_location="cpu", weights_only=True)
+        for part in ("state_dict", "optimizer_states", "lr_schedulers", "ctx_distill"):
+            found[f"last.ckpt {part}"] = hash_tree(content[part])
+    return found
+
+
+def hash_tree(value: Any) -> str:
+    """SHA-256 of nested dicts and lists of tensors and plain values."""
+    import torch
+
+    digest = hashlib.sha256()
+
+    def add(item: Any) -> None:
+        if isinstance(item, dict):
+            for key in sorted(item, key=str):
+                digest.update(f"k{key}".encode())
+                add(item[key])
+        elif isinstance(item, (list, tuple)):
+            digest.update(f"l{len(item)}".encode())
+            for one in item:
+                add(one)
+        elif isinstance(item, torch.Tensor):
+            digest.update(f"t{item.dtype}{tuple(item.shape)}".encode())
+            digest.update(
+                item.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+                if item.ndim
+                else repr(item.item()).encode()
+            )
+        else:
+            digest.update(repr(item).encode())
+
+    add(value)
+    return digest.hexdigest()
+
+
+def _serve() -> None:
+    import ctx_distill.cli
+    import ctx_distill.pipeline.lightning
+    import ctx_distill.tasks.alignment
+    import ctx_distill.tasks.classification
+    import ctx_distill.tasks.distillation
+    import ctx_distill.tasks.expert
+    import ctx_distill.tasks.report_generation
+    import ctx_distill.tasks.zero_shot  # noqa: F401
+
+    replies = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        task = json.loads(line)
+        if "run" in task:
+            child = os.fork()
+            if child == 0:
+                _run(task["run"], task["log"])
+            replies.write(json.dumps(child) + "\n")
+        elif "wait" in task:
+            _, status = os.waitpid(task["wait"], 0)
+            code = os.waitstatus_to_exitcode(status)
+            replies.write(json.dumps(code if code >= 0 else 128 - code) + "\n")
+        else:
+            replies.write("true\n")
+
+
+def _run(arguments: list[str], log: str) -> None:
+    import multiprocessing.util
+    import traceback
+
+    from ctx_distill.cli import main
+
+    os.setsid()
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    status = 1
+    try:
+        status = main(arguments)
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    multiprocessing.util._exit_function()  # type: ignore[attr-defined]
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    _serve()
