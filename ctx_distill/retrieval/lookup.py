@@ -100,9 +100,10 @@ class NeighbourLookup:
         weights = self._weights(similarity, generator)
         if self.permutation is not None:
             positions = self.permutation[positions.cpu()].to(positions.device)
-        mixed = (self.store.values(positions) * weights[..., None]).sum(dim=1)
+        # In float64: the sum's last bits depend on the number of rows, and a row's target must not.
+        mixed = (self.store.values(positions).double() * weights[..., None].double()).sum(dim=1)
         return {
-            "features": F.normalize(mixed, dim=-1),
+            "features": F.normalize(mixed, dim=-1).float(),
             "positions": positions,
             "weights": weights,
             "similarity": similarity,

@@ -25,8 +25,9 @@ from torch import Tensor
 
 from ctx_distill.checkpoint import WEIGHTS_FILE, hash_file, hash_json, read_artefact, write_artefact, write_json
 from ctx_distill.retrieval.build import build_index
-from ctx_distill.retrieval.index import INDEX_FILE, Device, IndexKind, XrayIndex
+from ctx_distill.retrieval.index import INDEX_FILE, Device, IndexKind, KeyIndex, Placement, XrayIndex
 from ctx_distill.retrieval.keys import KeyKind, make_queries
+from ctx_distill.retrieval.sharded import ShardedIndex
 from ctx_distill.types import InputError
 
 ITEMS_FILE = "items.csv"
@@ -165,18 +166,22 @@ class XrayIndexArtefact:
     upstream: dict[str, str]
     config: dict[str, Any]
     items: pd.DataFrame
-    index: XrayIndex
+    index: KeyIndex
     features: Tensor
     findings: Tensor | None
     report_source: ReportSource | None = None
 
     @classmethod
-    def open(cls, folder: Path, device: Device = "auto", verify: bool = False) -> XrayIndexArtefact:
+    def open(
+        cls, folder: Path, device: Device = "auto", verify: bool = False, placement: Placement = "replicated"
+    ) -> XrayIndexArtefact:
         """Open an artefact; keys and values stay on disk until touched.
 
         Args:
             folder: where it lies.
             device: of the index.
+            placement: `replicated`: this process searches the whole index, of whatever kind it was built;
+                `sharded`: each rank searches its part of the keys, exactly (see `ShardedIndex`).
             verify: read all of keys and values once and compare with the fingerprint.
 
         Raises:
@@ -204,7 +209,9 @@ class XrayIndexArtefact:
             dtype={"study_id": str, "image_id": str, "patient_id": str, "split": str, "report": str},
             keep_default_na=False,
         )
-        index = XrayIndex.load(folder / INDEX_FILE, device)
+        index: KeyIndex = (
+            ShardedIndex(keys, device) if placement == "sharded" else XrayIndex.load(folder / INDEX_FILE, device)
+        )
         found = {
             "artefact.json": (artefact.config.get("items"), artefact.config.get("key_dim")),
             WEIGHTS_FILE: (len(keys), keys.shape[1]),

@@ -151,7 +151,8 @@ class DistillationTask(TrainedTask):
         asked = open_queries(teacher, store)
         self._queries = ReportFeatures(asked)
         self._anchor_texts = self._queries if asked is teacher else ReportFeatures(teacher)
-        self.retrieved, self.lookup_clock = RetrievedTeacher(store, neighbours, vocabulary, self._queries), LookupClock()
+        self.retrieved = RetrievedTeacher(store, neighbours, vocabulary, self._queries)
+        self.lookup_clock = LookupClock()
         self._steps, self._warned = 1, False
 
     def unfit_for_shards(self) -> dict[str, bool]:

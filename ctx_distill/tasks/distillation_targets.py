@@ -13,13 +13,15 @@ from torch import Tensor
 
 from ctx_distill.checkpoint import require_same
 from ctx_distill.data.manifest import read_manifest
+from ctx_distill.distributed import gather_with_gradient, rank, world_size
 from ctx_distill.errors import InputError
 from ctx_distill.losses.distillation import mix_neighbours
 from ctx_distill.models.xray_expert import XrayExpert
+from ctx_distill.retrieval.index import Device, Placement
 from ctx_distill.retrieval.lookup import LookupMode, NeighbourLookup
 from ctx_distill.retrieval.store import XrayIndexArtefact
 from ctx_distill.tasks.findings_reader import FindingsReader
-from ctx_distill.tasks.row_features import RowFeatures
+from ctx_distill.tasks.row_features import ReportFeatures, RowFeatures
 from ctx_distill.types import CTBatch
 
 
@@ -59,6 +61,11 @@ class NeighbourSettings:
             labels are nearest the CT's labels; it reads labels, so it is a bound and no method.
         control_seed: of either control.
         oracle_manifest: the X-ray manifest that the index was built from, for the pool's labels.
+        lookup: `live`: each step's views of the reports are embedded, searched and fetched; `static`: those of all
+            training and validation rows, whole, once before the training, with the same result.
+        placement: `replicated`: each rank searches the whole index, which ranks of one host share in memory where it
+            lies on the CPU; `sharded`: each rank holds a part of the keys and searches it exactly (`ShardedIndex`).
+        device: where the index lies: `auto` is the GPU where FAISS has one.
     """
 
     k: int = 8
@@ -69,10 +76,19 @@ class NeighbourSettings:
     control: Literal["none", "shuffled", "oracle"] = "none"
     control_seed: int = 0
     oracle_manifest: str | None = None
+    lookup: Literal["live", "static"] = "live"
+    placement: Placement = "replicated"
+    device: Device = "auto"
 
     def __post_init__(self) -> None:
         if not 0 <= self.subset_share <= 1:
             raise InputError(f"stage 2: neighbours.subset_share is {self.subset_share}; expected a share from 0 to 1.")
+        if self.lookup == "static" and (self.subset_share > 0 or self.mode == "sample"):
+            raise InputError(
+                f"stage 2: neighbours.lookup is static, but subset_share is {self.subset_share} and mode is {self.mode}: "
+                "targets that are computed once cannot change from step to step. Set lookup=live, or subset_share=0 and "
+                "a mode other than sample."
+            )
         if self.control == "oracle" and self.oracle_manifest is None:
             raise InputError(
                 "stage 2: neighbours.control is oracle, but neighbours.oracle_manifest names no X-ray manifest. Give "
@@ -83,17 +99,24 @@ class NeighbourSettings:
 class RetrievedTeacher:
     """u*_i: the mix of the X-rays that a report retrieves.
 
+    Where the index is sharded, calls are collective: every rank makes them, whatever its rows.
+
     Args:
         store: the X-ray index.
         settings: how.
         vocabulary: findings that are read from the CT reports for the re-rank.
+        queries: embeds the reports as the index is asked.
 
     Raises:
         InputError: the re-rank is asked of an index without findings, or the vocabulary lacks one of the index's.
     """
 
-    def __init__(self, store: XrayIndexArtefact, settings: NeighbourSettings, vocabulary: str) -> None:
+    def __init__(
+        self, store: XrayIndexArtefact, settings: NeighbourSettings, vocabulary: str, queries: ReportFeatures
+    ) -> None:
         self._reader = FindingsReader(store, vocabulary) if settings.rerank else None
+        self._queries = queries
+        self._static: dict[int, Tensor] | None = None
         self.lookup = NeighbourLookup(
             store,
             min(settings.k, len(store)),
@@ -104,9 +127,46 @@ class RetrievedTeacher:
             shuffle_seed=settings.control_seed if settings.control == "shuffled" else None,
         )
 
-    def __call__(self, queries: Tensor, reports: Sequence[str]) -> Tensor:
-        """(b, D_v) unit rows of b queries (b, D_t) and the reports that they come from."""
-        return self.lookup(queries, None if self._reader is None else self._reader(reports))["features"]
+    def prepare(self, rows: Sequence[int], reports: Sequence[str], device: torch.device, batch: int = 64) -> None:
+        """Look all rows up, once; from then on they are not looked up again. Collective: ranks share the work.
+
+        Args:
+            rows: N manifest rows, the same on every rank.
+            reports: their N whole reports.
+            device: to embed on.
+            batch: rows of a lookup.
+        """
+        share = -(-len(rows) // world_size())
+        own, found = slice(rank() * share, (rank() + 1) * share), []
+        for start in range(0, share, batch):  # equally often on every rank
+            numbers, texts = rows[own][start : start + batch], reports[own][start : start + batch]
+            found.append(self._live(torch.tensor(numbers, dtype=torch.int64, device=device), texts, texts))
+        whole = gather_with_gradient(torch.cat(found)).cpu() if found else torch.zeros(0)
+        self._static = dict(zip(rows, whole, strict=True))
+
+    def __call__(self, rows: Tensor, reports: Sequence[str], views: Sequence[str]) -> Tensor:
+        """(b, D_v) unit rows on the rows' device; zero where there is no text.
+
+        Args:
+            rows: (b,) manifest rows.
+            reports: b whole reports.
+            views: b texts that ask: the report, or a part of it.
+        """
+        if self._static is None:
+            return self._live(rows, reports, views)
+        nothing = torch.zeros(self.lookup.store.value_dim)
+        kept = [self._static[row] if view else nothing for row, view in zip(rows.tolist(), views, strict=True)]
+        return torch.stack(kept).to(rows.device)
+
+    @torch.no_grad()
+    def _live(self, rows: Tensor, reports: Sequence[str], views: Sequence[str]) -> Tensor:
+        known, told = [bool(view) for view in views], [view for view in views if view]
+        asked = torch.tensor(known, dtype=torch.bool, device=rows.device)
+        queries = self._queries(rows, reports, views)[asked]
+        features = torch.zeros(len(known), self.lookup.store.value_dim, device=rows.device)
+        found = self.lookup(queries, None if self._reader is None else self._reader(told))
+        features[asked] = found["features"].to(features)
+        return features
 
 
 class OracleTeacher:

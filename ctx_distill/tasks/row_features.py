@@ -1,4 +1,8 @@
-"""What a frozen tower makes of a manifest row never changes: it is computed when the row is first seen."""
+"""What a frozen tower makes of a manifest row never changes: it is computed when the row is first seen.
+
+Rows are computed one at a time. In a batch the last bits of a feature depend on the others in it, and a run that was
+resumed meets a row in other company than one that never stopped.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from ctx_distill.models.report_encoder import ReportEncoder
 
 
 class RowFeatures:
-    """Features that depend on a manifest row alone."""
+    """Features that depend on a manifest row alone, bit for bit."""
 
     def __init__(self) -> None:
         self._kept: dict[int, Tensor] = {}
@@ -21,12 +25,11 @@ class RowFeatures:
 
         Args:
             rows: b manifest rows, at least one.
-            compute: features of the places in `rows` that are not known yet.
+            compute: features (1, D) of the one place in `rows` that it is asked for; rows that are known are not.
         """
-        new = [place for place, row in enumerate(rows) if row not in self._kept]
-        if new:
-            for place, features in zip(new, compute(new).cpu(), strict=True):
-                self._kept[rows[place]] = features
+        for place, row in enumerate(rows):
+            if row not in self._kept:
+                self._kept[row] = compute([place])[0].cpu()
         return torch.stack([self._kept[row] for row in rows])
 
 

@@ -7,17 +7,31 @@ from pathlib import Path
 from ctx_distill.checkpoint import require_same
 from ctx_distill.models.report_encoder import ReportEncoder, open_report_encoder
 from ctx_distill.models.xray_expert import XrayExpert, open_expert
+from ctx_distill.retrieval.index import Device, Placement
 from ctx_distill.retrieval.store import XrayIndexArtefact
 
 
-def open_teacher(expert: str, revision: str | None, index: str) -> tuple[XrayExpert, XrayIndexArtefact]:
+def open_teacher(
+    expert: str,
+    revision: str | None,
+    index: str,
+    placement: Placement = "replicated",
+    device: Device = "auto",
+) -> tuple[XrayExpert, XrayIndexArtefact]:
     """Open an expert and an index.
+
+    Args:
+        expert: folder or hub name.
+        revision: pinned commit of a hub expert.
+        index: folder of the stage-1 artefact.
+        placement: of the index over the ranks; see `XrayIndexArtefact.open`.
+        device: of the index.
 
     Raises:
         InputError: one cannot be had, or the index was built with another expert.
     """
     teacher = open_expert(expert, revision)
-    store = XrayIndexArtefact.open(Path(index))
+    store = XrayIndexArtefact.open(Path(index), device, placement=placement)
     require_same(
         f"the expert {expert}", teacher.fingerprint(),
         f"the expert that the index {index} was built with", store.expert_fingerprint,
