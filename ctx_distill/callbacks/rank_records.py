@@ -1,4 +1,4 @@
-"""What each rank last said of itself, as small files in a folder that all ranks share, and who keeps the others waiting."""
+"""What each rank last said of itself, as small files in a folder that all ranks share, and whom the others wait for."""
 
 from __future__ import annotations
 

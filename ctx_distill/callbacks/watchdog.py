@@ -2,15 +2,15 @@
 
 A rank that is stuck, or gone without closing its connections, leaves all others waiting in a collective for it, and
 none of them says for whom. So each rank keeps a thread that writes down now and then how far its main thread has got
-(`rank_records`). Where that has not moved for the set time, the thread reads what all ranks wrote, says on stderr who is
-behind, prints the Python stacks, and ends the process.
+(`rank_records`). Where that has not moved for the set time, the thread reads what all ranks wrote, says on stderr who
+is behind, prints the Python stacks, and ends the process.
 
 It ends it with `os._exit`: an exception raised in a thread ends that thread alone, and one that is set on the main
 thread is seen at its next line of Python, which a process that sits in a collective, a kernel or a read never gets to.
 
 torch has time limits of its own, which name no rank: gloo raises "Timed out waiting" in the waiting ranks after 30 min,
-NCCL's watchdog aborts the process after 10 min (both by default; Lightning's `DDPStrategy` and `ModelParallelStrategy` set
-30 min for either). They must be longer than this one: `strategy.timeout`, and `timeout` of every `new_group`.
+NCCL's watchdog aborts the process after 10 min (both by default; Lightning's `DDPStrategy` and `ModelParallelStrategy`
+set 30 min for either). They must be longer than this one: `strategy.timeout`, and `timeout` of every `new_group`.
 """
 
 from __future__ import annotations
@@ -205,11 +205,12 @@ class Watchdog(L.Callback):
         frames = self._raised or traceback.extract_stack(main)
         frame = next(each for each in reversed(frames) if each.filename != __file__)
         at = f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}"
+        waiting = any(part in frame.filename for part in COLLECTIVES)
         with self._writing:
             self._beat += 1
             record = RankRecord(
                 rank(), socket.gethostname(), os.getpid(), self._step, self._phase, self._place, at,
-                any(part in frame.filename for part in COLLECTIVES), round(self._idle, 3), self._beat, time.time(), ended, hung,
+                waiting, round(self._idle, 3), self._beat, time.time(), ended, hung,
             )  # fmt: skip
             write_record(self._records, record)
 

@@ -18,7 +18,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.plugins.environments import LightningEnvironment
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -340,6 +340,39 @@ def test_the_dump_holds_the_rows_of_every_rank(pool: Callable[[int], Any], tmp_p
     assert [each["losses"] == ["nan"] for each in ranks] == [False, True]
     assert [each["rows"] for each in ranks] == [[[16, 17, 18, 19]]] * 2
     assert all((tmp_path / "fault" / each["tensors"]).is_file() for each in ranks)
+
+
+class Sharded(Small):
+    """The network under FSDP2, without the batch norm."""
+
+    def configure_model(self) -> None:
+        from torch.distributed.fsdp import fully_shard
+
+        self.net = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 1))
+        assert self.device_mesh is not None
+        for part in (self.net[0], self.net[2], self):
+            fully_shard(part, mesh=self.device_mesh["data_parallel"])
+
+
+def train_sharded_rank(folder: str) -> dict[str, Any]:
+    """What a rank of two ends with where the last one alone meets a NaN and an explosion."""
+    os.environ["LOCAL_RANK"] = str(rank())
+    environment = LightningEnvironment()
+    environment.set_world_size(world_size())
+    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
+    faults = {"nan": [2, 6], "explodes": [25]} if rank() == 1 else {}
+    guard, data = LossGuard(back_off=1.0), batches(30, seed=rank(), **faults)
+    module, _ = fit(data, guard, Path(folder), Sharded(ADAMW), strategy=strategy, plugins=[environment], devices=2)
+    weights = {name: shard.full_tensor().detach() for name, shard in module.named_parameters()}  # type: ignore[operator]
+    return {"weights": weights, "skipped": guard.skipped, "norms": guard.state_dict()["norms"]}
+
+
+@pytest.mark.ddp
+def test_ranks_that_hold_shards_decide_alike(pool: Callable[[int], Any], tmp_path: Path) -> None:
+    first, second = pool(2).run(__file__, "train_sharded_rank", {"folder": str(tmp_path)})
+    assert first["skipped"] == second["skipped"] == 3
+    assert first["norms"] == second["norms"]
+    assert all(value.isfinite().all() for value in first["weights"].values())
 
 
 def sharded_norm(gradients: list[Tensor]) -> dict[str, float]:

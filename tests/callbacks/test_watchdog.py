@@ -111,9 +111,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[int,
     return result
 
 
-pytestmark = pytest.mark.full
-
-
+@pytest.mark.full
 @pytest.mark.ddp
 def test_a_rank_that_hangs_is_named_and_the_run_ends(ended: dict[str, list[tuple[int, str]]]) -> None:
     (first, first_said), (second, second_said) = ended["hangs"]
@@ -129,6 +127,7 @@ def test_a_rank_that_hangs_is_named_and_the_run_ends(ended: dict[str, list[tuple
     assert "ctx-distill: rank 1 (host " in first_said or "Error" in first_said
 
 
+@pytest.mark.full
 @pytest.mark.ddp
 def test_a_rank_whose_process_is_gone_is_named(ended: dict[str, list[tuple[int, str]]]) -> None:
     (first, first_said), (second, _) = ended["killed"]
@@ -139,6 +138,7 @@ def test_a_rank_whose_process_is_gone_is_named(ended: dict[str, list[tuple[int, 
     assert "last seen at training step" in first_said
 
 
+@pytest.mark.full
 def test_a_slow_run_that_moves_is_left_alone(ended: dict[str, list[tuple[int, str]]]) -> None:
     ((status, said),) = ended["slow"]  # ten batches of a fifth of the limit each
     assert status == 0, said
@@ -146,6 +146,7 @@ def test_a_slow_run_that_moves_is_left_alone(ended: dict[str, list[tuple[int, st
     assert not [name for _, name in ended["left"] if name.startswith("slow")]
 
 
+@pytest.mark.full
 def test_records_are_there_in_a_run_and_removed_at_its_end(tmp_path: Path) -> None:
     module = Faulty(ranks=tmp_path / "ranks")
     fit(module, tmp_path, Watchdog())
@@ -168,6 +169,7 @@ def test_zero_minutes_switch_it_off(tmp_path: Path) -> None:
 
 
 ONE = RankRecord(0, "n1", 10, 117, "train batch 17", (18, 1), "x.py:3 in f", False, 1800.0, 360, 1000.0)
+WHERE = "training step 117, train batch 17, at x.py:3 in f"
 
 
 def of(number: int, **changes: object) -> RankRecord:
@@ -179,19 +181,19 @@ def of(number: int, **changes: object) -> RankRecord:
     [
         pytest.param(
             {0: of(0, place=(18, 2)), 1: of(1), 2: of(2, place=(18, 2))}, set(),
-            "rank 1 (host n1, process 11) has not got past training step 117, train batch 17, at x.py:3 in f for 30 min; "
+            f"rank 1 (host n1, process 11) has not got past {WHERE} for 30 min; "
             "ranks 0, 2 wait for it",
             id="least far",
         ),
         pytest.param(
             {0: of(0, waiting=True), 1: of(1, waiting=True), 2: of(2)}, set(),
-            "rank 2 (host n1, process 12) has not got past training step 117, train batch 17, at x.py:3 in f for 30 min; "
+            f"rank 2 (host n1, process 12) has not got past {WHERE} for 30 min; "
             "ranks 0, 1 wait for it",
             id="equally far, one does not wait in a collective",
         ),
         pytest.param(
             {0: of(0, place=(2, 9)), 1: of(1, place=(3, 1))}, set(),
-            "rank 0 (host n1, process 10) has not got past training step 117, train batch 17, at x.py:3 in f for 30 min; "
+            f"rank 0 (host n1, process 10) has not got past {WHERE} for 30 min; "
             "rank 1 waits for it",
             id="batches count before what follows them",
         ),
@@ -209,7 +211,7 @@ def of(number: int, **changes: object) -> RankRecord:
         ),
         pytest.param(
             {0: of(0, place=(18, 2)), 1: of(1, ended="stopped by its watchdog", hung=True)}, set(),
-            "rank 1 (host n1, process 11) has not got past training step 117, train batch 17, at x.py:3 in f for 30 min; "
+            f"rank 1 (host n1, process 11) has not got past {WHERE} for 30 min; "
             "rank 0 waits for it",
             id="stopped by its own watchdog first",
         ),
@@ -220,7 +222,7 @@ def of(number: int, **changes: object) -> RankRecord:
         ),
         pytest.param(
             {0: of(0), 1: None}, set(),
-            "rank 0 (host n1, process 10) has not got past training step 117, train batch 17, at x.py:3 in f for 30 min",
+            f"rank 0 (host n1, process 10) has not got past {WHERE} for 30 min",
             id="no record, since it is through",
         ),
     ],
