@@ -6,13 +6,19 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from typing import TypeVar
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from ctx_distill import signals
+from ctx_distill.errors import InputError
+
 T = TypeVar("T")
 R = TypeVar("R")
+
+DIED = "was ended by the system (no memory left, or a decoder that crashed)"
 
 
 def usable_cores() -> int:
@@ -21,7 +27,12 @@ def usable_cores() -> int:
 
 
 def in_processes(
-    title: str, function: Callable[[T], R], items: Iterable[T], total: int, workers: int | None = None
+    title: str,
+    function: Callable[[T], R],
+    items: Iterable[T],
+    total: int,
+    workers: int | None = None,
+    died: Callable[[T], R] | None = None,
 ) -> Iterator[tuple[T, R]]:
     """Each item with the function's value, in the order they are done.
 
@@ -31,29 +42,76 @@ def in_processes(
         items: may be endless as far as memory goes: four a worker are in flight.
         total: their number.
         workers: processes; None takes one a core.
+        died: the value of an item that ended its process (no memory, a crash of a decoder); what was in flight beside it is
+            run again, each alone, to find out which it was.
+
+    Raises:
+        InputError: an item ended its process, and there is no `died`.
+        StopRequested: a signal asked for it; what is yielded by then is done.
     """
     waiting, workers = iter(items), max(1, min(workers or usable_cores(), total))
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
     )  # fmt: skip
-    with (
-        Progress(*columns) as progress,
-        ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_one_thread) as pool,
-    ):
-        bar = progress.add_task(title, total=total)
-        try:
+    pool = _pool(workers)
+    try:
+        with Progress(*columns) as progress:
+            bar = progress.add_task(title, total=total)
             running: dict[Future[R], T] = {}
             while True:
+                if signals.requested():
+                    raise signals.StopRequested(title)
+                suspects: list[T] = []
                 for item in islice(waiting, 4 * workers - len(running)):
-                    running[pool.submit(function, item)] = item
-                if not running:
+                    try:
+                        running[pool.submit(function, item)] = item
+                    except BrokenProcessPool:
+                        suspects.append(item)
+                if not running and not suspects:
                     return
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    yield running.pop(future), future.result()
+                    item = running.pop(future)
+                    if isinstance(future.exception(), BrokenProcessPool):
+                        suspects.append(item)
+                        continue
+                    yield item, future.result()
                     progress.advance(bar)
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
+                if suspects and not signals.requested():  # else the signal reached the workers too
+                    suspects += running.values()
+                    running.clear()
+                    pool.shutdown()
+                    for item, value in _one_by_one(title, function, suspects, died):
+                        yield item, value
+                        progress.advance(bar)
+                    pool = _pool(workers)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _one_by_one(
+    title: str, function: Callable[[T], R], items: Iterable[T], died: Callable[[T], R] | None
+) -> Iterator[tuple[T, R]]:
+    """As `in_processes` with one item in flight, so that it is known which one ends the process."""
+    pool = _pool(1)
+    try:
+        for item in items:
+            try:
+                value = pool.submit(function, item).result()
+            except BrokenProcessPool as error:
+                if signals.requested():
+                    raise signals.StopRequested(title) from None
+                if died is None:
+                    told = f"{title}: the process that worked on {item} {DIED}; leave it out, or give more memory"
+                    raise InputError(told) from error
+                pool.shutdown()
+                value, pool = died(item), _pool(1)
+            yield item, value
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _pool(workers: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_one_thread)
 
 
 def _one_thread() -> None:

@@ -60,7 +60,13 @@ class JobOptions:
     prepared: Path | None = None
 
     def __post_init__(self) -> None:
-        counts = {"nodes": self.nodes, "gpus": self.gpus + 1, "tasks": self.tasks, "cpus": self.cpus, "parts": self.parts + 1}
+        counts = {
+            "nodes": self.nodes,
+            "gpus": self.gpus + 1,
+            "tasks": self.tasks,
+            "cpus": self.cpus,
+            "parts": self.parts + 1,
+        }
         for name, value in counts.items():
             if value is not None and value < 1:
                 least = 0 if name in ("gpus", "parts") else 1
@@ -119,12 +125,16 @@ def plan_jobs(target: str, run: RunOptions, options: JobOptions) -> list[Job]:
         InputError: no such manifest or preset; `--force`, with which a requeued job would begin anew.
     """
     if "--force" in run.overrides:
-        raise InputError("--force: a requeued job would begin anew each time. Remove the stage's folder in RUN instead.")
+        raise InputError(
+            "--force: a requeued job would begin anew each time. Remove the stage's folder in RUN instead."
+        )
     load_preset(run.preset)
     names = [target]
     if target == "all":
         names = [*(() if run.expert else ("expert",)), "index", "distill", "align", "heads"]
-    stages = {name: [STAGES[step] for step in (HEADS if name == "heads" else (name,))] for name in names if name != "prepare"}
+    stages = {
+        name: [STAGES[step] for step in (HEADS if name == "heads" else (name,))] for name in names if name != "prepare"
+    }
     for kind in sorted({kind for each in stages.values() for stage in each for kind in stage.reads}):
         find_manifest(run.data, kind)
     own_prepared = any(argument.partition("=")[0].endswith(_PREPARED.rstrip("=")) for argument in run.overrides)
@@ -133,9 +143,14 @@ def plan_jobs(target: str, run: RunOptions, options: JobOptions) -> list[Job]:
     jobs = [_prepare_job(run, options, folder)] if prepares else []
     for name, each in stages.items():
         reads_prepared = not own_prepared and (prepares or options.prepared is not None)
-        steps = [[stage.name, *run.arguments(), *run.overrides, *_from_prepared(stage, folder, reads_prepared)] for stage in each]
+        steps = [
+            [stage.name, *run.arguments(), *run.overrides, *_from_prepared(stage, folder, reads_prepared)]
+            for stage in each
+        ]
         planned = {job.name for job in jobs}
-        jobs.append(Job(name, steps, tuple(before for before in _AFTER.get(name, ()) if before in planned), stages=each))
+        jobs.append(
+            Job(name, steps, tuple(before for before in _AFTER.get(name, ()) if before in planned), stages=each)
+        )
     return jobs
 
 
@@ -144,7 +159,9 @@ def _prepare_job(run: RunOptions, options: JobOptions, folder: Path) -> Job:
     arguments = run.arguments()
     preset = arguments[arguments.index("--preset") + 1]
     cores = ["--workers", str(options.cpus or 1)]
-    return Job("prepare", [["prepare", str(manifest), str(folder), "--preset", preset, *cores]], array=max(1, options.parts))
+    return Job(
+        "prepare", [["prepare", str(manifest), str(folder), "--preset", preset, *cores]], array=max(1, options.parts)
+    )
 
 
 def _from_prepared(stage: Stage, folder: Path, prepared: bool) -> list[str]:
@@ -175,7 +192,9 @@ def _sbatch_lines(job: Job, folder: Path, options: JobOptions) -> list[str]:
     output = folder / "slurm" / (f"{job.name}-%A_%a.out" if single else f"{job.name}-%j.out")
     for path in (output, Path.cwd()):
         if re.search(r'["\\\n]|%(?![Aaj][_.])', str(path)):
-            raise InputError(f'{path}: SLURM does not take a path with ", %, a backslash or a new line. Give another RUN=.')
+            raise InputError(
+                f'{path}: SLURM does not take a path with ", %, a backslash or a new line. Give another RUN=.'
+            )
     lines = [
         f"--job-name=ctx-{job.name}",
         f"--nodes={1 if single else options.nodes}",
@@ -212,7 +231,9 @@ def _own_lines(text: str) -> list[str]:
         else:
             lines[-1] += " " + _quoted(word)
     if lines and not lines[0].startswith("-"):
-        raise InputError(f"SBATCH={text!r}: {words[0]!r} is no option; expected such as '--partition=gpu --account=lab'.")
+        raise InputError(
+            f"SBATCH={text!r}: {words[0]!r} is no option; expected such as '--partition=gpu --account=lab'."
+        )
     return lines
 
 
@@ -266,6 +287,10 @@ def submit(target: str, run: RunOptions, options: JobOptions, dry_run: bool = Fa
     environment = {name: value for name, value in os.environ.items() if not _DROPPED.match(name)}
     done = subprocess.run(["bash", str(submission)], env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
-        before = f" Submitted before that: {'; '.join(done.stdout.split(chr(10))[:-1])} (scancel ends them)." if done.stdout else ""
+        before = (
+            f" Submitted before that: {'; '.join(done.stdout.split(chr(10))[:-1])} (scancel ends them)."
+            if done.stdout
+            else ""
+        )
         raise InputError(f"{submission}: sbatch refused a job: {done.stderr.strip()}.{before}")
     return f"{done.stdout}to watch: squeue --me; logs: {folder}"

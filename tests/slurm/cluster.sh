@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A real SLURM cluster of two nodes on this host, without systemd: munged, slurmctld and two slurmd, for the tests.
 #   cluster.sh install         the packages, by apt-get, where it is missing and this is root
-#   cluster.sh up FOLDER       start; all state, keys, logs and the log of the ports lie in FOLDER. SLURM_CONF=FOLDER/slurm.conf
+#   cluster.sh up FOLDER       start; all state, keys and logs lie in FOLDER. SLURM_CONF=FOLDER/slurm.conf
 #   cluster.sh status FOLDER
 #   cluster.sh down FOLDER     cancel its jobs, end its own daemons and whatever they started, remove FOLDER
 # Several clusters can stand side by side: ports are free ones, job numbers start at a place of their own (Lightning makes
@@ -42,16 +42,16 @@ print(*found)
 P
 }
 
-own_processes() { # pids of what this cluster started: its jobs carry SLURM_CONF, its daemons are in the pid files
+own_processes() { # pids of the daemons, by their files; of the job steps' keepers, which work in FOLDER; of the jobs
   local file pid
   for file in "$1"/pid/*.pid; do
     [ -f "$file" ] || continue
     pid=$(cat "$file")
     if tr '\0' ' ' 2>/dev/null <"/proc/$pid/cmdline" | grep -qF "$1"; then echo "$pid"; fi
   done
-  for file in /proc/[0-9]*/environ; do
-    pid=${file#/proc/} pid=${pid%/environ}
-    if [ "$pid" != $$ ] && [ "$pid" != "$PPID" ] && grep -zqxF "CTX_DISTILL_TEST_CLUSTER=$1" "$file" 2>/dev/null; then echo "$pid"; fi
+  find /proc -maxdepth 2 -name cwd -lname "$1/log*" 2>/dev/null | cut -d/ -f3 || true
+  for file in $(grep -lzsxF "SLURM_CONF=$1/slurm.conf" /proc/[0-9]*/environ); do
+    if grep -zqs '^SLURM_JOB_ID=' "$file"; then cut -d/ -f3 <<<"$file"; fi
   done
 }
 
@@ -104,7 +104,7 @@ C
     echo "NodeName=n$i NodeHostname=$host NodeAddr=127.0.0.1 Port=${ports[$i]} CPUs=$CPUS RealMemory=2000 State=UNKNOWN"
   done >>"$folder/slurm.conf"
   echo "PartitionName=debug Nodes=n[1-$NODES] Default=YES MaxTime=60 State=UP" >>"$folder/slurm.conf"
-  export SLURM_CONF=$folder/slurm.conf CTX_DISTILL_TEST_CLUSTER=$folder
+  export SLURM_CONF=$folder/slurm.conf
   munged --force --key-file="$folder/munge/munge.key" --socket="$folder/munge/munge.sock" \
     --pid-file="$folder/pid/munged.pid" --log-file="$folder/log/munged.log" --seed-file="$folder/munge/munge.seed"
   slurmctld -i -f "$folder/slurm.conf"
@@ -120,18 +120,22 @@ C
 }
 
 down() {
-  local folder=$1 pid
-  [ -d "$folder" ] || return 0
+  local folder=$1 pids
   export SLURM_CONF=$folder/slurm.conf
-  local pids
-  mapfile -t pids < <(own_processes "$folder" | sort -u)
-  for pid in "${pids[@]}"; do kill -TERM "$pid" 2>/dev/null || true; done
-  for _ in $(seq 20); do
+  if [ -f "$SLURM_CONF" ] && timeout 5 scancel --full --signal=KILL --user="$(id -un)" 2>/dev/null; then
+    for _ in $(seq 20); do
+      [ -n "$(timeout 5 squeue -h -t running,completing 2>/dev/null)" ] || break
+      sleep 0.25
+    done
+  fi
+  for signal in TERM KILL; do
     mapfile -t pids < <(own_processes "$folder" | sort -u)
-    ((${#pids[@]})) || break
-    sleep 0.1
+    if ((${#pids[@]})); then kill "-$signal" "${pids[@]}" 2>/dev/null || true; fi
+    for _ in $(seq 20); do
+      [ -n "$(own_processes "$folder")" ] || break
+      sleep 0.1
+    done
   done
-  for pid in "${pids[@]}"; do kill -KILL "$pid" 2>/dev/null || true; done
   rm -rf "$folder"
 }
 

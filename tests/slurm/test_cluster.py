@@ -1,0 +1,168 @@
+"""Jobs on a real SLURM of two nodes: signalled, killed, failing, cancelled."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
+
+ROOT = Path(__file__).parents[2]
+JOBS = Path(__file__).parent / "jobs"
+STAGES = ("expert", "index", "distill", "align", "zero_shot", "classifier", "report")
+Fake = Callable[..., dict[str, str]]
+
+
+def submit_chain(cluster: Any, data: Path, run: Path) -> dict[str, str]:
+    """`make slurm-all` with programs that can be held at places of RUN/holds."""
+    (run / "holds").mkdir(parents=True)
+    overrides = "--trainer.callbacks+=batch_hold.BatchHold --trainer.max_epochs=3 --data.init_args.batch_size=2"
+    setup = f'export PYTHONPATH="{JOBS}" CTX_TEST_HOLDS="{run / "holds"}"'
+    return cluster.make("slurm-all", DATA=data, RUN=run, PRESET=ROOT / "tests" / "conf" / "tiny.yaml", NODES=2, GPUS=0,
+                        TASKS=1, PARTS=2, ARGS=overrides, SETUP=setup)  # fmt: skip
+
+
+class Hold:
+    """A place at which the next program that comes there is held."""
+
+    def __init__(self, cluster: Any, run: Path, place: str) -> None:
+        self.cluster, self.folder, self.place, self.logs = cluster, run / "holds", place, run / "slurm"
+        (self.folder / f"{place}.wanted").touch()
+
+    def reached(self) -> list[int]:
+        """Wait until both ranks are there; their process numbers."""
+        return [int(path.read_text()) for path in self._both("reached")]
+
+    def signalled(self) -> None:
+        """Wait until the signal has come to both."""
+        self._both("signalled")
+
+    def let_go(self) -> None:
+        """Let them go on."""
+        (self.folder / f"{self.place}.go").touch()
+
+    def _both(self, what: str) -> list[Path]:
+        paths = [self.folder / f"{self.place}.{what}-{rank}" for rank in (0, 1)]
+        self.cluster.wait(f"{self.place} {what}", lambda: all(path.exists() for path in paths), 240, self.logs)
+        return paths
+
+
+def results(run: Path) -> dict[str, Any]:
+    """What a run came to: hashes of weights, index, predictions and order of data; the metrics; the fingerprints."""
+    files = [path for stage in STAGES for path in sorted((run / stage / "artefact").rglob("*")) if path.is_file()]
+    files += [run / "zero_shot_predictions.csv", run / "classifier" / "predictions.csv", run / "reports.csv",
+              run / "index" / "retrieval.csv"]  # fmt: skip
+    found: dict[str, Any] = {
+        str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files
+    }
+    found["metrics"] = json.loads((run / "metrics.json").read_text())
+    found["fingerprints"] = {
+        name: stage["fingerprint"] for name, stage in json.loads((run / "run.json").read_text())["stages"].items()
+    }
+    return found
+
+
+def test_a_chain_that_is_signalled_and_killed_ends_as_an_undisturbed_one(
+    cluster: Any, cohort: Path, tmp_path: Path
+) -> None:
+    calm, rough = tmp_path / "calm", tmp_path / "rough run"
+    calm_jobs, jobs = submit_chain(cluster, cohort, calm), submit_chain(cluster, cohort, rough)
+
+    # The expert: while Python starts. The index: during imports. Both begin anew.
+    for stage, place in (("expert", "start"), ("index", "imports")):
+        hold = Hold(cluster, rough, f"{stage}-{place}")
+        hold.reached()
+        cluster.call("scancel", "--signal=USR1", jobs[stage])
+        hold.signalled()
+        hold.let_go()
+
+    # Distillation: in mid-epoch; it goes on from the batch before which it stopped.
+    hold = Hold(cluster, rough, "distill-epoch1-batch2")
+    hold.reached()
+    cluster.call("scancel", "--signal=USR1", f"{jobs['distill']}.0")
+    hold.signalled()
+    hold.let_go()
+
+    # Alignment: the second rank is killed in mid-epoch, after the checkpoint of the first epoch.
+    hold = Hold(cluster, rough, "align-epoch1-batch2")
+    _, second = hold.reached()
+    os.kill(second, signal.SIGKILL)
+    hold.let_go()
+
+    assert set(cluster.wait_for_end(jobs, 420, rough / "slurm").values()) == {"COMPLETED"}
+    assert set(cluster.wait_for_end(calm_jobs, 240, calm / "slurm").values()) == {"COMPLETED"}
+    restarts = {name: int(cluster.job(number)["Restarts"]) for name, number in jobs.items()}
+    assert restarts == {"prepare": 0, "expert": 1, "index": 1, "distill": 1, "align": 1, "heads": 0}
+    told = (rough / "slurm" / f"align-{jobs['align']}.out").read_text()
+    assert "failed with status 137; a newer checkpoint is there; requeued, 1 of 3" in told
+    assert results(rough) == results(calm)
+
+
+def test_a_failing_program_gives_the_job_its_status_and_ends_the_dependents(
+    cluster: Any, fake: Fake, tmp_path: Path
+) -> None:
+    jobs = fake("slurm-all", expert='[ "$SLURM_PROCID" = 1 ] && exit 3; sleep 60')
+    states = cluster.wait_for_end(jobs, 60, tmp_path / "run" / "slurm")
+    assert cluster.job(jobs["expert"])["ExitCode"] == "3:0"
+    assert states == {"prepare": "COMPLETED", "expert": "FAILED"} | dict.fromkeys(
+        ("index", "distill", "align", "heads"), "CANCELLED"
+    )
+    assert (tmp_path / "fake" / "attempts-expert-1").read_text() == "1\n"
+
+
+def test_a_failing_job_with_new_checkpoints_goes_back_to_the_queue_three_times(
+    cluster: Any, fake: Fake, tmp_path: Path
+) -> None:
+    train = 'mkdir -p "$2/align/checkpoints"; [ "$SLURM_PROCID" = 0 ] && date +%s.%N >"$2/align/checkpoints/last.ckpt"; sleep 0.2; exit 4'
+    jobs = fake("slurm-stage-3", align=train)
+    assert cluster.wait_for_end(jobs, 120, tmp_path / "run" / "slurm") == {"align": "FAILED"}
+    assert cluster.job(jobs["align"])["ExitCode"] == "4:0"
+    assert (tmp_path / "fake" / "attempts-align-0").read_text().split() == ["1", "2", "3", "4"]
+
+
+def test_dependents_wait_for_an_array_that_goes_back_to_the_queue(cluster: Any, fake: Fake, tmp_path: Path) -> None:
+    prepare = '[ "$1$SLURM_ARRAY_TASK_ID" = 11 ] && exit 75; exit 0'
+    distill = f'[ "$(cat {tmp_path}/fake/attempts-prepare-10 | wc -l)" = 2 ] || exit 9'
+    jobs = fake("slurm-all", prepare=prepare, distill=distill)
+    assert set(cluster.wait_for_end(jobs, 120, tmp_path / "run" / "slurm").values()) == {"COMPLETED"}
+
+
+def test_a_job_that_a_user_cancels_stays_cancelled(cluster: Any, fake: Fake, tmp_path: Path) -> None:
+    jobs = fake(
+        "slurm-stage-2", distill=f"trap 'exit 75' TERM; touch {tmp_path}/up-$SLURM_PROCID; while :; do sleep 0.1; done"
+    )
+    cluster.wait("tasks", lambda: len(list(tmp_path.glob("up-*"))) == 2, 60, tmp_path / "run" / "slurm")
+    cluster.call("scancel", jobs["distill"])
+    cluster.wait("cancelled", lambda: "CANCELLED" in cluster.job(jobs["distill"])["JobState"], 60)
+    log = tmp_path / "run" / "slurm" / f"distill-{jobs['distill']}.out"
+    cluster.wait(
+        "end",
+        lambda: (
+            "EndTime" in cluster.job(jobs["distill"])
+            and not cluster.call("squeue", "-h", "-j", jobs["distill"], check=False).strip()
+        ),
+        60,
+        log.parent,
+    )
+    assert cluster.job(jobs["distill"])["JobState"] == "CANCELLED"
+    assert (tmp_path / "fake" / "attempts-distill-0").read_text() == "1\n"
+
+
+def test_python_without_srun_in_a_job_of_several_tasks_is_refused(cluster: Any, cohort: Path, tmp_path: Path) -> None:
+    command = (
+        f"{ROOT}/.venv/bin/ctx-distill expert --data {cohort} --run {tmp_path}/run --preset {ROOT}/tests/conf/tiny.yaml"
+    )
+    printed = cluster.call(
+        "sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=1", f"--output={tmp_path}/job.out", f"--wrap={command}"
+    )
+    jobs = {"job": printed.strip()}
+    assert cluster.wait_for_end(jobs, 60, tmp_path) == {"job": "FAILED"}
+    assert cluster.job(jobs["job"])["ExitCode"] == "2:0"
+    assert "without srun" in (tmp_path / "job.out").read_text()
