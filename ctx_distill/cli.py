@@ -50,7 +50,9 @@ def build_parser() -> argparse.ArgumentParser:
     merge.add_argument("manifests", type=Path, nargs="+", metavar="MANIFEST")
     _add_check(commands.add_parser("check", help="read every image of a manifest and say what is wrong with it"))
     _add_prepare(commands.add_parser("prepare", help="write a manifest's volumes once in the form that training reads"))
-    _add_submit(commands.add_parser("submit", help="write the SLURM job of a stage, or of the whole chain, and submit it"))
+    _add_submit(
+        commands.add_parser("submit", help="write the SLURM job of a stage, or of the whole chain, and submit it")
+    )
     _add_ablation(
         commands.add_parser("ablation", help="compare the parts of the method on one cohort, with paired seeds")
     )
