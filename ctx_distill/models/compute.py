@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from dataclasses import dataclass
+
+import torch
+
+from ctx_distill.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -21,3 +27,17 @@ class ComputeSettings:
     checkpointing: bool = False
     compile: bool = False
     channels_last: bool | None = None
+
+
+def check_compiler(settings: ComputeSettings, device: torch.device) -> None:
+    """Check that there is what torch.compile needs on a CPU.
+
+    Raises:
+        InputError: no C++ compiler is found.
+    """
+    compiler = os.environ.get("CXX", "g++")
+    if settings.compile and device.type == "cpu" and shutil.which(compiler) is None:
+        raise InputError(
+            f"compute.compile is true on a CPU, where torch.compile needs a C++ compiler; {compiler} is not on the PATH. "
+            "Install one (Debian: g++), or set --model.init_args.compute.compile=false."
+        )

@@ -28,7 +28,7 @@ def predict_rows(trainer: L.Trainer, task: L.LightningModule, loader: Any, rows:
         rows: the manifest rows that it covers, in the order wanted; an image seen twice by a sampler counts once.
 
     Returns:
-        Each tensor (N, ...) in that order, on the CPU.
+        Each tensor (N, ...) in that order, on the CPU; what was computed in 16 bits as float32, which NumPy knows.
     """
     outputs = trainer.predict(task, dataloaders=loader) or []
     joined = {
@@ -37,7 +37,8 @@ def predict_rows(trainer: L.Trainer, task: L.LightningModule, loader: Any, rows:
     }
     found, first = np.unique(joined["row"].numpy(), return_index=True)
     order = torch.from_numpy(first[np.searchsorted(found, np.asarray(rows))])
-    return {name: values[order] for name, values in joined.items()}
+    halves = (torch.bfloat16, torch.float16)
+    return {name: (x.float() if x.dtype in halves else x)[order] for name, x in joined.items()}
 
 
 def study_means(manifest: Manifest, values: NDArray[np.floating]) -> tuple[pd.DataFrame, NDArray[np.float64]]:
