@@ -40,21 +40,23 @@ class PreparedFolder:
         folder: where it lies.
         spec: of every item; `stored` is `int16`.
         projection: whether items hold the scan's frontal projection.
+        preset: the name under which items written now are asked for; the spec decides what they are.
     """
 
     folder: Path
     spec: VolumeSpec
     projection: bool
+    preset: str | None = None
     _verified: set[str] = field(default_factory=set, repr=False)
 
     @classmethod
-    def create(cls, folder: Path, spec: VolumeSpec, projection: bool) -> PreparedFolder:
+    def create(cls, folder: Path, spec: VolumeSpec, projection: bool, preset: str | None = None) -> PreparedFolder:
         """A new folder, or the one that stands there under the same spec.
 
         Raises:
             InputError: the folder holds volumes of another spec, or a projection of another kind.
         """
-        made = cls(folder, spec, projection)
+        made = cls(folder, spec, projection, preset)
         if (folder / META).is_file():
             made._compare()
         else:
@@ -136,7 +138,7 @@ class PreparedFolder:
         item = {
             "image_id": image_id, "source": stamp, "fingerprint": self.spec.fingerprint(),
             "volume_spec": self.spec.to_config(), "shape": list(scan.voxels.shape), "spacing_mm": list(scan.spacing), "affine_lps": scan.affine_lps.tolist(),
-            "projection_version": PROJECTION_VERSION if self.projection else None, "sha256": sums,
+            "preset": self.preset, "projection_version": PROJECTION_VERSION if self.projection else None, "sha256": sums,
         }  # fmt: skip
         write_json(stem.with_suffix(".json"), item)
 
@@ -155,11 +157,12 @@ class PreparedFolder:
         if not stem.with_suffix(".json").is_file():
             raise InputError(f"{self.folder}: image {image_id!r} is not prepared; run ctx-distill prepare again.")
         item = _read_json(stem.with_suffix(".json"))
-        stamp = source.stamp()
+        stamp, version = source.stamp(), PROJECTION_VERSION if self.projection else None
         for what, found, wanted in (
             ("image", item.get("image_id"), image_id),
             ("source (bytes, time)", item.get("source"), stamp),
             ("volume spec", item.get("fingerprint"), self.spec.fingerprint()),
+            ("projection version", item.get("projection_version"), version or item.get("projection_version")),
         ):
             if found != wanted:
                 raise InputError(

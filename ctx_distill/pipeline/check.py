@@ -15,7 +15,7 @@ import csv
 import io
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -35,7 +35,7 @@ from ctx_distill.errors import InputError
 from ctx_distill.files import hash_json, write_bytes, write_text
 from ctx_distill.page.check import CheckPage, build_check_page
 from ctx_distill.page.pictures import ct_thumbnail, film_thumbnail
-from ctx_distill.parallel import in_processes
+from ctx_distill.parallel import DIED, in_processes
 from ctx_distill.pipeline.run_folder import lock_run
 
 THUMBNAILS = 200
@@ -110,8 +110,7 @@ def _check_images(manifest: Manifest, out: Path, folder: PreparedFolder | None, 
             image = _image(manifest, row)
             if place in unreachable:
                 found, remedy = unreachable[place]
-                fault = Fault("error", "unreadable", f"image_path: found {found}; {remedy}")
-                _append(file, image, {"faults": [asdict(fault)], "facts": {}})
+                _append(file, image, _unreadable(f"image_path: found {found}; {remedy}"))
                 continue
             before = prior.get(image.image_id)
             if before is not None and before == _key(image, folder):
@@ -119,7 +118,7 @@ def _check_images(manifest: Manifest, out: Path, folder: PreparedFolder | None, 
             images.append(image)
         work = partial(_check_one, folder)
         title = f"checking {manifest.path.name}"
-        for image, (record, picture) in in_processes(title, work, images, len(images), workers):
+        for image, (record, picture) in in_processes(title, work, images, len(images), workers, died=_died):
             codes = [fault["code"] for fault in record["faults"] if fault["severity"] != "note"]
             if picture is not None and any(pictured[code] < THUMBNAILS for code in codes):
                 name = _thumbnail_name(image.image_id)
@@ -165,8 +164,7 @@ def _check_one(folder: PreparedFolder | None, image: Image) -> tuple[dict[str, A
             facts, faults, scan = check_scan(image.source)
             show = partial(ct_thumbnail, scan)
     except InputError as error:
-        # an unreadable file is looked at again by the next run
-        return {"key": "", "facts": {}, "faults": [asdict(Fault("error", "unreadable", str(error)))]}, None
+        return _unreadable(str(error)), None
     if folder is not None and not image.film:
         try:
             PreparedFolder(folder.folder, folder.spec, folder.projection).read(image.image_id, image.source)
@@ -175,6 +173,15 @@ def _check_one(folder: PreparedFolder | None, image: Image) -> tuple[dict[str, A
             key = ""
     picture = show() if any(fault.severity != "note" for fault in faults) else None
     return {"key": key, "facts": facts, "faults": [asdict(fault) for fault in faults]}, picture
+
+
+def _unreadable(reason: str) -> dict[str, Any]:
+    """The row of an image that the next run looks at again."""
+    return {"key": "", "facts": {}, "faults": [asdict(Fault("error", "unreadable", reason))]}
+
+
+def _died(image: Image) -> tuple[dict[str, Any], bytes | None]:
+    return _unreadable(f"{image.source.path}: the process that read it {DIED}"), None
 
 
 def _thumbnail_name(image_id: str) -> str:
@@ -252,22 +259,18 @@ def _conclude(manifest: Manifest, out: Path) -> tuple[str, int]:
     return "\n".join(lines), len(excluded)
 
 
-def _rows(out: Path, known: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The last row of each image of the manifest, in the order of the file; earlier ones of the same image are passed over."""
-    path = out / "rows.jsonl"
+def _rows(out: Path, images: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """The last row of each image, in the manifest's order; the file is in the order in which images were done."""
     last: dict[str, int] = {}
-    with path.open("rb") as file:
+    with (out / "rows.jsonl").open("rb") as file:
         place = 0
         for line in file:
             last[json.loads(line)["image_id"]] = place
             place += len(line)
-    with path.open("rb") as file:
-        place = 0
-        for line in file:
-            record = json.loads(line)
-            if record["image_id"] in known and last[record["image_id"]] == place:
-                yield record
-            place += len(line)
+        for image in images:
+            if image in last:
+                file.seek(last[image])
+                yield json.loads(file.readline())
 
 
 def _copies(out: Path, people: dict[str, tuple[str, str]]) -> dict[str, Fault]:
@@ -279,11 +282,11 @@ def _copies(out: Path, people: dict[str, tuple[str, str]]) -> dict[str, Fault]:
     faults = {}
     for several in (images for images in seen.values() if len(images) > 1):
         patients = {people[image][0] for image in several}
-        splits = sorted({people[image][1] for image in several})
+        splits = ", ".join(sorted({people[image][1] for image in several}))
         for image in several:
             other = next(name for name in several if name != image)
             text = f"the same voxels as {other}"
             if len(patients) > 1:
-                text += f", of another patient{f', in splits {chr(44).join(splits)}' if len(splits) > 1 else ''}"
+                text += f", of another patient{f', in splits {splits}' if ',' in splits else ''}"
             faults[image] = Fault("error" if len(patients) > 1 else "warning", "duplicate", text)
     return faults

@@ -17,7 +17,7 @@ from ctx_distill.data.transforms import VolumeSpec
 from ctx_distill.data.volume_presets import VOLUME_PRESETS
 from ctx_distill.errors import InputError
 from ctx_distill.files import write_text
-from ctx_distill.parallel import in_processes
+from ctx_distill.parallel import DIED, in_processes
 from ctx_distill.pipeline.plan import STAGES, stage_config
 
 
@@ -65,7 +65,10 @@ def prepare_manifest(manifest_path: Path, out: Path, preset: str, workers: int |
     spec, projection = preset_volume(preset)
     manifest = read_manifest(manifest_path)
     part, parts = array_part(array)
-    folder = PreparedFolder.create(out, spec, projection)
+    try:
+        folder = PreparedFolder.create(out, spec, projection, preset)
+    except OSError as error:
+        raise _cannot_write(out, error) from error
     images = [
         (str(manifest.frame.at[row, "image_id"]), manifest.scan_file(int(row)))
         for row in list(manifest.frame.index)[part::parts]
@@ -73,7 +76,9 @@ def prepare_manifest(manifest_path: Path, out: Path, preset: str, workers: int |
     failed: list[tuple[str, str, str]] = []
     counts = {"prepared": 0, "stood": 0}
     work = partial(_prepare_one, folder)
-    for (image_id, source), result in in_processes(f"preparing, {preset}", work, images, len(images), workers):
+    for (image_id, source), result in in_processes(
+        f"preparing, {preset}", work, images, len(images), workers, died=_died
+    ):
         if result in counts:
             counts[result] += 1
         else:
@@ -88,6 +93,10 @@ def prepare_manifest(manifest_path: Path, out: Path, preset: str, workers: int |
     return f"{out}: {told}"
 
 
+def _died(image: tuple[str, ScanFile]) -> str:
+    return f"{image[1].path}: the process that read it {DIED}"
+
+
 def _prepare_one(folder: PreparedFolder, image: tuple[str, ScanFile]) -> str:
     image_id, source = image
     try:
@@ -98,9 +107,13 @@ def _prepare_one(folder: PreparedFolder, image: tuple[str, ScanFile]) -> str:
         return str(error)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            raise InputError(
-                f"{folder.folder}: cannot be written ({error.strerror}); what is prepared stays valid. Make room, and give the"
-                " same command again."
-            ) from error
+            raise _cannot_write(folder.folder, error) from error
         return f"{source.path}: {error}"
     return "prepared"
+
+
+def _cannot_write(folder: Path, error: OSError) -> InputError:
+    return InputError(
+        f"{folder}: cannot be written ({error.strerror}); what is prepared stays valid. Make room, and give the same command"
+        " again."
+    )

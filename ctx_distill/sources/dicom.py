@@ -10,7 +10,7 @@ from pathlib import Path
 from ctx_distill.data.dicom import read_dicom_folder
 from ctx_distill.data.write_nifti import write_nifti
 from ctx_distill.errors import InputError
-from ctx_distill.parallel import in_processes
+from ctx_distill.parallel import DIED, in_processes
 from ctx_distill.sources.dicom_series import LOCALIZER, MIN_SLICES, Series, by_study, find_series
 from ctx_distill.sources.options import SourceOptions
 from ctx_distill.sources.pseudonyms import Pseudonyms, days_since
@@ -150,7 +150,7 @@ def _converted(
     """The rows whose scan stands as NIfTI now; one that stands already is not made again."""
     folder.mkdir(parents=True, exist_ok=True)
     items = [(root / one.folder, one.uid, folder / f"{row.image_id}.nii.gz") for row, one in chosen]
-    faults = {item[2]: fault for item, fault in in_processes("converting", _convert, items, len(items), workers)}
+    faults = {item[2]: fault for item, fault in in_processes("converting", _convert, items, len(items), workers, _died)}
     kept = []
     for (row, one), (_, _, target) in zip(chosen, items, strict=True):
         if faults[target]:
@@ -172,3 +172,7 @@ def _convert(item: tuple[Path, str, Path]) -> str:
     except InputError as error:
         return str(error)
     return ""
+
+
+def _died(item: tuple[Path, str, Path]) -> str:
+    return f"{item[0]}: the process that read it {DIED}"

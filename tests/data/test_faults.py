@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import gzip
-import os
 import resource
 import subprocess
 import sys
@@ -162,21 +160,6 @@ def test_a_slice_that_vanishes_between_header_and_pixels(tmp_path: Path, monkeyp
         read_volume(folder)
 
 
-def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Root may read everything, so the refusal comes from the call that a kernel would refuse."""
-    path = tmp_path / "a.nii.gz"
-    nib.Nifti1Image(np.zeros((4, 4, 4), dtype=np.int16), np.eye(4)).to_filename(path)
-    opened = Path.open
-
-    def deny(self: Path, *arguments: Any, **named: Any) -> Any:
-        if self == path:
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
-        return opened(self, *arguments, **named)
-
-    monkeypatch.setattr(Path, "open", deny)
-    refused(path, "Permission denied", "check the file and its rights")
-
-
 @pytest.mark.parametrize("name", ["a.nii.gz", "a.nrrd", "a.npz"])
 def test_a_directory_where_a_file_should_be(tmp_path: Path, name: str) -> None:
     (tmp_path / name).mkdir()
@@ -260,12 +243,24 @@ def test_a_gzip_bomb_is_refused_before_it_goes_off(tmp_path: Path) -> None:
 READING = """
 import resource, sys, torch
 from pathlib import Path
-from ctx_distill.data.transforms import VolumeSpec, load_ct
+from ctx_distill.data.check_scan import check_scan
+from ctx_distill.data.projection import square_projection
+from ctx_distill.data.scan_file import ScanFile
+from ctx_distill.data.transforms import VolumeSpec, prepare_volume
 torch.set_num_threads(1)
 spec = VolumeSpec((3.0, 1.5, 1.5), (48, 96, 96))
-load_ct(Path(sys.argv[1]), spec)
+def work(path):
+    scan = ScanFile(Path(path), *(float(text) for text in sys.argv[4:]))
+    if sys.argv[3] == "check":
+        check_scan(scan)
+        return
+    volume = scan.read()
+    prepare_volume(volume, spec)
+    if sys.argv[3] == "project":
+        square_projection(volume)
+work(sys.argv[1])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-load_ct(Path(sys.argv[2]), spec)
+work(sys.argv[2])
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 """
 
@@ -290,10 +285,36 @@ def test_no_more_than_three_volumes_of_memory_a_worker(tmp_path: Path, kind: str
         else:
             sitk.WriteImage(image, str(path), True)
         paths.append(str(path))
-    done = subprocess.run(
-        [sys.executable, "-c", READING, *paths], capture_output=True, text=True, check=True, timeout=200
-    )
-    assert int(done.stdout.split()[-1]) <= 3 * np.prod(size) * 2
+    assert added(paths, "read") <= 3 * np.prod(size) * 2
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("task", "stored", "scale"),
+    [("project", "i2", ()), ("check", "i2", ()), ("read", "u2", (1, -1024)), ("project", "u2", (1, -1024))],
+)
+def test_memory_of_projections_checks_and_raw_values(
+    tmp_path: Path, task: str, stored: str, scale: tuple[int, ...]
+) -> None:
+    """The same bound where the frontal projection is made, where `check` looks, and for values that a table takes to HU."""
+    size = (200, 384, 384)
+    paths = []
+    for name, shape in (("small", (24, 24, 24)), ("large", size)):
+        voxels = np.arange(np.prod(shape), dtype=np.int64).reshape(shape) // 700 % 900 + (0 if scale else -1000)
+        image = sitk.GetImageFromArray(voxels.astype(stored))
+        image.SetSpacing((0.8, 0.8, 1.5))
+        path = tmp_path / f"{name}.nii.gz"
+        sitk.WriteImage(image, str(path), True)
+        paths.append(str(path))
+    assert added(paths, task, *map(str, scale)) <= 3 * np.prod(size) * 2
+
+
+def added(paths: list[str], *task: str) -> int:
+    """Bytes that the second file adds to the process's highest resident memory after the first."""
+    command = [sys.executable, "-c", READING, *paths, *task]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout.split()[-1])
 
 
 def write_series(folder: Path, voxels: np.ndarray[Any, Any], direction: list[float]) -> None:

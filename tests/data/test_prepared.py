@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +23,7 @@ from ctx_distill.data.prepared import PreparedFolder
 from ctx_distill.data.scan_file import ScanFile
 from ctx_distill.data.transforms import VolumeSpec
 from ctx_distill.errors import InputError
-from ctx_distill.pipeline.prepare import _prepare_one, array_part
+from ctx_distill.pipeline.prepare import _prepare_one, array_part, preset_volume
 
 SPEC = VolumeSpec(spacing=(12.0, 12.0, 12.0), shape=(24, 32, 32), window=(-1000.0, 600.0), stored="int16")
 
@@ -93,9 +97,29 @@ def test_parts_of_an_array_are_disjoint_and_whole(monkeypatch: pytest.MonkeyPatc
             array_part(wrong)
 
 
+@pytest.mark.full
+def test_tasks_of_an_array_write_one_folder_at_once(cohort: Path, tmp_path: Path, tiny_preset: Path) -> None:
+    """Three tasks started together, as SLURM starts an array 4-6: together they prepare each image once."""
+    command = [sys.executable, "-m", "ctx_distill.cli", "prepare", str(cohort / "ct.csv"), str(tmp_path / "out"),
+               "--preset", str(tiny_preset), "--workers", "1"]  # fmt: skip
+    tasks = []
+    for number in (4, 5, 6):
+        names = {"SLURM_ARRAY_TASK_ID": number, "SLURM_ARRAY_TASK_COUNT": 3, "SLURM_ARRAY_TASK_MIN": 4}
+        environment = {**os.environ, **{name: str(value) for name, value in names.items()}}
+        tasks.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
+    told = [task.communicate(timeout=200)[0] for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0, 0]
+    counts = [re.search(r"(\d+) prepared, 0 stood already, 0 failed", text) for text in told]
+    manifest = read_manifest(cohort / "ct.csv")
+    assert sum(int(count.group(1)) for count in counts if count) == len(manifest)
+    folder = PreparedFolder.open(tmp_path / "out", *preset_volume(str(tiny_preset)))
+    for row in manifest.frame.index:
+        assert folder.is_complete(str(manifest.frame.at[row, "image_id"]), manifest.scan_file(int(row)))
+
+
 def test_another_spec_source_or_image_and_damage_are_refused(tmp_path: Path, scans: list[tuple[str, ScanFile]]) -> None:
     name, path = scans[0]
-    folder = PreparedFolder.create(tmp_path / "out", SPEC, projection=False)
+    folder = PreparedFolder.create(tmp_path / "out", SPEC, projection=False, preset="mine")
     folder.write(name, path)
     assert folder.is_complete(name, path)
     other = VolumeSpec(spacing=SPEC.spacing, shape=SPEC.shape, window=(-900.0, 600.0), stored="int16")
@@ -111,6 +135,12 @@ def test_another_spec_source_or_image_and_damage_are_refused(tmp_path: Path, sca
         fresh.read(scans[1][0], scans[1][1])
     with pytest.raises(InputError, match=r"source \(bytes, time\)"):
         fresh.read(name, scans[1][1])
+    item = next((tmp_path / "out" / "items").rglob("*.json"))
+    told = item.read_text()
+    projected = PreparedFolder(tmp_path / "out", SPEC, projection=True)
+    with pytest.raises(InputError, match=r"projection version None, but .* has 1"):
+        projected.read(name, path)
+    assert json.loads(told)["preset"] == "mine"
     stored = next((tmp_path / "out" / "items").rglob("*.npy"))
     content = bytearray(stored.read_bytes())
     content[-1] ^= 1

@@ -5,8 +5,9 @@ from __future__ import annotations
 import gzip
 import itertools
 import logging
-import os
 import struct
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -216,11 +217,17 @@ def test_what_is_not_there_or_of_another_kind(tmp_path: Path) -> None:
         refused(tmp_path / name)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
-def test_no_permission(tmp_path: Path) -> None:
-    path = nifti(tmp_path / "a.nii", hu())
+@pytest.mark.parametrize("name", ["a.nii.gz", "a.nrrd", "a.npz"])
+def test_no_permission(unprivileged: tuple[Path, Callable[[], AbstractContextManager[None]]], name: str) -> None:
+    folder, acting = unprivileged
+    path = folder / name
+    path.write_bytes(b"\x1f\x8b")
     path.chmod(0)
-    refused(path, "rights")
+    with acting():
+        refused(path, "Permission denied", "rights")
+    (folder / "closed").mkdir(mode=0)
+    with acting():
+        refused(folder / "closed", "Permission denied", "rights")
 
 
 @pytest.mark.parametrize("name", ["a.nii", "a.nii.gz", "a.nrrd", "a.mha", "z.nrrd", "z.mha"])

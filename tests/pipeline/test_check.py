@@ -166,7 +166,8 @@ def test_table_page_list_and_status(data: Path, capsys: pytest.CaptureFixture[st
         True
     ] * 3
     assert "no_text" in table.loc[names[blank], "notes"]
-    assert len(table) == len(frame)
+    assert table.index.tolist() == names  # the manifest's order, whichever was done first
+    assert [row["image_id"] for row in excluded] == [name for name in names if table.loc[name, "errors"]]
     out = capsys.readouterr().out
     assert f"{len(frame)} images, 5 with errors, 1 with warnings" in out
     assert "Doe" not in page
@@ -185,14 +186,14 @@ def test_it_goes_on_where_it_was_stopped(data: Path, monkeypatch: pytest.MonkeyP
     seen: list[int] = []
     run = module.in_processes
 
-    def counting(title: str, function: Any, items: Any, total: int, workers: int | None = None) -> Any:
+    def counting(title: str, function: Any, items: Any, total: int, workers: int | None = None, **more: Any) -> Any:
         seen.append(total)
-        return run(title, function, items, total, workers)
+        return run(title, function, items, total, workers, **more)
 
     monkeypatch.setattr(module, "in_processes", counting)
     _, again, _, _ = check(data / "ct.csv")
     assert seen == [len(lines) - 9]
-    pd.testing.assert_frame_equal(table.sort_index(), again.sort_index())
+    pd.testing.assert_frame_equal(table, again)
     # another file under the same name is looked at again
     paths = sorted((data / "ct").glob("*.nii.gz"))
     planted(paths[0], paths[0], lambda hu, a: (hu + 1024, a))
@@ -200,6 +201,19 @@ def test_it_goes_on_where_it_was_stopped(data: Path, monkeypatch: pytest.MonkeyP
     assert (seen[-1], status) == (1, 1)
     assert (spoiled["errors"] != "").sum() == 1
     assert len(spoiled) == len(table)
+
+
+def test_a_scan_that_ends_its_process_is_an_error_of_that_scan(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ctx_distill.pipeline import check as module
+
+    def dying(title: str, function: Any, items: Any, total: int, workers: int | None, died: Any) -> Any:
+        return ((image, died(image) if place == 1 else function(image)) for place, image in enumerate(items))
+
+    monkeypatch.setattr(module, "in_processes", dying)
+    status, table, excluded, _ = check(data / "ct.csv")
+    assert status == 1
+    assert [row["image_id"] for row in excluded] == [table.index[1]]
+    assert "the process that read it was ended by the system" in table["errors"].iloc[1]
 
 
 def test_prepared_items_are_compared(

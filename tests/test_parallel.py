@@ -1,0 +1,39 @@
+"""Many items in worker processes: every one once, whatever becomes of the processes."""
+
+from __future__ import annotations
+
+import pytest
+
+from ctx_distill import signals
+from ctx_distill.errors import InputError
+from ctx_distill.parallel import in_processes
+
+# `eval` is a function that every fresh process has, and these are items that do what is wanted of them.
+DEADLY = "__import__('os')._exit(9)"
+SUMS = [f"{n} + {n}" for n in range(20)]
+
+
+@pytest.mark.full
+def test_an_item_that_ends_its_process_costs_no_other() -> None:
+    items = [*SUMS[:7], DEADLY, *SUMS[7:], DEADLY]
+    found = list(in_processes("x", eval, items, len(items), workers=2, died=lambda item: "died"))
+    assert sorted(item for item, _ in found) == sorted(items)
+    assert all(value == ("died" if item == DEADLY else eval(item)) for item, value in found)
+
+
+def test_without_a_value_for_it_the_item_is_named() -> None:
+    with pytest.raises(InputError, match=r"counting: the process that worked on .*_exit.* was ended by the system"):
+        list(in_processes("counting", eval, [DEADLY], 1, workers=1))
+
+
+def test_an_error_of_the_function_is_the_callers() -> None:
+    with pytest.raises(ZeroDivisionError):
+        list(in_processes("x", eval, ["1 + 1", "1 / 0"], 2, workers=1))
+
+
+def test_workers_that_a_signal_ended_are_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The signal is noted after the first look at it and before the workers are found dead."""
+    looks = iter([None])
+    monkeypatch.setattr(signals, "requested", lambda: next(looks, "SIGTERM"))
+    with pytest.raises(signals.StopRequested):
+        list(in_processes("x", eval, [DEADLY], 1, workers=1, died=lambda item: "died"))
