@@ -45,8 +45,7 @@ P
 own_processes() { # pids of the daemons, by their files; of the job steps' keepers, which work in FOLDER; of the jobs
   local file pid
   for file in "$1"/pid/*.pid; do
-    [ -f "$file" ] || continue
-    pid=$(cat "$file")
+    pid=$(cat "$file" 2>/dev/null) || continue
     if tr '\0' ' ' 2>/dev/null <"/proc/$pid/cmdline" | grep -qF "$1"; then echo "$pid"; fi
   done
   find /proc -maxdepth 2 -name cwd -lname "$1/log*" 2>/dev/null | cut -d/ -f3 || true

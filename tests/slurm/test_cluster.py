@@ -22,7 +22,6 @@ Fake = Callable[..., dict[str, str]]
 
 def submit_chain(cluster: Any, data: Path, run: Path) -> dict[str, str]:
     """`make slurm-all` with programs that can be held at places of RUN/holds."""
-    (run / "holds").mkdir(parents=True)
     overrides = "--trainer.callbacks+=batch_hold.BatchHold --trainer.max_epochs=3 --data.init_args.batch_size=2"
     setup = f'export PYTHONPATH="{JOBS}" CTX_TEST_HOLDS="{run / "holds"}"'
     return cluster.make("slurm-all", DATA=data, RUN=run, PRESET=ROOT / "tests" / "conf" / "tiny.yaml", NODES=2, GPUS=0,
@@ -30,10 +29,11 @@ def submit_chain(cluster: Any, data: Path, run: Path) -> dict[str, str]:
 
 
 class Hold:
-    """A place at which the next program that comes there is held."""
+    """A place at which the programs that come there are held; made before the jobs are submitted."""
 
     def __init__(self, cluster: Any, run: Path, place: str) -> None:
         self.cluster, self.folder, self.place, self.logs = cluster, run / "holds", place, run / "slurm"
+        self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / f"{place}.wanted").touch()
 
     def reached(self) -> list[int]:
@@ -73,28 +73,24 @@ def test_a_chain_that_is_signalled_and_killed_ends_as_an_undisturbed_one(
     cluster: Any, cohort: Path, tmp_path: Path
 ) -> None:
     calm, rough = tmp_path / "calm", tmp_path / "rough run"
+    start, imports, signalled, killed = (
+        Hold(cluster, rough, place)
+        for place in ("expert-start", "index-imports", "distill-epoch1-batch2", "align-epoch1-batch2")
+    )
     calm_jobs, jobs = submit_chain(cluster, cohort, calm), submit_chain(cluster, cohort, rough)
 
-    # The expert: while Python starts. The index: during imports. Both begin anew.
-    for stage, place in (("expert", "start"), ("index", "imports")):
-        hold = Hold(cluster, rough, f"{stage}-{place}")
+    # The expert while Python starts, the index during imports: both begin anew. Distillation in mid-epoch: it goes on
+    # from the batch before which it stopped.
+    for hold, stage in ((start, "expert"), (imports, "index"), (signalled, "distill")):
         hold.reached()
-        cluster.call("scancel", "--signal=USR1", jobs[stage])
+        cluster.call("scancel", "--signal=USR1", f"{jobs[stage]}.0")
         hold.signalled()
         hold.let_go()
 
-    # Distillation: in mid-epoch; it goes on from the batch before which it stopped.
-    hold = Hold(cluster, rough, "distill-epoch1-batch2")
-    hold.reached()
-    cluster.call("scancel", "--signal=USR1", f"{jobs['distill']}.0")
-    hold.signalled()
-    hold.let_go()
-
     # Alignment: the second rank is killed in mid-epoch, after the checkpoint of the first epoch.
-    hold = Hold(cluster, rough, "align-epoch1-batch2")
-    _, second = hold.reached()
+    _, second = killed.reached()
     os.kill(second, signal.SIGKILL)
-    hold.let_go()
+    killed.let_go()
 
     assert set(cluster.wait_for_end(jobs, 420, rough / "slurm").values()) == {"COMPLETED"}
     assert set(cluster.wait_for_end(calm_jobs, 240, calm / "slurm").values()) == {"COMPLETED"}
