@@ -11,6 +11,7 @@ Gathers are collective: every rank calls them in the same order, and a tensor ne
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -172,5 +173,6 @@ def host_group() -> Any:
     """A gloo group of all ranks for words between the processes; made at the first call, which is collective."""
     global _host_group
     if _host_group is None or _host_group[0] is not dist.group.WORLD:
-        _host_group = (dist.group.WORLD, dist.new_group(backend="gloo"))
+        # no limit of its own to speak of: callbacks/watchdog.py ends a run that hangs, and says who holds it up
+        _host_group = (dist.group.WORLD, dist.new_group(backend="gloo", timeout=timedelta(days=7)))
     return _host_group[1]

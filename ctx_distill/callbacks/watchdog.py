@@ -54,7 +54,7 @@ class Watchdog(L.Callback):
             at a normal end.
     """
 
-    def __init__(self, minutes: float = 30.0, folder: Path | None = None) -> None:
+    def __init__(self, minutes: float = 20.0, folder: Path | None = None) -> None:
         self.minutes, self.folder = minutes, folder
         self.interval_s = min(INTERVAL_S, 60 * minutes / 10)
         self._place, self._phase, self._step = (0, 0), "setting up", 0

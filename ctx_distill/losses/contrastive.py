@@ -125,7 +125,8 @@ def contrastive_loss(
         if matrix is not None and matrix.shape != (rows, rows):
             raise ValueError(f"contrastive_loss got {name} {tuple(matrix.shape)}; expected {(rows, rows)}")
     with torch.autocast(image_features.device.type, enabled=False):
-        image, text = working_precision(image_features), working_precision(text_features)
+        image = working_precision(image_features)
+        text = working_precision(text_features).to(image.dtype)  # a frozen tower may keep a type of its own
         scale = torch.as_tensor(logit_scale, device=image.device).to(image.dtype)
         if targets is not None:
             to_text = _matrix(targets)

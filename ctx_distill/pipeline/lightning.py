@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import warnings
+from datetime import timedelta
 
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
 from ctx_distill.data.datamodules import ManifestDataModule
 from ctx_distill.errors import InputError
 from ctx_distill.retrieval.index import refuse_two_faiss
-from ctx_distill.tasks.base import StageTask
+from ctx_distill.tasks.base import StageTask, TrainedTask
 
 
 class StageCLI(LightningCLI):
@@ -30,9 +32,19 @@ def build(arguments: list[str]) -> LightningCLI:
     quieten()
     refuse_two_faiss()
     try:
-        return _stage_cli(arguments)
+        cli = _stage_cli(arguments)
     except ValueError as error:
         raise _own_error(error) from None
+    _outlast_the_watchdog(cli)
+    return cli
+
+
+def _outlast_the_watchdog(cli: LightningCLI) -> None:
+    """Raise torch's limit of a collective above that of the watchdog, whose message names the rank that holds it up."""
+    strategy = cli.trainer.strategy
+    if isinstance(cli.model, TrainedTask) and isinstance(strategy, (DDPStrategy, ModelParallelStrategy)):
+        limit = timedelta(minutes=cli.model.survival.hang_minutes + 5)
+        strategy._timeout = max(strategy._timeout or limit, limit)
 
 
 def _own_error(error: BaseException) -> BaseException:

@@ -334,7 +334,7 @@ class AlignmentTask(TrainedTask):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """One step; the moving average follows."""
         super().optimizer_step(*args, **kwargs)
-        if self.moving_average is not None:
+        if self.moving_average is not None and not (self.guard is not None and self.guard.skipped_now):
             self.moving_average.update_parameters(self.dual)
 
     def validation_step(self, batch: CTBatch, batch_idx: int) -> None:

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from ctx_distill import signals
 from ctx_distill.callbacks.checkpoint_files import BEST, standing
 from ctx_distill.callbacks.checkpoints import Checkpoints
+from ctx_distill.callbacks.loss_guard import LossGuard
+from ctx_distill.callbacks.watchdog import Watchdog
 from ctx_distill.checkpoint import Artefact, hash_json, require_same
 from ctx_distill.data.datamodules import CTDataModule
 from ctx_distill.distributed import any_rank, first_rows, gather_objects, gather_with_gradient, rank
@@ -90,6 +92,7 @@ class TrainedTask(StageTask):
         self.select = select
         self.survival = survival
         self.checkpoints: Checkpoints | None = None
+        self.guard: LossGuard | None = None
         self._means = {split: EpochMeans() for split in ("train", "val")}
         self._order = ""
 
@@ -111,13 +114,15 @@ class TrainedTask(StageTask):
             raise KeyboardInterrupt
         if self.shards is not None:
             self.shards.gather()
+        facts = {"steps": trainer.global_step, "data_order": hash_json(gather_objects([self._order]))}
+        if self.guard is not None:
+            facts["skipped_steps"] = self.guard.skipped
         if self.select == "best":
             self._load_best(folder)
         self.eval()
         metrics = self.finish(trainer, datamodule, folder)
-        order = hash_json(gather_objects([self._order]))
         if rank() == 0:
-            write_json(folder / "training.json", {"steps": trainer.global_step, "data_order": order})
+            write_json(folder / "training.json", facts)
         return metrics
 
     def _identity(self, folder: Path) -> dict[str, str | None]:
@@ -159,7 +164,8 @@ class TrainedTask(StageTask):
             self._identity(folder),
             "val/loss" if selects else None,
         )
-        return [self.checkpoints]
+        self.guard = LossGuard(self.survival.explosion, self.survival.largest_skips, self.survival.back_off)
+        return [self.checkpoints, self.guard, Watchdog(self.survival.hang_minutes)]
 
     def rank_state(self) -> dict[str, Any]:
         """What this rank has summed of the epoch, and a hash of the order of the rows that it has seen."""

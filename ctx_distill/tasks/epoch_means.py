@@ -13,26 +13,25 @@ class EpochMeans:
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
-        self._weights: dict[str, float] = {}
 
     def add(self, terms: dict[str, Tensor], weight: float) -> None:
-        """Add a batch's values, () each."""
+        """Add a batch's values, () each; one that is not finite is left out, as the step that it belongs to is."""
         for name, value in terms.items():
-            part = value.detach().double() * weight
+            value = value.detach().double()
+            finite = value.isfinite()
+            part = torch.stack([value.where(finite, 0.0) * weight, finite * weight])
             self._sums[name] = self._sums[name].to(part.device) + part if name in self._sums else part
-            self._weights[name] = self._weights.get(name, 0.0) + weight
 
     def drain(self) -> dict[str, Tensor]:
         """The means, () float32 each; the sums begin anew."""
-        means = {name: (value / self._weights[name]).float() for name, value in self._sums.items()}
-        self._sums, self._weights = {}, {}
+        means = {name: (value / weight).float() for name, (value, weight) in self._sums.items()}
+        self._sums = {}
         return means
 
     def state(self) -> dict[str, Any]:
         """The sums, for a checkpoint."""
-        return {"sums": {name: value.cpu() for name, value in self._sums.items()}, "weights": dict(self._weights)}
+        return {name: value.cpu() for name, value in self._sums.items()}
 
     def load(self, state: dict[str, Any]) -> None:
         """Take `state` back."""
-        self._sums = {name: torch.as_tensor(value) for name, value in state["sums"].items()}
-        self._weights = dict(state["weights"])
+        self._sums = dict(state)

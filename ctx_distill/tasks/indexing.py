@@ -13,16 +13,17 @@ from torch import Tensor
 
 from ctx_distill.data.datamodules import XrayDataModule
 from ctx_distill.data.manifest import Manifest
-from ctx_distill.distributed import barrier, rank, world_size
+from ctx_distill.distributed import barrier, gather_objects, rank, world_size
 from ctx_distill.errors import InputError
+from ctx_distill.files import hash_json
 from ctx_distill.models.report_encoder import FrozenReportEncoder, ReportEncoder, open_report_encoder
 from ctx_distill.models.weights import HUB
 from ctx_distill.models.xray_expert import XrayExpert, open_expert
 from ctx_distill.retrieval.index import IndexKind
 from ctx_distill.retrieval.keys import KeyKind, make_keys
-from ctx_distill.retrieval.shards import merge_shards, write_shard
+from ctx_distill.retrieval.shards import merge_shards, open_shards, standing_blocks, write_shard
 from ctx_distill.retrieval.store import ReportSource, XrayIndexArtefact, write_index_artefact
-from ctx_distill.tasks.base import StageTask
+from ctx_distill.tasks.base import StageTask, stop_if_asked
 from ctx_distill.tasks.findings_reader import FindingsReader
 from ctx_distill.tasks.index_quality import held_out_studies, measure_retrieval
 from ctx_distill.text.findings import extract_many, load_vocabulary
@@ -49,6 +50,8 @@ class IndexTask(StageTask):
         report_encoder_revision: pinned commit of a hub encoder.
         vocabulary: findings that are read from the pool's reports for the findings re-rank of later stages; name or
             YAML file.
+        part_items: X-rays that a rank embeds before it writes them down; a run that was stopped goes on from what is
+            written.
 
     Raises:
         InputError: expert, key and report encoder do not fit together.
@@ -66,8 +69,12 @@ class IndexTask(StageTask):
         report_encoder: str | None = None,
         report_encoder_revision: str | None = None,
         vocabulary: str = "ct-rate",
+        part_items: int = 8192,
     ) -> None:
         super().__init__()
+        if part_items < 1:
+            raise InputError(f"stage 1: part_items is {part_items}; expected 1 or more, such as 8192.")
+        self.part_items = part_items
         self.expert: XrayExpert = open_expert(expert, expert_revision)
         self.separate: FrozenReportEncoder | None = None
         self.report_source: ReportSource | None = None
@@ -123,14 +130,8 @@ class IndexTask(StageTask):
         assert isinstance(datamodule, XrayDataModule)
         pool, left_out = self._pool(datamodule)
         datamodule.preprocess, datamodule.preprocess_key = self.expert.preprocess, self.expert.fingerprint()
-        outputs: list[Any] = trainer.predict(self, dataloaders=datamodule.loader(pool)) or []
         shards = folder / "shards"
-        if rank() == 0:
-            shutil.rmtree(shards, ignore_errors=True)
-        barrier()
-        joined = {name: torch.cat([output[name] for output in outputs]).cpu() for name in ("keys", "values", "row")}
-        write_shard(shards, rank(), world_size(), joined["keys"], joined["values"], joined["row"])
-        barrier()
+        self._embed(trainer, datamodule, pool, shards)
         metrics: dict[str, Any] = {}
         if rank() == 0:
             self.to(trainer.strategy.root_device)
@@ -142,6 +143,40 @@ class IndexTask(StageTask):
                 metrics |= self._quality(store, pool, held_out_studies(datamodule.ct))
         barrier()
         return metrics
+
+    def _embed(self, trainer: L.Trainer, datamodule: XrayDataModule, pool: Manifest, shards: Path) -> None:
+        """Write the shards of the pool's blocks, but for those that an earlier run of the same request left whole."""
+        size = self.part_items * world_size()
+        starts = range(0, len(pool), size)
+        request = {
+            "manifest": datamodule.manifest.fingerprint,
+            "rows": [int(row) for row in pool.frame.index],
+            "expert": self.expert.fingerprint(),
+            "reports": self.reports.fingerprint(),
+            "key": self.key,
+            "ranks": world_size(),
+            "part_items": self.part_items,
+            "batch": datamodule.eval_batch_size,
+            "precision": str(trainer.precision),
+        }
+        standing: list[int] = []
+        if rank() == 0:
+            open_shards(shards, hash_json(request))
+            standing = standing_blocks(shards, world_size(), len(starts))
+        standing = gather_objects(standing)
+        if standing:
+            print(f"{shards}: {len(standing)} of {len(starts)} parts of the pool are embedded already")
+        for block, start in enumerate(starts):
+            if block in standing:
+                continue
+            stop_if_asked("between two parts of the pool")
+            part = pool.where((np.arange(len(pool)) >= start) & (np.arange(len(pool)) < start + size))
+            outputs: list[Any] = trainer.predict(self, dataloaders=datamodule.loader(part)) or []
+            # A sampler repeats the last item where a block does not go into equal parts.
+            own = len(range(rank(), len(part), world_size()))
+            joined = {name: torch.cat([output[name] for output in outputs])[:own] for name in ("keys", "values", "row")}
+            write_shard(shards, rank(), world_size(), joined["keys"], joined["values"], joined["row"], block)
+        barrier()
 
     def _pool(self, datamodule: XrayDataModule) -> tuple[Manifest, dict[str, int]]:
         """The X-rays that the index takes; those without a report only where images are the key."""

@@ -50,4 +50,4 @@ def pair_probabilities(image: Tensor, positive: Tensor, negative: Tensor, logit_
     Returns:
         (N, F) in [0, 1].
     """
-    return torch.sigmoid(logit_scale * (image @ positive.T - image @ negative.T))
+    return torch.sigmoid(logit_scale * (image @ positive.to(image).T - image @ negative.to(image).T))

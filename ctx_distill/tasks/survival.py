@@ -23,7 +23,7 @@ class SurvivalSettings:
     explosion: float = 100.0
     largest_skips: int = 10
     back_off: float = 0.5
-    hang_minutes: float = 30.0
+    hang_minutes: float = 20.0
 
     def __post_init__(self) -> None:
         if not (

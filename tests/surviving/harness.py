@@ -26,6 +26,12 @@ FOLDERS = {
 }  # fmt: skip
 TRAINED = ("expert", "distill", "align", "classifier", "report")
 TIMINGS = ("lookup_ms", "lookup_share")
+CHECKPOINTS = {
+    "last.ckpt": ("state_dict", "optimizer_states", "lr_schedulers", "callbacks", "ctx_distill"),
+    "best.ckpt": ("state_dict",),
+}
+EVERY_BATCH = "--model.init_args.survival.checkpoint_minutes=1e-6"
+"""A checkpoint before every batch, so that runs of seconds are stopped in mid-epoch."""
 
 
 class Runner:
@@ -35,7 +41,12 @@ class Runner:
         self.data, self.preset = data, preset
         self.more = [f"--data.init_args.num_workers={workers}", *more]
         self.server = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         )
         assert self._ask({"hello": 1})
 
@@ -49,7 +60,8 @@ class Runner:
     def start(self, stage: str, run: Path) -> int:
         """Begin a stage; returns its process and group id."""
         run.mkdir(parents=True, exist_ok=True)
-        arguments = [stage, "--data", str(self.data), "--run", str(run), "--preset", str(self.preset), *self.more]
+        more = [*self.more, EVERY_BATCH] if stage in TRAINED else self.more
+        arguments = [stage, "--data", str(self.data), "--run", str(run), "--preset", str(self.preset), *more]
         return int(self._ask({"run": arguments, "log": str(run / f"{stage}.log")}))
 
     def wait(self, process: int) -> int:
@@ -66,6 +78,20 @@ class Runner:
         """Run a stage to its end."""
         status = self.wait(self.start(stage, run))
         assert status == 0, f"{stage} ended with {status}:\n{(run / f'{stage}.log').read_text()[-3000:]}"
+
+    def kill_in_write(self, process: int, run: Path, stage: str, count: int) -> bool:
+        """Kill within the count-th checkpoint write from now; whether it was one."""
+        part = run / FOLDERS[stage] / "checkpoints" / ".last.ckpt.part"
+        seen, there = 0, False
+
+        def moment() -> bool:
+            nonlocal seen, there
+            now = part.exists()
+            seen += now and not there
+            there = now
+            return seen >= count and now
+
+        return self.kill_when(process, moment) and part.exists()
 
     def kill_when(self, process: int, moment: Callable[[], bool], seconds: float = 120) -> bool:
         """Kill the whole group once `moment()` holds; False where the run ended before."""
@@ -117,13 +143,15 @@ def fingerprints(run: Path, stage: str) -> dict[str, str]:
         table = pd.read_csv(curves)
         table = table[sorted(c for c in table.columns if not c.endswith(TIMINGS))]
         found["metrics.csv"] = hashlib.sha256(table.to_csv(index=False).encode()).hexdigest()
-    last = folder / "checkpoints" / "last.ckpt"
-    if last.is_file():
-        import torch
+    for name, parts in CHECKPOINTS.items():
+        if (folder / "checkpoints" / name).is_file():
+            import torch
 
-        content = torch.load(last, map_location="cpu", weights_only=True)
-        for part in ("state_dict", "optimizer_states", "lr_schedulers", "ctx_distill"):
-            found[f"last.ckpt {part}"] = hash_tree(content[part])
+            content = torch.load(folder / "checkpoints" / name, map_location="cpu", weights_only=True)
+            logged = content.get("ctx_distill", {}).get("logged", {})
+            for timing in [key for key in logged if key.endswith(TIMINGS)]:
+                del logged[timing]
+            found |= {f"{name} {part}": hash_tree(content[part]) for part in parts}
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import struct
+import time
 from pathlib import Path
 
 import numpy as np
@@ -133,6 +134,7 @@ def test_tensorboard_is_told_to_forget_what_comes_after_the_restored_step(tmp_pa
         for step in range(first, 8):
             logger.log_metrics({"loss": value}, step)
         logger.finalize("success")
+        time.sleep(1.1)  # a file is named by the second
     events = events_of(tmp_path / "logs")
     starts = [event.step for event in events if event.session_log.status == SessionLog.START]
     assert starts == [5]  # TensorBoard drops what came before this mark with this step or a later one
