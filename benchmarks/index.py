@@ -5,6 +5,11 @@ are keys disturbed by noise. Builds use all threads given; lookups use one, and 
 their CPU time, which other work on the machine disturbs least. Recall@1 is measured against the exact search. Memory:
 `build MB` is the most that building adds to the process beside the keys; `file MB` the index on disk, which is what the
 ranks of one host share once it is memory-mapped; `own MB` what a rank that searches adds to that for itself.
+
+`--step` measures instead what the lookup of a batch costs beside its training step at the size of the preset `base`: a
+ViT-B on 96 x 192 x 192 voxels, forward, backward and AdamW; and, of the same batch, new views of reports of some 300
+tokens embedded by a text tower of 6 layers of 512, searched among the keys, re-ranked by findings, and fetched. One
+thread, CPU time.
 """
 
 from __future__ import annotations
@@ -96,6 +101,76 @@ def measure(kind: str, rows: int, threads: int, repeats: int) -> dict[str, float
     return result
 
 
+def reports(number: int, names: list[str]) -> list[str]:
+    """So many reports of 30 sentences."""
+    draw = np.random.default_rng(SEED)
+    places = (
+        "the right upper lobe",
+        "the left lower lobe",
+        "both lungs",
+        "the mediastinum",
+        "the imaged upper abdomen",
+    )
+    forms = ("There is {} in {}.", "No {} is seen in {}.", "Mild {} has not changed since the prior study in {}.")
+    return [
+        " ".join(str(draw.choice(forms)).format(draw.choice(names), draw.choice(places)) for _ in range(30))
+        for _ in range(number)
+    ]
+
+
+def measure_step(kind: str, rows: int, batch: int) -> dict[str, float]:
+    """CPU seconds of a step of `batch` volumes at base size, and of its lookup among `rows` keys."""
+    import pandas as pd
+    import torch
+
+    from ctx_distill.losses.distillation import distillation_loss
+    from ctx_distill.models.ct_encoder import ViT3D
+    from ctx_distill.models.experts.open_clip_expert import make_expert_folder
+    from ctx_distill.models.heads import ProjectionHead
+    from ctx_distill.models.xray_expert import open_expert
+    from ctx_distill.retrieval.index import faiss_module
+    from ctx_distill.retrieval.store import write_index_artefact
+    from ctx_distill.tasks.distillation_targets import NeighbourSettings, RetrievedTeacher
+    from ctx_distill.tasks.row_features import ReportFeatures
+    from ctx_distill.text.findings import load_vocabulary
+
+    torch.set_num_threads(1)
+    faiss_module().omp_set_num_threads(1)
+    torch.manual_seed(SEED)
+    names = load_vocabulary("ct-rate").names
+    texts = reports(batch + 1, names)
+    with tempfile.TemporaryDirectory() as folder:
+        make_expert_folder(Path(folder, "expert"), reports(64, names), image_size=32, embed_dim=DIMENSION, vision="vit",
+                           text_width=512, text_layers=6, context_length=128, vocab_size=8000)  # fmt: skip
+        expert = open_expert(f"{folder}/expert")
+        keys = torch.from_numpy(keys_and_queries(rows)[0])
+        items = pd.DataFrame(dict.fromkeys(("study_id", "image_id", "patient_id", "row"), range(rows))).assign(
+            split="train"
+        )
+        store = write_index_artefact(
+            Path(folder, "index"), keys, keys, items.astype({"study_id": str}), {"xray-expert": expert.fingerprint()},
+            {}, findings=torch.randint(0, 2, (rows, len(names))).float(), finding_names=names, kind=kind,  # type: ignore[arg-type]
+        )  # fmt: skip
+        del keys
+        teacher = RetrievedTeacher(store, NeighbourSettings(rerank=True), "ct-rate", ReportFeatures(expert))
+        spent = []
+        for start in range(4):
+            views = [text.split(". ", start + 1)[-1] for text in texts[:batch]]
+            began = time.process_time()
+            target = teacher(torch.arange(batch), texts[:batch], views)
+            spent.append(time.process_time() - began)
+    encoder = ViT3D((96, 192, 192), variant="vit_b")
+    head = ProjectionHead(encoder.embed_dim, DIMENSION)
+    optimizer = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], lr=2e-4)
+    volume = torch.randn(batch, 1, 96, 192, 192)
+    began = time.process_time()
+    student = head(encoder(volume).pooled)
+    distillation_loss(student, target, None, 0.07, {"pair": 1.0, "relation": 0.0})["total"].backward()
+    optimizer.step()
+    step, lookup = time.process_time() - began, statistics.median(spent[1:])
+    return {"batch": batch, "step_cpu_s": step, "lookup_cpu_s": lookup, "lookup_share": lookup / (step + lookup)}
+
+
 def main() -> None:
     """Print the table and write it, or, as a child, one row of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -105,7 +180,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--out", type=Path, default=OUT / "index.json")
     parser.add_argument("--measure", nargs=2, metavar=("KIND", "ROWS"), default=None)
+    parser.add_argument("--step", type=int, nargs="?", const=2, default=None, metavar="BATCH")
     options = parser.parse_args()
+    if options.step:
+        row = measure_step(options.kinds[0], options.rows[0], options.step)
+        print(f"batch {options.step}, {options.rows[0]:,} keys, {options.kinds[0]}: step {row['step_cpu_s']:.1f} CPU s")
+        print(f"lookup {1e3 * row['lookup_cpu_s']:.0f} CPU ms, {100 * row['lookup_share']:.2f} % of both together")
+        return
     if options.measure:
         kind, rows = options.measure
         print(json.dumps(measure(kind, int(rows), options.threads, options.repeats)))

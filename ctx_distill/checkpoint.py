@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,10 +83,7 @@ def write_artefact(
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        save_file(
-            {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()},
-            temporary / WEIGHTS_FILE,
-        )
+        save_file(_apart(tensors), temporary / WEIGHTS_FILE)
         if extra is not None:
             extra(temporary)
         fingerprint = hash_json({"kind": kind, "config": dict(config), "weights": hash_file(temporary / WEIGHTS_FILE)})
@@ -99,6 +97,18 @@ def write_artefact(
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return read_artefact(folder, kind)
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, none in another's storage; without a copy where that is so, as in a large index."""
+    own = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    uses = Counter(value.untyped_storage().data_ptr() for value in own.values())
+    return {
+        name: value
+        if uses[value.untyped_storage().data_ptr()] == 1 and value.untyped_storage().nbytes() == value.nbytes
+        else value.clone()
+        for name, value in own.items()
+    }
 
 
 def read_artefact(folder: Path, kind: Kind) -> Artefact:

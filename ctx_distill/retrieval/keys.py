@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 KeyKind = Literal["text", "image", "both"]
+CHUNK = 65_536
 KEY_KINDS: tuple[KeyKind, ...] = ("text", "image", "both")
 
 
@@ -29,11 +30,14 @@ def make_keys(kind: KeyKind, text: Tensor, image: Tensor, centred: bool) -> Tens
     Returns:
         (N, D), or (N, 2 D) of `both`, unit rows.
     """
-    parts = [part for part in ("text", "image") if kind in (part, "both")]
-    rows = [{"text": text, "image": image}[part] for part in parts]
-    if centred:
-        rows = [centre(part, part.mean(dim=0)) for part in rows]
-    return torch.cat(rows, dim=1) / math.sqrt(len(rows))
+    rows = [{"text": text, "image": image}[part] for part in ("text", "image") if kind in (part, "both")]
+    means = [part.mean(dim=0) if centred else None for part in rows]
+    keys = rows[0].new_empty(len(rows[0]), sum(part.shape[1] for part in rows))
+    for start in range(0, len(keys), CHUNK):  # of a large pool one copy is enough
+        cut = [part[start : start + CHUNK] for part in rows]
+        cut = [part if mean is None else centre(part, mean) for part, mean in zip(cut, means, strict=True)]
+        keys[start : start + CHUNK] = torch.cat(cut, dim=1) / math.sqrt(len(rows))
+    return keys
 
 
 def make_queries(kind: KeyKind, reports: Tensor, mean: Tensor | None = None) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 from ctx_distill.retrieval import index as index_module
 from ctx_distill.retrieval.build import build_index, recall_at_1
 from ctx_distill.retrieval.index import XrayIndex, refuse_two_faiss
+from ctx_distill.retrieval.sharded import ShardedIndex
 from ctx_distill.types import InputError
 
 
@@ -137,6 +139,86 @@ def test_exactly_one_faiss_may_be_installed(monkeypatch: pytest.MonkeyPatch) -> 
 def test_importing_the_package_does_not_import_faiss() -> None:
     code = "import sys, ctx_distill.retrieval.lookup; assert 'faiss' not in sys.modules; assert 'torch' in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+class Asking(torch.utils.data.Dataset[Tensor]):
+    """A dataset that looks neighbours up, which no dataset may."""
+
+    def __init__(self, ask: Callable[[], object]) -> None:
+        self.ask = ask
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, item: int) -> Tensor:
+        self.ask()
+        return torch.zeros(1)
+
+
+@pytest.mark.parametrize("what", ["replicated", "sharded", "build"])
+def test_a_dataloader_worker_that_asks_is_refused(what: str) -> None:
+    keys = unit(20, 4, 0)
+    index = build_index(keys) if what != "sharded" else ShardedIndex(keys, "cpu")
+    ask = (lambda: build_index(keys)) if what == "build" else (lambda: index.search(keys[:1], 1))
+    loader = torch.utils.data.DataLoader(Asking(ask), num_workers=1, multiprocessing_context="fork")
+    with pytest.raises(RuntimeError, match=r"DataLoader worker 0 of 1 asked the X-ray index.*training process"):
+        list(loader)
+    ask()  # here it may
+
+
+def test_many_equal_keys_are_taken_in_order_of_position() -> None:
+    """More ties than FAISS is asked for candidates, before and behind nearer keys."""
+    keys = unit(6000, 8, 0)
+    keys[100:5000] = unit(1, 8, 9)[0]
+    query = F.normalize(unit(1, 8, 9) + 0.3 * unit(1, 8, 3), dim=-1)
+    similarity, position = build_index(keys).search(query, 3000)
+    scores = (query.double().numpy() @ keys.double().numpy().T).astype(np.float32)
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :3000]
+    assert np.array_equal(position, order)
+    assert np.array_equal(similarity, np.take_along_axis(scores, order, 1))
+
+
+def test_a_query_gets_the_same_bits_in_any_company() -> None:
+    keys, queries = unit(3000, 96, 0), unit(40, 96, 1)
+    index = build_index(keys)
+    together = index.search(queries, 5)
+    alone = [index.search(query[None], 5) for query in queries]
+    assert torch.equal(together[0], torch.cat([similarity for similarity, _ in alone]))
+    assert torch.equal(together[1], torch.cat([position for _, position in alone]))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["exact", "ivf", "sharded"])
+def test_the_gpu_gives_the_results_of_the_cpu(kind: str) -> None:
+    import faiss
+
+    if not hasattr(faiss, "StandardGpuResources") or faiss.get_num_gpus() == 0:
+        pytest.skip("FAISS sees no GPU here; install ctx-distill[gpu] on a machine with one")
+    keys, queries = unit(20_000, 64, 0), unit(40, 64, 1)
+    if kind == "sharded":
+        mine, theirs = ShardedIndex(keys, "gpu"), ShardedIndex(keys, "cpu")
+        found, expected = mine.search(queries.cuda(), 8), theirs.search(queries, 8)
+        assert mine._on_gpu is not None
+    else:
+        built = build_index(keys, kind, device="cpu")  # type: ignore[arg-type]
+        gpu = XrayIndex(built._cpu, built.kind, "gpu")
+        assert gpu.on_gpu
+        found, expected = gpu.search(queries.cuda(), 8), built.search(queries, 8)
+    assert found[0].is_cuda
+    torch.testing.assert_close(found[0].cpu(), expected[0], rtol=0, atol=0 if kind != "ivf" else 1e-5)
+    assert (found[1].cpu() == expected[1]).float().mean() > (0.999 if kind == "ivf" else 0.99999)
+
+
+def test_a_recall_below_the_set_one_is_told_beside_exact_search() -> None:
+    keys, probes = unit(3000, 64, 0), unit(100, 64, 1)
+    index = build_index(keys, "ivf", nprobe=2, probes=probes)
+    best = brute(keys, probes, 1)[0][:, 0]
+    share = float((index.search(probes, 1)[0][:, 0].numpy() >= best - 1e-5).mean())
+    assert 0.05 < share < 0.95
+    assert index.recall == pytest.approx(share)
+    build_index(keys, "ivf", nprobe=2, probes=probes, minimum_recall=share - 0.01)
+    with pytest.raises(InputError, match="expected at least"):
+        build_index(keys, "ivf", nprobe=2, probes=probes, minimum_recall=share + 0.01)
 
 
 FORK = """

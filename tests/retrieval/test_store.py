@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ctx_distill.checkpoint import write_artefact
-from ctx_distill.retrieval.shards import merge_shards, write_shard
+from ctx_distill.retrieval.shards import merge_shards, open_shards, standing_blocks, write_shard
 from ctx_distill.retrieval.store import XrayIndexArtefact, write_index_artefact
 from ctx_distill.types import InputError
 
@@ -188,7 +188,9 @@ def test_merge_restores_the_order_asked_for(tmp_path: Path) -> None:
     assert merged["row"].tolist() == wanted
     assert np.array_equal(merged["keys"], np.array(wanted)[:, None].repeat(3, 1))
     assert np.array_equal(merged["values"], -np.array(wanted)[:, None].repeat(2, 1))
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"shard-{rank:05d}.safetensors" for rank in range(3)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f"shard-000000-{rank:05d}.safetensors" for rank in range(3)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -209,16 +211,38 @@ def test_missing_left_over_and_torn_shards(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"holds shards of ranks \[\]"):
         merge_shards(tmp_path, [0])
     shards(tmp_path, [[0], [1], [2]])
-    (tmp_path / "shard-00001.safetensors").unlink()
-    with pytest.raises(InputError, match=r"ranks \[0, 2\] of runs with \[3\] ranks; expected every rank of one run"):
+    (tmp_path / "shard-000000-00001.safetensors").unlink()
+    with pytest.raises(
+        InputError, match=r"ranks \[0, 2\] of runs with \[3\] ranks, 2 in 1 blocks; expected every rank of one run"
+    ):
         merge_shards(tmp_path, [0, 2])
     shards(tmp_path, [[0], [1]])
     with pytest.raises(InputError, match=r"runs with \[2, 3\] ranks"):
         merge_shards(tmp_path, [0, 1])
-    (tmp_path / "shard-00002.safetensors").unlink()
+    (tmp_path / "shard-000000-00002.safetensors").unlink()
     assert merge_shards(tmp_path, [1, 0])["row"].tolist() == [1, 0]
     with pytest.raises(InputError, match="rows asked for twice"):
         merge_shards(tmp_path, [1, 0, 1])
-    (tmp_path / "shard-00000.safetensors").write_bytes(b"torn")
-    with pytest.raises(InputError, match=r"shard-00000.safetensors: not a readable shard"):
+    (tmp_path / "shard-000000-00000.safetensors").write_bytes(b"torn")
+    with pytest.raises(InputError, match=r"shard-000000-00000.safetensors: not a readable shard"):
         merge_shards(tmp_path, [0, 1])
+
+
+def test_blocks_join_and_those_that_stand_are_known(tmp_path: Path) -> None:
+    open_shards(tmp_path / "shards", "a")
+    for block, rank, rows in ((0, 0, [4, 2]), (0, 1, [3]), (1, 1, [9]), (1, 0, [7])):
+        row = torch.tensor(rows)
+        write_shard(tmp_path / "shards", rank, 2, row[:, None].float(), -row[:, None].float(), row, block)
+    open_shards(tmp_path / "shards", "a")
+    assert standing_blocks(tmp_path / "shards", 2, 3) == [0, 1]
+    merged = merge_shards(tmp_path / "shards", [2, 3, 4, 7, 9])
+    assert merged["keys"][:, 0].tolist() == (-merged["values"][:, 0]).tolist() == [2, 3, 4, 7, 9]
+    torn = tmp_path / "shards" / "shard-000001-00000.safetensors"
+    torn.write_bytes(torn.read_bytes()[:40])
+    assert standing_blocks(tmp_path / "shards", 2, 3) == [0]
+    torn.unlink()
+    assert standing_blocks(tmp_path / "shards", 2, 3) == [0]
+    with pytest.raises(InputError, match="3 in 2 blocks; expected every rank of one run in every block"):
+        merge_shards(tmp_path / "shards", [2, 3, 4, 9])
+    open_shards(tmp_path / "shards", "b")
+    assert standing_blocks(tmp_path / "shards", 2, 3) == []
