@@ -61,7 +61,7 @@ def memory_mb(field: str) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) / 1024
 
 
-def measure(kind: str, rows: int, threads: int, repeats: int) -> dict[str, float]:
+def measure(kind: str, rows: int, threads: int, repeats: int, width: int | None) -> dict[str, float]:
     """One row of the table."""
     import torch
 
@@ -75,7 +75,7 @@ def measure(kind: str, rows: int, threads: int, repeats: int) -> dict[str, float
     asked = torch.from_numpy(queries)
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew here
     before, wall, cpu = memory_mb("VmRSS"), time.perf_counter(), time.process_time()
-    built = construct(keys, kind, device="cpu")  # type: ignore[arg-type]
+    built = construct(keys, kind, device="cpu", search_width=width)  # type: ignore[arg-type]
     result = {"build_s": time.perf_counter() - wall, "build_cpu_s": time.process_time() - cpu}
     result["build_peak_mb"] = memory_mb("VmHWM") - before
     with tempfile.TemporaryDirectory() as folder:
@@ -178,6 +178,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--width", type=int, default=None, help="search_width of the approximate kinds")
     parser.add_argument("--out", type=Path, default=OUT / "index.json")
     parser.add_argument("--measure", nargs=2, metavar=("KIND", "ROWS"), default=None)
     parser.add_argument("--step", type=int, nargs="?", const=2, default=None, metavar="BATCH")
@@ -189,7 +190,7 @@ def main() -> None:
         return
     if options.measure:
         kind, rows = options.measure
-        print(json.dumps(measure(kind, int(rows), options.threads, options.repeats)))
+        print(json.dumps(measure(kind, int(rows), options.threads, options.repeats, options.width)))
         return
     print(
         f"{DIMENSION} dimensions, float32, seed {SEED}; built with {options.threads} threads; lookups of {NEIGHBOURS} "
@@ -202,6 +203,7 @@ def main() -> None:
         for kind in options.kinds:
             command = [sys.executable, __file__, "--measure", kind, str(rows), "--threads", str(options.threads)]
             command += ["--repeats", str(options.repeats)]
+            command += ["--width", str(options.width)] if options.width else []
             environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads), "OPENBLAS_NUM_THREADS": "1"}
             done = subprocess.run(command, capture_output=True, text=True, env=environment)
             if done.returncode:

@@ -14,6 +14,7 @@ from ctx_distill.retrieval.index import Device, IndexKind, XrayIndex, as_matrix,
 from ctx_distill.types import InputError
 
 HNSW_NEIGHBOURS = 32
+SEARCH_WIDTH = {"ivf": 8, "hnsw": 64}
 CHUNK = 65_536
 POINTS_A_LIST = 39
 """What FAISS's k-means wants at least, an inverted list."""
@@ -40,7 +41,9 @@ def recall_at_1(index: XrayIndex, keys: Keys, queries: Tensor) -> float:
     return float((found[:, 0].cpu().numpy() >= best - 1e-5).mean())
 
 
-def construct(keys: Keys, kind: IndexKind = "exact", device: Device = "auto", nprobe: int = 8) -> XrayIndex:
+def construct(
+    keys: Keys, kind: IndexKind = "exact", device: Device = "auto", search_width: int | None = None
+) -> XrayIndex:
     """An index over the keys, its recall not measured; see `build_index`.
 
     Keys are read part by part, so that memory-mapped ones are never held a second time beside the index.
@@ -53,13 +56,13 @@ def construct(keys: Keys, kind: IndexKind = "exact", device: Device = "auto", np
         index: Any = faiss.IndexFlatIP(dimension)
     elif kind == "hnsw":
         index = faiss.IndexHNSWFlat(dimension, HNSW_NEIGHBOURS, faiss.METRIC_INNER_PRODUCT)
-        index.hnsw.efConstruction, index.hnsw.efSearch = 80, 64
+        index.hnsw.efConstruction, index.hnsw.efSearch = 80, search_width or SEARCH_WIDTH[kind]
     elif kind == "ivf":
         lists = max(1, min(round(4 * math.sqrt(rows)), rows // POINTS_A_LIST))
         index = faiss.IndexIVFFlat(faiss.IndexFlatIP(dimension), dimension, lists, faiss.METRIC_INNER_PRODUCT)
         chosen = np.sort(np.random.default_rng(0).choice(rows, min(rows, TRAINING_POINTS * lists), replace=False))
         index.train(_finite(as_matrix(keys[chosen]), 0))
-        index.nprobe = min(nprobe, lists)
+        index.nprobe = min(search_width or SEARCH_WIDTH[kind], lists)
     else:
         raise ValueError(f"index kind is {kind!r}; expected exact, ivf or hnsw")
     for start in range(0, rows, CHUNK):
@@ -79,7 +82,7 @@ def build_index(
     keys: Keys,
     kind: IndexKind = "exact",
     device: Device = "auto",
-    nprobe: int = 8,
+    search_width: int | None = None,
     probes: Tensor | None = None,
     minimum_recall: float | None = None,
 ) -> XrayIndex:
@@ -89,14 +92,15 @@ def build_index(
         keys: (N, D) unit rows.
         kind: `exact`; `ivf` (inverted lists, about 4 sqrt(N) of them); `hnsw` (a graph).
         device: `auto`: the GPU where FAISS has one.
-        nprobe: lists visited a query (ivf).
+        search_width: lists visited a query (ivf, default 8), or candidates that the walk through the graph keeps (hnsw,
+            default 64).
         probes: (Q, D) queries to measure recall@1 of an approximate index with; default: up to 256 keys, disturbed.
         minimum_recall: refuse an approximate index below it.
 
     Raises:
         InputError: no keys, keys that are not finite, or recall below the minimum.
     """
-    built = construct(keys, kind, device, nprobe)
+    built = construct(keys, kind, device, search_width)
     if kind != "exact":
         if probes is None:
             probes = disturbed(keys)
@@ -104,7 +108,7 @@ def build_index(
         if minimum_recall is not None and built.recall < minimum_recall:
             raise InputError(
                 f"recall@1 of the {kind} index is {built.recall:.3f}; expected at least {minimum_recall}. "
-                "Raise nprobe, or use kind exact."
+                f"Raise model.init_args.search_width (now {search_width or SEARCH_WIDTH[kind]}), or set index_kind=exact."
             )
     return built
 

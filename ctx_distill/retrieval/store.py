@@ -65,6 +65,7 @@ def write_index_artefact(
     finding_names: Sequence[str] | None = None,
     kind: IndexKind = "exact",
     minimum_recall: float | None = None,
+    search_width: int | None = None,
     value_type: Literal["float32", "float16"] = "float32",
     report_source: ReportSource | None = None,
 ) -> XrayIndexArtefact:
@@ -82,6 +83,7 @@ def write_index_artefact(
         finding_names: their F names.
         kind: of the index.
         minimum_recall: refuse an approximate index below it.
+        search_width: of an approximate index; see `build_index`.
         value_type: how values are stored.
         report_source: what embedded the texts; None: the expert.
 
@@ -109,7 +111,7 @@ def write_index_artefact(
         raise InputError(f"value {bad} of the X-ray index is not finite. Check the expert's weights and that image.")
     content = table.to_csv(index=False, quoting=csv.QUOTE_MINIMAL, lineterminator="\n")
     keys = keys.detach().cpu().float()
-    index = build_index(keys, kind, device="cpu", minimum_recall=minimum_recall)
+    index = build_index(keys, kind, device="cpu", search_width=search_width, minimum_recall=minimum_recall)
     tensors = {"keys": keys, "values": values.detach().cpu().to(getattr(torch, value_type))}
     if findings is not None:
         tensors["findings"] = findings.detach().cpu().float()

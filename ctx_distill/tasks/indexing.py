@@ -38,6 +38,8 @@ class IndexTask(StageTask):
         expert_revision: pinned commit of a hub expert.
         index_kind: exact search, or an approximate index for large pools.
         minimum_recall: an approximate index whose recall@1 against exact search is lower is refused.
+        search_width: of an approximate index: lists visited a query (ivf, default 8), or candidates that the walk
+            through the graph keeps (hnsw, default 64); more is slower and finds more.
         centre: take the pool's mean off the keys, and the mean of the CT `train` reports off the queries, so that what
             all X-ray reports and what all CT reports share in style does not count (**ours**, after Mu and
             Viswanath 2018, "All-but-the-Top").
@@ -63,6 +65,7 @@ class IndexTask(StageTask):
         expert_revision: str | None = None,
         index_kind: IndexKind = "exact",
         minimum_recall: float = 0.95,
+        search_width: int | None = None,
         centre: bool = True,
         neighbours: int = 10,
         key: KeyKind = "text",
@@ -98,7 +101,8 @@ class IndexTask(StageTask):
                 f"contrastively trained expert, but {found}. Set ARGS=--model.init_args.key=text."
             )
         self.key: KeyKind = key
-        self.index_kind, self.minimum_recall, self.neighbours = index_kind, minimum_recall, neighbours
+        self.index_kind, self.minimum_recall, self.search_width = index_kind, minimum_recall, search_width
+        self.neighbours = neighbours
         self.centre = centre
         self.vocabulary_name, self.vocabulary = vocabulary, load_vocabulary(vocabulary)
 
@@ -209,7 +213,7 @@ class IndexTask(StageTask):
                   "query_centre": query_centre, **self._describe_separate()}  # fmt: skip
         return write_index_artefact(
             folder,
-            make_keys(self.key, table["keys"], table["values"], centred=query_centre is not None),
+            make_keys(self.key, table.pop("keys"), table["values"], centred=query_centre is not None),
             table["values"],
             pool.frame.assign(row=pool.frame.index),
             {"xray-expert": self.expert.fingerprint(), "xray-manifest": datamodule.manifest.fingerprint},
@@ -219,6 +223,7 @@ class IndexTask(StageTask):
             finding_names=self.vocabulary.names if told else None,
             kind=self.index_kind,
             minimum_recall=self.minimum_recall if self.index_kind != "exact" else None,
+            search_width=self.search_width,
             report_source=self.report_source,
         )
 

@@ -65,8 +65,10 @@ def test_unreachable_keys_of_a_graph_are_found() -> None:
 
 def test_low_recall_is_refused() -> None:
     keys = unit(3000, 64, 0)
-    with pytest.raises(InputError, match=r"recall@1 of the ivf index is 0\.\d+; expected at least 0\.999"):
-        build_index(keys, "ivf", nprobe=1, probes=unit(100, 64, 1), minimum_recall=0.999)
+    with pytest.raises(
+        InputError, match=r"recall@1 of the ivf index is 0\.\d+; expected at least 0\.999.*search_width \(now 1\)"
+    ):
+        build_index(keys, "ivf", search_width=1, probes=unit(100, 64, 1), minimum_recall=0.999)
     assert recall_at_1(build_index(keys), keys, unit(10, 64, 2)) == 1
 
 
@@ -211,14 +213,14 @@ def test_the_gpu_gives_the_results_of_the_cpu(kind: str) -> None:
 
 def test_a_recall_below_the_set_one_is_told_beside_exact_search() -> None:
     keys, probes = unit(3000, 64, 0), unit(100, 64, 1)
-    index = build_index(keys, "ivf", nprobe=2, probes=probes)
+    index = build_index(keys, "ivf", search_width=2, probes=probes)
     best = brute(keys, probes, 1)[0][:, 0]
     share = float((index.search(probes, 1)[0][:, 0].numpy() >= best - 1e-5).mean())
     assert 0.05 < share < 0.95
     assert index.recall == pytest.approx(share)
-    build_index(keys, "ivf", nprobe=2, probes=probes, minimum_recall=share - 0.01)
+    build_index(keys, "ivf", search_width=2, probes=probes, minimum_recall=share - 0.01)
     with pytest.raises(InputError, match="expected at least"):
-        build_index(keys, "ivf", nprobe=2, probes=probes, minimum_recall=share + 0.01)
+        build_index(keys, "ivf", search_width=2, probes=probes, minimum_recall=share + 0.01)
 
 
 FORK = """
