@@ -84,7 +84,7 @@ class ReportTask(TrainedTask):
         width = self.encoder.embed_dim
         train = datamodule.training_rows()
         with torch.no_grad():
-            volume = datamodule.dataset(train)[0].tensor[None]
+            volume = datamodule.dataset(train)[0].tensor[None].float()  # a prepared one holds int16 steps
             places = self.encoder(volume).tokens.shape[1]
         if self.decoder_source is not None:
             self.decoder = ReportDecoder.from_pretrained(
