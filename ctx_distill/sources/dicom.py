@@ -26,7 +26,7 @@ def build(root: Path, options: SourceOptions, key: bytes | None) -> Built:
     orientations are left out and counted. `--reconstructions all` takes every such series.
 
     Ids are HMAC-SHA256 under `key`, dates become `study_day`, days since the patient's first study. Paths are those of the
-    disk: where one holds a patient's id, name or birth date the builder stops, unless `--convert FOLDER` writes the chosen
+    disk: where one holds an id, a name or a date of the patient's the builder stops, unless `--convert FOLDER` writes the chosen
     series there as NIfTI under hashed names, or `--keep-paths` is given. Reports come from `--reports`, a CSV with
     `study` (StudyInstanceUID or AccessionNumber) and `report`, or `findings` and `impression`.
 
@@ -132,16 +132,23 @@ def _reports(path: Path | None) -> dict[str, tuple[str, str]] | None:
 
 
 def _refuse_named_paths(root: Path, chosen: list[Series]) -> None:
-    telling = []
-    for one in chosen:
-        words = {word for word in re.split(r"[^a-z0-9]+", str(one.folder).lower()) if word}
-        if one.patient.lower() in str(one.folder).lower() or words & one.secrets:
-            telling.append(one)
+    telling = sum(_tells(one) for one in chosen)
     if telling:
         raise InputError(
-            f"{root}: the paths of {len(telling)} of {len(chosen)} series hold the patient's id, name or birth date, and a"
+            f"{root}: the paths of {telling} of {len(chosen)} series hold an id, a name or a date of the patient's, and a"
             " manifest holds paths; give --convert FOLDER to write the scans there under hashed names, or --keep-paths"
         )
+
+
+def _tells(one: Series) -> bool:
+    """Whether a series' path holds an id or date of its header, however it is punctuated, or a part of the name."""
+    words = {word for word in re.split(r"[^a-z0-9]+", str(one.folder).lower()) if word}
+    parts = [re.sub(r"[^a-z0-9]+", "", part.lower()) for part in one.folder.parts]
+    ids = {one.patient, one.study, one.uid, one.accession}
+    if one.day is not None:
+        ids |= {one.day.strftime(form) for form in ("%Y%m%d", "%d%m%Y", "%m%d%Y")}
+    plain = {re.sub(r"[^a-z0-9]+", "", text.lower()) for text in ids} - {""}
+    return bool(words & one.secrets) or any(text in part for text in plain for part in parts)
 
 
 def _converted(

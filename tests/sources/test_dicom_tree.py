@@ -121,7 +121,7 @@ def test_paths_that_tell_names_are_refused_and_converted(tmp_path: Path, capsys:
     series(root / "x/7002/ct", "7002", "1.2.2", 1)
     command = ["manifest", "dicom", str(root), str(tmp_path / "out/ct.csv"), "--key", str(key), "--workers", "1"]
     assert main(command) == 2
-    assert "the paths of 2 of 2 series hold the patient's id, name or birth date" in capsys.readouterr().err
+    assert "the paths of 2 of 2 series hold an id, a name or a date of the patient's" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     manifest = built(root, tmp_path / "out/ct.csv", "--key", str(key), "--convert", str(tmp_path / "out/ct"))
     scan, source = manifest.scan_file(0).read(), read_volume(root / "DOE_JANE/ct")
@@ -130,6 +130,19 @@ def test_paths_that_tell_names_are_refused_and_converted(tmp_path: Path, capsys:
     for file in (tmp_path / "out").rglob("*.*"):
         assert b"Doe" not in file.read_bytes()
     assert len(built(root, tmp_path / "out/two.csv", "--key", str(key), "--keep-paths")) == 2
+
+
+@pytest.mark.parametrize(
+    "folder", ["AB_12-34", "x/ab1234.ct", "2020-03-01", "scan_01.03.2020", "1.2.840.77", "acc/acc_1.2.840.77"]
+)
+def test_ids_and_dates_in_paths_however_they_are_written(
+    tmp_path: Path, folder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "pacs"
+    series(root / folder, "AB-1234", "1.2.840.77", 1)
+    command = ["manifest", "dicom", str(root), str(tmp_path / "out/ct.csv"), "--key", str(tmp_path / "key")]
+    assert main([*command, "--workers", "1"]) == 2
+    assert "the paths of 1 of 1 series" in capsys.readouterr().err
 
 
 def test_a_series_inside_anothers_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
