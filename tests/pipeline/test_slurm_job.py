@@ -48,7 +48,8 @@ class Job:
 def job(cohort: Path, tiny_preset: Path, tmp_path: Path) -> Job:
     tools = {
         "srun": 'while [ "$1" != env ] && [ "$1" != bash ]; do shift; done; exec "$@"',
-        "scontrol": '[ "$1" = show ] && echo "JobId=7 JobState=$STATE"; [ "$1" != requeue ] || kill -KILL $PPID; exit 0',
+        "scontrol": 'echo "$@" >>"$FOLDER/scontrol-calls"; [ "$1" = show ] && echo "JobId=7 JobState=$STATE Dependency=(null)"\n'
+        '[ "$1" = requeue ] && [ "$STATE" = RUNNING ] && kill -KILL $PPID; exit 0',
         "fake-python": 'echo "$@" >>"$FOLDER/given"; exec bash "$FOLDER/program"',
     }
     for name, text in tools.items():
@@ -154,13 +155,25 @@ def test_the_program_is_given_the_command(job: Job, cohort: Path, tiny_preset: P
                      "--preset", str(tiny_preset)]  # fmt: skip
 
 
-def test_a_terminated_shell_outlives_its_tasks(job: Job) -> None:
-    """scancel signals the batch shell as well; it waits for the program, and then decides."""
-    (job.folder / "program").write_text("sleep 1; exit 75")
+@pytest.mark.parametrize(("state", "requeued"), [("COMPLETING Reason=None", 0), ("COMPLETING Reason=TimeLimit", 1)])
+@pytest.mark.parametrize("status", [75, 9])
+def test_a_terminated_shell_outlives_its_tasks(job: Job, state: str, requeued: int, status: int) -> None:
+    """scancel and the time limit signal the batch shell as well: the latter alone is requeued, and both wait for the tasks."""
+    (job.folder / "program").write_text(f"sleep 1; touch {job.folder}/over; exit {status}")
     environment = os.environ | {"PATH": f"{job.folder}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_PROCID": "0",
-                                "STATE": "CANCELLED", "FOLDER": str(job.folder)}  # fmt: skip
+                                "STATE": state, "FOLDER": str(job.folder)}  # fmt: skip
     process = subprocess.Popen(["bash", str(job.script)], env=environment)
     while not (job.folder / "given").exists():
         time.sleep(0.02)
     process.terminate()
-    assert process.wait(timeout=30) == 75
+    assert process.wait(timeout=30) == status
+    assert (job.folder / "over").exists()
+    assert (job.folder / "scontrol-calls").read_text().count("requeue 7") == requeued
+
+
+def test_time_limits_without_progress_end_some_time(job: Job) -> None:
+    ends = f"kill -TERM $(cat {job.folder}/shell); sleep 0.2; exit 143"
+    job.script.write_text(job.script.read_text().replace("name=align", f"echo $$ >{job.folder}/shell; name=align"))
+    for _ in range(11):
+        assert job.attempt(ends, "COMPLETING Reason=TimeLimit") == 143
+    assert (job.folder / "scontrol-calls").read_text().count("requeue 7") == 10

@@ -54,7 +54,10 @@ class Cluster:
         end = time.monotonic() + seconds
         while not holds():
             if time.monotonic() > end:
-                told = [f"== {path.name}\n{path.read_text()[-3000:]}" for path in sorted((logs or HERE).glob("*.out"))]
+                told = [
+                    f"== {path.name}\n{path.read_text(errors='replace')[-3000:]}"
+                    for path in sorted((logs or HERE).glob("*.out"))
+                ]
                 raise AssertionError(
                     f"{what}: not within {seconds:.0f} s\n{self.call('squeue', '-l')}\n" + "\n".join(told)
                 )
@@ -91,17 +94,27 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         subprocess.run([script, "down", str(folder)], check=False, timeout=120)
 
 
+def submit_fake(
+    cluster: Cluster, data: Path, folder: Path, target: str, scripts: dict[str, str], **variables: object
+) -> dict[str, str]:
+    """`make TARGET` with a shell script a stage as the program, run on every task; a stage without one is done at once."""
+    (folder / "fake").mkdir()
+    for stage, text in scripts.items():
+        (folder / "fake" / stage).write_text(text + "\n")
+    setup = f"export FAKE={folder / 'fake'}; python=(bash {HERE / 'jobs' / 'fake_program.sh'})"
+    return cluster.make(target, DATA=data, RUN=folder / "run", PRESET=ROOT / "tests" / "conf" / "tiny.yaml", NODES=2,
+                        GPUS=0, TASKS=1, PARTS=2, SETUP=setup, **variables)  # fmt: skip
+
+
 @pytest.fixture
 def fake(cluster: Cluster, cohort: Path, tmp_path: Path) -> Callable[..., dict[str, str]]:
-    """`fake("slurm-all", expert="exit 3")` submits jobs whose program is a shell script a stage, run on every task."""
+    """`fake("slurm-all", expert="exit 3")`: see `submit_fake`."""
+    return lambda target, **scripts: submit_fake(cluster, cohort, tmp_path, target, scripts)
 
-    def submit(target: str, **scripts: str) -> dict[str, str]:
-        folder = tmp_path / "fake"
-        folder.mkdir()
-        for stage, text in scripts.items():
-            (folder / stage).write_text(text + "\n")
-        setup = f"export FAKE={folder}; python=(bash {HERE / 'jobs' / 'fake_program.sh'})"
-        return cluster.make(target, DATA=cohort, RUN=tmp_path / "run", PRESET=ROOT / "tests" / "conf" / "tiny.yaml",
-                            NODES=2, GPUS=0, TASKS=1, PARTS=2, SETUP=setup)  # fmt: skip
 
-    return submit
+@pytest.fixture(scope="session")
+def limited(cluster: Cluster, cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], Path]:
+    """A job with a time limit of a minute, SLURM's shortest, whose program does not stop at signals; submitted early."""
+    folder = tmp_path_factory.mktemp("limited")
+    program = "[ $1 = 1 ] || exit 0; trap '' USR1 TERM; while :; do sleep 1; done"
+    return submit_fake(cluster, cohort, folder, "slurm-stage-2", {"distill": program}, TIME=1), folder

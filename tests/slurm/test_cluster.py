@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900), pytest.mark.usefixtures("limited")]
 
 ROOT = Path(__file__).parents[2]
 JOBS = Path(__file__).parent / "jobs"
@@ -96,8 +96,8 @@ def test_a_chain_that_is_signalled_and_killed_ends_as_an_undisturbed_one(
     assert set(cluster.wait_for_end(calm_jobs, 240, calm / "slurm").values()) == {"COMPLETED"}
     restarts = {name: int(cluster.job(number)["Restarts"]) for name, number in jobs.items()}
     assert restarts == {"prepare": 0, "expert": 1, "index": 1, "distill": 1, "align": 1, "heads": 0}
-    told = (rough / "slurm" / f"align-{jobs['align']}.out").read_text()
-    assert "failed with status 137; a newer checkpoint is there; requeued, 1 of 3" in told
+    told = (rough / "slurm" / f"align-{jobs['align']}.out").read_text(errors="replace")
+    assert "failed with status 137; a newer checkpoint is there; time 1 of 3; requeued" in told
     assert results(rough) == results(calm)
 
 
@@ -162,3 +162,12 @@ def test_python_without_srun_in_a_job_of_several_tasks_is_refused(cluster: Any, 
     assert cluster.wait_for_end(jobs, 60, tmp_path) == {"job": "FAILED"}
     assert cluster.job(jobs["job"])["ExitCode"] == "2:0"
     assert "without srun" in (tmp_path / "job.out").read_text()
+
+
+def test_a_job_at_its_time_limit_goes_on_although_its_program_could_not_stop(
+    cluster: Any, limited: tuple[dict[str, str], Path]
+) -> None:
+    jobs, folder = limited
+    assert cluster.wait_for_end(jobs, 180, folder / "run" / "slurm") == {"distill": "COMPLETED"}
+    assert cluster.job(jobs["distill"])["Restarts"] == "1"
+    assert (folder / "fake" / "attempts-distill-0").read_text() == "1\n2\n"
