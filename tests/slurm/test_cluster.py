@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import os
@@ -55,13 +56,19 @@ class Hold:
 
 
 def results(run: Path) -> dict[str, Any]:
-    """What a run came to: hashes of weights, index, predictions and order of data; the metrics; the fingerprints."""
+    """What a run came to: hashes of weights, index and predictions; the losses of every epoch; metrics; fingerprints."""
     files = [path for stage in STAGES for path in sorted((run / stage / "artefact").rglob("*")) if path.is_file()]
     files += [run / "zero_shot_predictions.csv", run / "classifier" / "predictions.csv", run / "reports.csv",
               run / "index" / "retrieval.csv"]  # fmt: skip
     found: dict[str, Any] = {
         str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files
     }
+    for curves in sorted(run.glob("*/logs/metrics.csv")):
+        with curves.open() as table:
+            rows = list(csv.DictReader(table))
+        found[f"losses of {curves.parts[-3]}"] = [
+            [row["step"], row.get("train/loss"), row.get("val/loss")] for row in rows
+        ]
     found["metrics"] = json.loads((run / "metrics.json").read_text())
     found["fingerprints"] = {
         name: stage["fingerprint"] for name, stage in json.loads((run / "run.json").read_text())["stages"].items()
@@ -98,7 +105,9 @@ def test_a_chain_that_is_signalled_and_killed_ends_as_an_undisturbed_one(
     assert restarts == {"prepare": 0, "expert": 1, "index": 1, "distill": 1, "align": 1, "heads": 0}
     told = (rough / "slurm" / f"align-{jobs['align']}.out").read_text(errors="replace")
     assert "failed with status 137; a newer checkpoint is there; time 1 of 3; requeued" in told
-    assert results(rough) == results(calm)
+    came_to = results(rough)
+    assert len(came_to["losses of distill"]) == 6  # a row of training and one of validation an epoch, none twice
+    assert came_to == results(calm)
 
 
 def test_a_failing_program_gives_the_job_its_status_and_ends_the_dependents(
