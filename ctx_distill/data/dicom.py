@@ -16,6 +16,7 @@ import numpy as np
 import pydicom
 import SimpleITK as sitk
 from numpy.typing import NDArray
+from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from ctx_distill.data._sizes import check_size
 from ctx_distill.data.itk import reason
@@ -61,7 +62,7 @@ def read_dicom_folder(folder: Path, series_uid: str | None = None) -> tuple[NDAr
     slices, row_step, column_step, slice_step = _ordered(folder, [_checked(*item) for item in series[uid]])
     first = slices[0].header
     shape = (len(slices), int(first.Rows), int(first.Columns))
-    check_size(folder, shape, 4, None, compressed=True)
+    check_size(folder, shape, int(first.get("BitsAllocated") or 16) // 8, _native_bytes(slices), compressed=False)
     affine = np.eye(4)
     affine[:3, :3] = np.stack([slice_step, row_step, column_step], axis=1)
     affine[:3, 3] = slices[0].position
@@ -161,6 +162,13 @@ def _ordered(
     # PixelSpacing is (between rows, between columns); the first three cosines run along a row, from column to column.
     between_rows, between_columns = (float(v) for v in first.PixelSpacing)
     return slices, along_column * between_rows, along_row * between_columns, slice_step
+
+
+def _native_bytes(slices: list[_Slice]) -> int | None:
+    """Bytes of the slices' files where none of them is compressed, else None."""
+    syntaxes = [getattr(item.header.file_meta, "TransferSyntaxUID", None) for item in slices]
+    native = all(syntax in (ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian) for syntax in syntaxes)
+    return sum(item.path.stat().st_size for item in slices) if native else None
 
 
 def _check_gaps(

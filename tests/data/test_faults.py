@@ -125,6 +125,17 @@ def test_a_transfer_syntax_that_cannot_be_decoded(tmp_path: Path) -> None:
         read_volume(folder)
 
 
+def test_slices_that_claim_too_much(tmp_path: Path) -> None:
+    """12 slices of 18,000 x 18,000 pixels, 7.8 GB, said of files of a kilobyte; and more than any scan has."""
+    folder = slices(tmp_path / "s")
+    for number in range(12):
+        change(folder / f"{number:03}.dcm", Rows=18_000, Columns=18_000)
+    refused(folder, "the header claims 12 x 18000 x 18000", "can hold at most")
+    for number in range(12):
+        change(folder / f"{number:03}.dcm", Rows=60_000, Columns=60_000)
+    refused(folder, "the header claims 12 x 60000 x 60000", "expected at most 4e+09")
+
+
 @pytest.mark.parametrize("missing", ["ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing"])
 def test_slices_that_cannot_be_placed(tmp_path: Path, missing: str) -> None:
     folder = slices(tmp_path / "s")
