@@ -161,6 +161,9 @@ bench-data: $(READY) ## volumes a second and memory of reading CTs, beside MONAI
 bench-index: $(READY) ## build, lookup, recall and memory of the X-ray index at 100 thousand and 1 million rows; 30 minutes
 	@$(VENV)/bin/python benchmarks/index.py $(ARGS)
 
+chaos: $(READY) ## kill stages at random moments, finish them, compare with runs that never stopped: N= SEED=
+	@$(VENV)/bin/python tests/surviving/chaos.py --n $(or $(N),50) $(if $(filter command line,$(origin SEED)),--seed $(SEED))
+
 lock: $(UV) ## compile the locks again from pyproject.toml
 	@for extra in cpu gpu; do $(UV) pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header \
 		--no-annotate --extra $$extra --extra bench --extra dev pyproject.toml --output-file requirements/$$extra.txt; done

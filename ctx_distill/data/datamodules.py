@@ -110,6 +110,7 @@ class ManifestDataModule(L.LightningDataModule):
         loader = self.loader(rows, train=True)
         if self._done and isinstance(loader.sampler, EpochShuffle):
             loader.sampler.go_on(self._done["epoch"], self._done["items"])
+            loader.sampler.set_epoch(self._done["epoch"])  # workers read ahead before Lightning says which epoch it is
         return loader
 
     def state_dict(self) -> dict[str, Any]:

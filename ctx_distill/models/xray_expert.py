@@ -126,8 +126,9 @@ class XrayExpert(nn.Module, ABC):
                 f"expert {self.name}: radiographs of shape {tuple(pixels.shape[1:])}, expected {expected}."
                 " Prepare them with this expert's preprocess()."
             )
-        # the frozen expert stays float32, whatever precision a stage trains in
-        return F.normalize(self.image_features(pixels.float()).float(), dim=-1)
+        # the frozen expert keeps its type, whatever precision a stage trains in
+        pixels = pixels.to(next(self.parameters()).dtype)
+        return F.normalize(self.image_features(pixels).float(), dim=-1)
 
     @torch.no_grad()
     def encode_text(self, texts: Sequence[str], batch_size: int = 256) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -81,7 +82,9 @@ class ClassifierTask(TrainedTask):
         names = datamodule.manifest.finding_names
         if not names:
             raise InputError(f"{datamodule.manifest.path}: has no label:<finding> columns; the classifier needs them.")
-        self.head = FindingsHead(self.encoder.embed_dim, len(names))
+        with torch.random.fork_rng(devices=[]):  # DDP seeds anew before `setup`, one process does not
+            torch.manual_seed(int(os.environ.get("PL_GLOBAL_SEED", "0")))
+            self.head = FindingsHead(self.encoder.embed_dim, len(names))
         labels = datamodule.manifest.split("train").labels()
         positives, negatives = (labels == 1).sum(axis=0), (labels == 0).sum(axis=0)
         ratio = torch.from_numpy((negatives + 1) / (positives + 1)).float()

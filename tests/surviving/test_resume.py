@@ -1,0 +1,123 @@
+"""Every stage, killed with its worker processes and finished, leaves what an undisturbed run leaves, to the bit."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.slow
+SEED = 7
+
+
+@pytest.fixture(scope="module")
+def harness() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("surviving_harness", Path(__file__).with_name("harness.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules["surviving_harness"] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def runner(harness: ModuleType, cohort: Path, tiny_preset: Path) -> Iterator[Any]:
+    runner = harness.Runner(cohort, tiny_preset, workers=1)
+    yield runner
+    runner.close()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(harness: ModuleType, runner: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    for stage in harness.FOLDERS:
+        runner.finish(stage, run)
+    return run
+
+
+STAGES = ["expert", "index", "distill", "align", "zero-shot", "classifier", "report"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_and_finished_is_bit_identical(
+    harness: ModuleType, runner: Any, undisturbed: Path, tmp_path: Path, stage: str
+) -> None:
+    """Three kills from a fixed seed: after some work, inside a checkpoint write, and after some work again."""
+    draw = random.Random(f"{SEED} {stage}")
+    run = harness.with_upstream(undisturbed, stage, tmp_path / "run")
+    folder = run / harness.FOLDERS[stage]
+    begun = folder / ("checkpoints/last.ckpt" if stage in harness.TRAINED else "layers.yaml")
+
+    def kill_after(seconds: float) -> bool:
+        process = runner.start(stage, run)
+        before = begun.stat().st_mtime_ns if begun.exists() else 0
+        end: list[float] = []
+
+        def moment() -> bool:
+            if not end and begun.exists() and begun.stat().st_mtime_ns != before:
+                end.append(time.monotonic() + seconds)
+            return bool(end) and time.monotonic() >= end[0]
+
+        killed = runner.kill_when(process, moment)
+        runner.wait(process)
+        return bool(killed)
+
+    assert kill_after(draw.uniform(0, 0.05))
+    if stage in harness.TRAINED:
+        process = runner.start(stage, run)
+        assert runner.kill_in_write(process, run, stage, 1)
+        assert runner.wait(process) == 128 + signal.SIGKILL
+        kill_after(draw.uniform(0, 0.2))
+    runner.finish(stage, run)
+    wanted, found = harness.fingerprints(undisturbed, stage), harness.fingerprints(run, stage)
+    assert len(wanted) >= 2
+    assert found == wanted
+    assert not list(folder.glob("checkpoints/.*"))
+    if stage in harness.TRAINED:
+        assert "resuming from" in (run / f"{stage}.log").read_text()
+
+
+def test_a_signal_in_training_ends_in_75_and_goes_on_exactly(
+    harness: ModuleType, runner: Any, undisturbed: Path, tmp_path: Path
+) -> None:
+    run = harness.with_upstream(undisturbed, "distill", tmp_path / "run")
+    process = runner.start("distill", run)
+    last = run / "distill" / "checkpoints" / "last.ckpt"
+    while not last.exists():
+        assert not runner.ended(process)
+        time.sleep(0.001)
+    os.kill(process, signal.SIGUSR1)
+    assert runner.wait(process) == 75
+    log = (run / "distill.log").read_text()
+    assert "the same command goes on from here" in log
+    assert not (run / "distill" / "metrics.json").exists()
+    runner.finish("distill", run)
+    assert harness.fingerprints(run, "distill") == harness.fingerprints(undisturbed, "distill")
+
+
+def test_a_torn_last_checkpoint_gives_way_to_the_one_before(
+    harness: ModuleType, runner: Any, undisturbed: Path, tmp_path: Path
+) -> None:
+    run = harness.with_upstream(undisturbed, "align", tmp_path / "run")
+    process = runner.start("align", run)
+    previous = run / "align" / "checkpoints" / "previous.ckpt"
+    assert runner.kill_when(process, previous.exists)
+    runner.wait(process)
+    last = previous.with_name("last.ckpt")
+    if not last.exists():  # killed between the two renames
+        last.write_bytes(previous.read_bytes())
+    last.write_bytes(last.read_bytes()[:-1000])
+    runner.finish("align", run)
+    log = (run / "align.log").read_text()
+    assert f"{last}: not readable" in log
+    assert f"resuming from {previous}" in log
+    assert harness.fingerprints(run, "align") == harness.fingerprints(undisturbed, "align")
