@@ -152,6 +152,9 @@ test-slurm: $(READY) ## a real SLURM of two nodes on this host, with jobs signal
 	@tests/slurm/cluster.sh install || [ -z "$$CI" ]
 	@$(PYTEST) -m slurm --durations 15 tests/slurm
 
+test-gpu: $(READY) ## the tests that need a GPU; without one each says that it is skipped
+	@$(PYTEST) -m "gpu"
+
 bench-large-batch: $(READY) ## memory and time of cached gradients and of chunked logits; 4 minutes on 2 cores
 	@$(VENV)/bin/python benchmarks/large_batch.py
 
@@ -163,6 +166,12 @@ bench-index: $(READY) ## build, lookup, recall and memory of the X-ray index at 
 
 chaos: $(READY) ## kill stages at random moments, finish them, compare with runs that never stopped: N= SEED=
 	@$(VENV)/bin/python tests/surviving/chaos.py --n $(or $(N),50) $(if $(filter command line,$(origin SEED)),--seed $(SEED))
+
+bench-train: $(READY) ## stages 2 and 3: volumes a second, waiting, lookup, memory, utilisation, beside plain loops: ARGS=; minutes on a GPU
+	@$(VENV)/bin/python benchmarks/train.py $(ARGS)
+
+bench-processes: $(READY) ## stages 2 and 3 on 1, 2 and 4 gloo processes of this machine: ARGS=; minutes
+	@$(VENV)/bin/python benchmarks/processes.py $(ARGS)
 
 lock: $(UV) ## compile the locks again from pyproject.toml
 	@for extra in cpu gpu; do $(UV) pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header \
