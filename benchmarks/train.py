@@ -5,7 +5,8 @@ prepared volumes, stage 2 looking up live in a synthetic index; `plain` is the s
 short loop, its volumes already on the device. `utilisation` is the encoder's operations (forward and backward, each
 multiplication and addition, nothing that is computed twice) over the best of large matrix products in the same process.
 `wait`: from the end of a batch to the start of the next, reading and copying to the device. Without a GPU the default is
-a small set of rows and one step each: figures of a CPU say whether everything runs, not how fast a GPU is.
+a small set of rows, one thread and one step each, in seconds of CPU time: they say that everything runs, not how fast a
+GPU is.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def name_of(job: Job) -> str:
 def in_its_own_process(job: Job, threads: int) -> dict[str, Any]:
     """The row, or what went wrong."""
     command = [sys.executable, __file__, "--measure", json.dumps(job.to_json())]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         return {"error": (done.stderr.strip() or "no word").splitlines()[-1][:200]}
@@ -143,7 +144,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=16 if gpu else 1)
     parser.add_argument("--micro-batch", type=int, default=8)
     parser.add_argument("--workers", type=int, default=8 if gpu else 0)
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--threads", type=int, default=(os.cpu_count() or 1) if gpu else 1)
     parser.add_argument("--index-rows", type=int, default=300_000 if gpu else 20_000)
     parser.add_argument("--embed-dim", type=int, default=512)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=gpu)
@@ -166,8 +167,8 @@ def main() -> None:
     began = time.monotonic()
     options.data.mkdir(parents=True, exist_ok=True)
     volumes = options.batch * (options.warmup + options.steps)
-    make_data(options.data, volumes, options.shapes, options.index_rows, options.embed_dim, options.threads)
-    machine = torch.cuda.get_device_name() if options.gpu else f"{options.threads} CPU threads, no GPU"
+    make_data(options.data, volumes, options.shapes, options.index_rows, options.embed_dim, os.cpu_count())
+    machine = torch.cuda.get_device_name() if options.gpu else f"CPU seconds, {options.threads} thread, no GPU"
     print(f"{machine}, torch {torch.__version__}, seed 0; batch {options.batch}, tokens of {options.patch}^3 voxels, index of "
           f"{options.index_rows:,} x {options.embed_dim}; median of {options.steps} steps after {options.warmup}")  # fmt: skip
     print(
