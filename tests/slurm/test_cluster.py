@@ -140,23 +140,21 @@ def test_dependents_wait_for_an_array_that_goes_back_to_the_queue(cluster: Any, 
 
 
 def test_a_job_that_a_user_cancels_stays_cancelled(cluster: Any, fake: Fake, tmp_path: Path) -> None:
-    jobs = fake(
-        "slurm-stage-2", distill=f"trap 'exit 75' TERM; touch {tmp_path}/up-$SLURM_PROCID; while :; do sleep 0.1; done"
+    listens = (
+        "import pathlib, signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n"
+        "signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])\n"
+        f"pathlib.Path('{tmp_path}/up-' + sys.argv[1]).touch()\n"
+        "while True: time.sleep(.1)\n"
     )
-    cluster.wait("tasks", lambda: len(list(tmp_path.glob("up-*"))) == 2, 60, tmp_path / "run" / "slurm")
-    cluster.call("scancel", jobs["distill"])
-    cluster.wait("cancelled", lambda: "CANCELLED" in cluster.job(jobs["distill"])["JobState"], 60)
-    log = tmp_path / "run" / "slurm" / f"distill-{jobs['distill']}.out"
-    cluster.wait(
-        "end",
-        lambda: (
-            "EndTime" in cluster.job(jobs["distill"])
-            and not cluster.call("squeue", "-h", "-j", jobs["distill"], check=False).strip()
-        ),
-        60,
-        log.parent,
-    )
-    assert cluster.job(jobs["distill"])["JobState"] == "CANCELLED"
+    (tmp_path / "listens.py").write_text(listens)
+    jobs = fake("slurm-stage-2", distill=f"exec python3 {tmp_path}/listens.py $SLURM_PROCID")
+    number, logs = jobs["distill"], tmp_path / "run" / "slurm"
+    cluster.wait("tasks", lambda: len(list(tmp_path.glob("up-*"))) == 2, 60, logs)
+    cluster.call("scancel", number)
+    cluster.wait("end", lambda: not cluster.call("squeue", "-h", "-j", number, check=False).strip(), 60, logs)
+    assert cluster.job(number)["JobState"] == "CANCELLED"
+    assert "not requeued here" in (logs / f"distill-{number}.out").read_text()
     assert (tmp_path / "fake" / "attempts-distill-0").read_text() == "1\n"
 
 
