@@ -87,7 +87,7 @@ def test_global_mean_of_one_process() -> None:
 
 
 @pytest.mark.ddp
-@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("size", [2, 4])
 def test_gradient_equals_one_process(pool: Callable[[int], Any], size: int) -> None:
     x = torch.randn(sum(ROWS[size]), 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     value, grads = whole(x)

@@ -26,7 +26,7 @@ def report_loss(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -
     """
     flat = targets.reshape(-1)
     terms = F.cross_entropy(
-        working_precision(logits).reshape(len(flat), -1),
+        working_precision(logits).flatten(0, 1),  # a rank may hold no report
         flat,
         ignore_index=IGNORE,
         reduction="none",

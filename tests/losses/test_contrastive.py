@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from ranks import own_rows
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -162,9 +163,7 @@ class Towers(nn.Module):
 
 
 def rank_of_step(image: Tensor, text: Tensor, study: Tensor, first: int, chunk: int | None) -> dict[str, Any]:
-    mine = slice(0, first) if distributed.rank() == 0 else slice(first, None)
-    if distributed.world_size() == 1:
-        mine = slice(None)
+    mine = own_rows(len(image), first)
     towers = Towers()
     model = nn.parallel.DistributedDataParallel(towers) if distributed.world_size() > 1 else towers
     image_features, text_features, scale = model(image[mine], text[mine])
@@ -177,11 +176,12 @@ def rank_of_step(image: Tensor, text: Tensor, study: Tensor, first: int, chunk: 
 
 
 @pytest.mark.ddp
+@pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize(("first", "chunk"), [(4, None), (5, 3)])
-def test_two_ranks_equal_one(pool: Callable[[int], Any], first: int, chunk: int | None) -> None:
+def test_several_ranks_equal_one(pool: Callable[[int], Any], size: int, first: int, chunk: int | None) -> None:
     arguments = {"image": unit(7, 5, 0), "text": unit(7, 5, 1), "study": STUDY, "first": first, "chunk": chunk}
     expected = rank_of_step(**arguments)
-    for result in pool(2).run(__file__, "rank_of_step", arguments):
+    for result in pool(size).run(__file__, "rank_of_step", arguments):
         assert torch.allclose(result["total"], expected["total"], atol=1e-12)
         for value, gradient in zip(result["grads"], expected["grads"], strict=True):
             assert torch.allclose(value, gradient, atol=1e-12)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ranks import own_rows
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -126,9 +127,7 @@ def test_refusals() -> None:
 
 
 def rank_of_step(x: Tensor, teacher: Tensor, anchors: Tensor, first: int) -> dict[str, Any]:
-    mine = slice(0, first) if distributed.rank() == 0 else slice(first, None)
-    if distributed.world_size() == 1:
-        mine = slice(None)
+    mine = own_rows(len(x), first)
     head = nn.Linear(5, 4).double()
     with torch.no_grad():
         head.weight.copy_(unit(4, 5, 20))
@@ -141,10 +140,11 @@ def rank_of_step(x: Tensor, teacher: Tensor, anchors: Tensor, first: int) -> dic
 
 
 @pytest.mark.ddp
-def test_two_ranks_equal_one(pool: Callable[[int], Any]) -> None:
+@pytest.mark.parametrize("size", [2, 4])
+def test_several_ranks_equal_one(pool: Callable[[int], Any], size: int) -> None:
     arguments = {"x": unit(7, 5, 0), "teacher": unit(7, 4, 1), "anchors": unit(9, 4, 2), "first": 5}
     expected = rank_of_step(**arguments)
-    for result in pool(2).run(__file__, "rank_of_step", arguments):
+    for result in pool(size).run(__file__, "rank_of_step", arguments):
         for name, value in expected["terms"].items():
             assert torch.allclose(result["terms"][name], value, atol=1e-12), name
         for value, gradient in zip(result["grads"], expected["grads"], strict=True):

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ranks import own_rows
 from torch import Tensor, nn
 
 from ctx_distill import distributed
@@ -63,9 +64,9 @@ def test_gradients() -> None:
 
 
 def rank_of_step(x: Tensor, targets: Tensor, entity: Tensor, owner: Tensor, rows: int, first: int) -> dict[str, Any]:
-    """One step with the reports before `first` on rank 0, and the others on rank 1."""
-    lower = 0 if distributed.rank() == 0 else first
-    upper = first if distributed.rank() == 0 and distributed.world_size() > 1 else rows
+    """One step of this rank's reports."""
+    own = own_rows(rows, first)
+    lower, upper = own.start, own.stop
     mine = (owner >= lower) & (owner < upper)
     head = nn.Linear(4, 4).double()
     with torch.no_grad():
@@ -79,13 +80,13 @@ def rank_of_step(x: Tensor, targets: Tensor, entity: Tensor, owner: Tensor, rows
 
 
 @pytest.mark.ddp
-@pytest.mark.parametrize("first", [1, 2, 3])
-def test_two_ranks_with_unequal_counts_equal_one(pool: Callable[[int], Any], first: int) -> None:
+@pytest.mark.parametrize(("size", "first"), [(2, 1), (2, 2), (2, 3), (4, 2)])
+def test_ranks_with_unequal_counts_equal_one(pool: Callable[[int], Any], size: int, first: int) -> None:
     arguments = {
         "x": logits(), "targets": TARGETS, "entity": ENTITY, "owner": OWNER, "rows": ROWS, "first": first,
     }  # fmt: skip
     expected = rank_of_step(**arguments)
-    for result in pool(2).run(__file__, "rank_of_step", arguments):
+    for result in pool(size).run(__file__, "rank_of_step", arguments):
         for name, value in expected["found"].items():
             assert torch.allclose(result["found"][name], value, atol=1e-12), name
         for value, gradient in zip(result["grads"], expected["grads"], strict=True):

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ranks import own_rows
 from torch import Tensor, nn
 
 from ctx_distill import distributed
@@ -40,9 +41,7 @@ def test_gradients() -> None:
 
 
 def rank_of_step(x: Tensor, targets: Tensor, first: int) -> dict[str, Any]:
-    mine = slice(0, first) if distributed.rank() == 0 else slice(first, None)
-    if distributed.world_size() == 1:
-        mine = slice(None)
+    mine = own_rows(len(x), first)
     head = nn.Linear(4, 4).double()
     with torch.no_grad():
         head.weight.copy_(logits(7)[0, :1].T @ logits(8)[0, :1])
@@ -54,11 +53,12 @@ def rank_of_step(x: Tensor, targets: Tensor, first: int) -> dict[str, Any]:
 
 
 @pytest.mark.ddp
+@pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("first", [1, 2])
-def test_two_ranks_equal_one(pool: Callable[[int], Any], first: int) -> None:
+def test_several_ranks_equal_one(pool: Callable[[int], Any], size: int, first: int) -> None:
     arguments = {"x": logits(), "targets": TARGETS, "first": first}
     expected = rank_of_step(**arguments)
-    for result in pool(2).run(__file__, "rank_of_step", arguments):
+    for result in pool(size).run(__file__, "rank_of_step", arguments):
         assert torch.allclose(result["loss"], expected["loss"], atol=1e-12)
         for value, gradient in zip(result["grads"], expected["grads"], strict=True):
             assert torch.allclose(value, gradient, atol=1e-12)

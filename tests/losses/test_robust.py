@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ranks import own_rows
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -223,9 +224,7 @@ class Towers(nn.Module):
 
 
 def rank_of_step(image: Tensor, text: Tensor, reports: Tensor, study: Tensor, first: int, mode: Any) -> dict[str, Any]:
-    mine = slice(0, first) if distributed.rank() == 0 else slice(first, None)
-    if distributed.world_size() == 1:
-        mine = slice(None)
+    mine = own_rows(len(image), first)
     towers = Towers()
     model = nn.parallel.DistributedDataParallel(towers) if distributed.world_size() > 1 else towers
     gather = distributed.gather_with_gradient
@@ -253,13 +252,14 @@ def rank_of_step(image: Tensor, text: Tensor, reports: Tensor, study: Tensor, fi
 
 
 @pytest.mark.ddp
+@pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("mode", ["relabel", "mask", "soft"])
-def test_two_ranks_equal_one(pool: Callable[[int], Any], mode: str) -> None:
+def test_several_ranks_equal_one(pool: Callable[[int], Any], size: int, mode: str) -> None:
     arguments = {"image": unit(8, 5, 0), "text": unit(8, 5, 1), "reports": unit(8, 3, 2), "study": STUDY}
     arguments |= {"first": 5, "mode": mode}
     expected = rank_of_step(**arguments)
     assert expected["corrected"] > 0
-    for result in pool(2).run(__file__, "rank_of_step", arguments):
+    for result in pool(size).run(__file__, "rank_of_step", arguments):
         assert result["corrected"] == expected["corrected"]
         assert torch.allclose(result["total"], expected["total"], atol=1e-12)
         for value, gradient in zip(result["grads"], expected["grads"], strict=True):
