@@ -8,6 +8,7 @@ when a signal asks the run to stop, and once when training is over.
 
 from __future__ import annotations
 
+import io
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -113,7 +114,9 @@ class Checkpoints(L.Callback):
         path = self.folder / BEST
         if trainer.is_global_zero:
             with self._room(trainer, path):
-                torch.save({"state_dict": weights, "global_step": trainer.global_step}, part_of(path))
+                content = io.BytesIO()  # torch's own writer says RuntimeError where the disk is full
+                torch.save({"state_dict": weights, "global_step": trainer.global_step}, content)
+                part_of(path).write_bytes(content.getbuffer())
                 settle(path)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
 import math
 import os
@@ -13,7 +15,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
-import pandas as pd
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -28,7 +29,7 @@ from ctx_distill.callbacks.watchdog import Watchdog
 from ctx_distill.checkpoint import Artefact, hash_json, require_same
 from ctx_distill.data.datamodules import CTDataModule
 from ctx_distill.distributed import any_rank, first_rows, gather_objects, gather_with_gradient, rank
-from ctx_distill.files import write_json, write_text
+from ctx_distill.files import write_bytes, write_json
 from ctx_distill.models.compute import ComputeSettings, check_compiler
 from ctx_distill.models.ct_encoder import CTEncoder
 from ctx_distill.tasks.epoch_means import EpochMeans
@@ -107,11 +108,14 @@ class TrainedTask(StageTask):
             print(f"resuming from {found.path}, step {found.step}")
         history = cut_logs(trainer, folder / "logs" / "metrics.csv", found.step if found else 0)
         self.train()
-        trainer.fit(self, datamodule=datamodule, ckpt_path=str(found.path) if found else None, weights_only=True)
+        try:
+            trainer.fit(self, datamodule=datamodule, ckpt_path=str(found.path) if found else None, weights_only=True)
+        except SystemExit:
+            if trainer.interrupted:  # Lightning ends the process at Ctrl-C, without a word
+                raise KeyboardInterrupt from None
+            raise
         if rank() == 0:
             join_history(history, folder / "logs" / "metrics.csv")
-        if trainer.interrupted:
-            raise KeyboardInterrupt
         if self.shards is not None:
             self.shards.gather()
         facts = {"steps": trainer.global_step, "data_order": hash_json(gather_objects([self._order]))}
@@ -327,10 +331,9 @@ def cut_logs(trainer: L.Trainer, curves: Path, step: int) -> Path:
     if rank() != 0 or not (curves.is_file() or history.is_file()):
         return history
     join_history(history, curves)
-    kept = pd.read_csv(curves)
-    kept = kept[kept["step"] < step]
-    if len(kept):
-        write_text(history, kept.to_csv(index=False, lineterminator="\n"))
+    kept = [row for row in _logged_rows(curves) if int(row["step"]) < step]
+    if kept:
+        _write_rows(history, kept)
     curves.unlink()
     return history
 
@@ -339,11 +342,27 @@ def join_history(history: Path, curves: Path) -> None:
     """Put the kept rows of before a resume in front of those since, less the steps that were run again."""
     if not history.is_file():
         return
-    parts = [pd.read_csv(path) for path in (history, curves) if path.is_file() and path.stat().st_size]
-    if len(parts) == 2:
-        parts[0] = parts[0][parts[0]["step"] < parts[1]["step"].min()]
-    write_text(curves, pd.concat(parts, ignore_index=True).to_csv(index=False, lineterminator="\n"))
+    before, since = _logged_rows(history), _logged_rows(curves)
+    first = min((int(row["step"]) for row in since), default=math.inf)
+    _write_rows(curves, [row for row in before if int(row["step"]) < first] + since)
     history.unlink()
+
+
+def _logged_rows(path: Path) -> list[dict[str, str]]:
+    """Rows of a table of the CSV logger, as they are written; of no file none."""
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def _write_rows(path: Path, rows: list[dict[str, str]]) -> None:
+    """Write rows as the CSV logger does: columns sorted."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, sorted({name for row in rows for name in row}))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_bytes(path, text.getvalue().encode())
 
 
 def stop_if_asked(where: str) -> None:

@@ -60,9 +60,13 @@ class Runner:
     def start(self, stage: str, run: Path) -> int:
         """Begin a stage; returns its process and group id."""
         run.mkdir(parents=True, exist_ok=True)
-        more = [*self.more, EVERY_BATCH] if stage in TRAINED else self.more
-        arguments = [stage, "--data", str(self.data), "--run", str(run), "--preset", str(self.preset), *more]
+        arguments = self.arguments(stage, run)
         return int(self._ask({"run": arguments, "log": str(run / f"{stage}.log")}))
+
+    def arguments(self, stage: str, run: Path) -> list[str]:
+        """What `start` gives to the command line."""
+        more = [*self.more, EVERY_BATCH] if stage in TRAINED else self.more
+        return [stage, "--data", str(self.data), "--run", str(run), "--preset", str(self.preset), *more]
 
     def wait(self, process: int) -> int:
         """Its exit status, 128 + signal where one ended it."""

@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib.util
 import os
 import random
+import re
+import shlex
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -121,3 +124,50 @@ def test_a_torn_last_checkpoint_gives_way_to_the_one_before(
     assert f"{last}: not readable" in log
     assert f"resuming from {previous}" in log
     assert harness.fingerprints(run, "align") == harness.fingerprints(undisturbed, "align")
+
+
+def test_ctrl_c_is_130_and_goes_on_exactly(harness: ModuleType, runner: Any, undisturbed: Path, tmp_path: Path) -> None:
+    run = harness.with_upstream(undisturbed, "report", tmp_path / "run")
+    process = runner.start("report", run)
+    last = run / "report" / "checkpoints" / "last.ckpt"
+    while not last.exists():
+        assert not runner.ended(process)
+        time.sleep(0.001)
+    os.kill(process, signal.SIGINT)
+    assert runner.wait(process) == 130
+    assert "interrupted; the same command goes on from here" in (run / "report.log").read_text()
+    runner.finish("report", run)
+    assert harness.fingerprints(run, "report") == harness.fingerprints(undisturbed, "report")
+
+
+def test_a_full_disk_is_said_and_the_run_goes_on_once_there_is_room(
+    harness: ModuleType, runner: Any, undisturbed: Path, tmp_path: Path
+) -> None:
+    """The room for a file is limited by the kernel; a checkpoint does not fit, everything smaller does."""
+    run = harness.with_upstream(undisturbed, "distill", tmp_path / "run")
+    command = [sys.executable, "-m", "ctx_distill.cli", *runner.arguments("distill", run)]
+    size = (undisturbed / "distill" / "checkpoints" / "last.ckpt").stat().st_size
+    limited = f"ulimit -f {size // 1024 // 2}; exec {shlex.join(command)}"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(["bash", "-c", limited], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2, done.stderr
+    assert re.search(r"last\.ckpt: the checkpoint of step \d+ cannot be written \(File too large\)", done.stderr)
+    assert not list((run / "distill" / "checkpoints").glob(".*"))
+    runner.finish("distill", run)
+    assert harness.fingerprints(run, "distill") == harness.fingerprints(undisturbed, "distill")
+
+
+def test_a_checkpoint_of_another_run_is_refused_and_stays(
+    harness: ModuleType, runner: Any, undisturbed: Path, tmp_path: Path
+) -> None:
+    run = harness.with_upstream(undisturbed, "align", tmp_path / "run")
+    process = runner.start("align", run)
+    last = run / "align" / "checkpoints" / "last.ckpt"
+    assert runner.kill_when(process, last.exists)
+    runner.wait(process)
+    foreign = (undisturbed / "distill" / "checkpoints" / "last.ckpt").read_bytes()
+    last.write_bytes(foreign)
+    assert runner.wait(runner.start("align", run)) == 2
+    log = (run / "align.log").read_text()
+    assert "a checkpoint of stage DistillationTask, but this run is of stage AlignmentTask" in log
+    assert last.read_bytes() == foreign
