@@ -4,6 +4,7 @@ The demo's encoder and volumes, one thread a process, the same volumes a process
 cores than processes, the processes share them: the figures then show what gathering costs, not what more machines give.
 `gathering` is the share of the step in the collectives that the host waits for (the features', `ctx_distill.distributed`,
 and words between ranks), waiting for a slower rank included; DDP's sum of gradients runs beside backward and is not in it.
+`CPU s`: of a step, the process that took most; other work on the machine does not show in it, waiting does not either.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ def measure(
         task = AlignmentTask(encoder=model, text=TextSettings(tower="expert", trainable=False), **common)
     task.finish = lambda *_: {}
     seconds: list[float] = []
+    works: list[float] = []
     gathered = [0.0]
 
     def timed(call: Any) -> Any:
@@ -66,18 +68,19 @@ def measure(
         return run
 
     class Clock(L.Callback):
-        last = 0.0
+        last = work = 0.0
 
         def on_train_start(self, *_: Any) -> None:
             dist.all_gather, dist.all_reduce = timed(dist.all_gather), timed(dist.all_reduce)
 
         def on_train_epoch_start(self, *_: Any) -> None:
-            self.last = time.perf_counter()
+            self.last, self.work = time.perf_counter(), time.process_time()
 
         def on_train_batch_end(self, *_: Any) -> None:
-            end = time.perf_counter()
+            end, work = time.perf_counter(), time.process_time()
             seconds.append(end - self.last)
-            self.last = end
+            works.append(work - self.work)
+            self.last, self.work = end, work
             if len(seconds) == warmup:
                 gathered[0] = 0.0
 
@@ -95,7 +98,7 @@ def measure(
         trainer.callbacks.append(Clock())
         task.run(trainer, module, Path(folder))
     counted = seconds[warmup:]
-    return {"step_s": median(counted), "gather_share": gathered[0] / sum(counted)}
+    return {"step_s": median(counted), "cpu_s": median(works[warmup:]), "gather_share": gathered[0] / sum(counted)}
 
 
 def run_ranks(world: int, arguments: dict[str, Any], port: int) -> dict[str, float]:
@@ -115,7 +118,7 @@ def run_ranks(world: int, arguments: dict[str, Any], port: int) -> dict[str, flo
             raise SystemExit(f"{world} processes: {said[-2000:]}")
     ranks = [json.loads(out.splitlines()[-1]) for out, _ in printed]
     step = max(rank["step_s"] for rank in ranks)
-    return {"step_s": step, "gather_share": min(rank["gather_share"] for rank in ranks),
+    return {"step_s": step, "cpu_s": max(rank["cpu_s"] for rank in ranks), "gather_share": min(rank["gather_share"] for rank in ranks),
             "gather_share_largest": max(rank["gather_share"] for rank in ranks),
             "volumes_s": world * arguments["batch"] / step}  # fmt: skip
 
@@ -155,7 +158,8 @@ def main() -> None:
     print(f"{os.cpu_count()} CPU cores, gloo, one thread a process; {options.batch} volumes of {' x '.join(map(str, shape))} a process;"
           f" median of {options.steps} steps after {options.warmup}")  # fmt: skip
     print(
-        f"{'stage':<8}{'processes':>10}{'volumes/s':>11}{'step s':>9}{'gathering, least':>18}{'largest':>9}", flush=True
+        f"{'stage':<8}{'processes':>10}{'volumes/s':>11}{'step s':>9}{'CPU s':>8}{'gathering, least':>18}{'largest':>9}",
+        flush=True,
     )
     table = []
     for stage in options.stages:
@@ -164,7 +168,7 @@ def main() -> None:
                          "steps": options.steps, "encoder": options.encoder, "shape": list(shape)}  # fmt: skip
             row = {"stage": stage, "processes": world, **run_ranks(world, arguments, free_port())}
             table.append(row)
-            print(f"{stage:<8}{world:>10}{row['volumes_s']:>11.2f}{row['step_s']:>9.3f}{row['gather_share']:>18.4f}"
+            print(f"{stage:<8}{world:>10}{row['volumes_s']:>11.2f}{row['step_s']:>9.3f}{row['cpu_s']:>8.3f}{row['gather_share']:>18.4f}"
                   f"{row['gather_share_largest']:>9.4f}", flush=True)  # fmt: skip
     options.out.parent.mkdir(parents=True, exist_ok=True)
     partial = options.out.with_name(f"{options.out.name}.partial")

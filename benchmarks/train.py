@@ -140,7 +140,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--encoders", nargs="+", default=["vit_b", "resnet50"])
     parser.add_argument("--patch", type=int, default=8 if gpu else 16, help="edge of a ViT's token")
     parser.add_argument("--batch", type=int, default=8 if gpu else 1)
-    parser.add_argument("--warmup", type=int, default=4 if gpu else 0)
+    parser.add_argument("--warmup", type=int, default=4 if gpu else 1)
     parser.add_argument("--steps", type=int, default=16 if gpu else 1)
     parser.add_argument("--micro-batch", type=int, default=8)
     parser.add_argument("--workers", type=int, default=8 if gpu else 0)
