@@ -117,7 +117,9 @@ class ManifestDataModule(L.LightningDataModule):
         """How far the epoch is, for a checkpoint."""
         trainer = self.trainer
         assert trainer is not None
-        batches = trainer.fit_loop.epoch_loop.batch_progress.current.completed
+        epochs = trainer.fit_loop.epoch_progress.current
+        # Past the last batch of an epoch Lightning counts the epoch as done, and its batches still.
+        batches = trainer.fit_loop.epoch_loop.batch_progress.current.completed if epochs.ready > epochs.processed else 0
         return {"epoch": trainer.current_epoch, "items": batches * self.batch_size * trainer.world_size}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

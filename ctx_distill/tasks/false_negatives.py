@@ -35,6 +35,7 @@ from ctx_distill.losses.robust import (
 )
 from ctx_distill.retrieval.lookup import NeighbourLookup
 from ctx_distill.tasks.moving_average import MovingAverage
+from ctx_distill.tasks.predict import join_rows
 from ctx_distill.tasks.training_reports import TrainingReports
 from ctx_distill.text.findings import extract_many, load_vocabulary
 from ctx_distill.types import CTBatch
@@ -155,22 +156,22 @@ class FalseNegatives:
         return copy is not None and epoch >= self.settings.warmup_epochs and not math.isfinite(copy.threshold)
 
     def measure_threshold(self, datamodule: CTDataModule) -> float:
-        """The quantile of the moving average's scores over pairs of (some) training studies."""
+        """The quantile of the moving average's scores over pairs of (some) training studies; collective."""
         assert self.moving_average is not None
         train = datamodule.training_rows()
+        outputs = []
         # Neither the sample nor its reading may move the random state that the rest of the stage draws from.
         with torch.random.fork_rng(devices=[]):
             drawn = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:MEASURED_VOLUMES]
             taken = np.zeros(len(train), dtype=bool)
             taken[drawn.numpy()] = True
-            images, texts, study = [], [], []
-            for batch in datamodule.loader(train.where(taken)):
+            measured = train.where(taken)
+            for batch in datamodule.loader(measured):
                 assert isinstance(batch, CTBatch)
                 image, text = self.moving_average.encode(batch.volume, batch.report)
-                images.append(image.float().cpu())
-                texts.append(text.float().cpu())
-                study.append(batch.study)
-        return self._quantile(torch.cat(images), torch.cat(texts), torch.cat(study))
+                outputs.append({"image": image, "text": text, "study": batch.study, "row": batch.row})
+        found = join_rows(outputs, list(measured.frame.index), self.moving_average.threshold.device)
+        return self._quantile(found["image"].float(), found["text"].float(), found["study"])
 
     def fix_threshold(self, threshold: float) -> None:
         """Set the moving average's threshold for the rest of the stage."""

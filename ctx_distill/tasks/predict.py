@@ -30,9 +30,22 @@ def predict_rows(trainer: L.Trainer, task: L.LightningModule, loader: Any, rows:
     Returns:
         Each tensor (N, ...) in that order, on the CPU; what was computed in 16 bits as float32, which NumPy knows.
     """
-    outputs = trainer.predict(task, dataloaders=loader) or []
+    return join_rows(trainer.predict(task, dataloaders=loader) or [], rows, task.device)
+
+
+def join_rows(outputs: Sequence[Any], rows: Sequence[int], device: torch.device) -> dict[str, Tensor]:
+    """Join what all ranks computed of rows that a held-out loader parted among them; collective.
+
+    Args:
+        outputs: of this rank's batches, at least one: tensors with one row an image by name, `row` among them.
+        rows: the manifest rows in the order wanted; an image seen twice by a sampler counts once.
+        device: that ranks gather on.
+
+    Returns:
+        Each tensor (N, ...) in that order, on the CPU; what was computed in 16 bits as float32, which NumPy knows.
+    """
     joined = {
-        name: gather_with_gradient(torch.cat([output[name] for output in outputs]).to(task.device)).cpu()
+        name: gather_with_gradient(torch.cat([output[name] for output in outputs]).to(device)).cpu()
         for name in outputs[0]
     }
     found, first = np.unique(joined["row"].numpy(), return_index=True)

@@ -24,7 +24,9 @@ REPORTS = [" ".join(SENTENCES).format(i=i) for i in range(ROWS)]
 def views_of_the_expert(monkeypatch: pytest.MonkeyPatch, share: float) -> list[str]:
     task: Any = ExpertTask(subset_share=share, section_weight=0.0)
     read: list[str] = []
-    monkeypatch.setattr(task, "_image_to_report", lambda image, views, study: read.extend(views) or torch.zeros(()))
+    monkeypatch.setattr(
+        task, "_image_to_report", lambda image, views, study: read.extend(views) or (torch.zeros(()), ROWS)
+    )
     monkeypatch.setattr(task, "log_terms", lambda *_: None)
     rows = torch.arange(ROWS)
     task.training_step(XrayBatch(torch.zeros(ROWS, 1, 2, 2), rows, rows, REPORTS), 0)
