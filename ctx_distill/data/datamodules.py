@@ -117,9 +117,10 @@ class ManifestDataModule(L.LightningDataModule):
         """How far the epoch is, for a checkpoint."""
         trainer = self.trainer
         assert trainer is not None
-        epochs = trainer.fit_loop.epoch_progress.current
-        # Past the last batch of an epoch Lightning counts the epoch as done, and its batches still.
-        batches = trainer.fit_loop.epoch_loop.batch_progress.current.completed if epochs.ready > epochs.processed else 0
+        loop = trainer.fit_loop
+        # Past the last batch Lightning counts the epoch as done already, and its batches still.
+        within = loop.epoch_progress.current.ready > trainer.current_epoch
+        batches = loop.epoch_loop.batch_progress.current.completed if within else 0
         return {"epoch": trainer.current_epoch, "items": batches * self.batch_size * trainer.world_size}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
