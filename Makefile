@@ -53,7 +53,9 @@ JOB = --data "$(DATA)" --run "$(RUN)" --preset "$(PRESET)" $(if $(EXPERT),--expe
 	$(if $(TIME),--time "$(TIME)") $(if $(PARTS),--parts "$(PARTS)") $(if $(PREPARED),--prepared "$(PREPARED)") \
 	--sbatch="$$SBATCH" $(if $(SBATCH_PREPARE),--sbatch-prepare="$$SBATCH_PREPARE") --setup="$$SETUP" $(if $(DRY),--dry-run)
 
-.PHONY: help setup demo data expert all stage-1 stage-2 stage-3 stage-4 ablation page check slurm-stage-1 slurm-stage-2 slurm-stage-3 slurm-stage-4 slurm-expert slurm-prepare slurm-all test-slurm test test-quick test-slow bench-large-batch bench-data lock clean
+.PHONY: help setup demo data expert all stage-1 stage-2 stage-3 stage-4 ablation page check lock clean \
+	slurm-stage-1 slurm-stage-2 slurm-stage-3 slurm-stage-4 slurm-expert slurm-prepare slurm-all \
+	test test-quick test-slow test-slurm test-gpu chaos bench-large-batch bench-data bench-index bench-train bench-processes
 
 help: ## list the targets
 	@echo "ctx-distill: chest CT, taught by chest X-ray experts. A research tool, not a medical device."

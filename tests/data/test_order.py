@@ -13,9 +13,9 @@ import torch
 
 from ctx_distill.data.datamodules import CTDataModule
 from ctx_distill.data.manifest import read_manifest
-from ctx_distill.data.order import EpochShuffle, Mixing
+from ctx_distill.data.order import EpochShuffle, InOrder, Mixing
 from ctx_distill.data.transforms import VolumeSpec
-from ctx_distill.distributed import world_size
+from ctx_distill.distributed import gather_with_gradient, own_first_rows, world_size
 from ctx_distill.errors import InputError
 
 SPEC = VolumeSpec(spacing=(12.0, 12.0, 12.0), shape=(8, 8, 8))
@@ -63,6 +63,37 @@ def test_ranks_never_read_a_scan_twice_an_epoch(pool: Callable[[int], Any], size
     if size % 2:
         left_out = {tuple(sorted(set(range(size)) - set(parts[0][e] + parts[1][e]))) for e in range(3)}
         assert len(left_out) > 1  # not the same scan every time
+
+
+def test_what_is_left_of_an_epoch_is_read_once() -> None:
+    sampler = EpochShuffle(50, 3)
+    sampler.set_epoch(2)
+    whole = list(sampler)
+    sampler.go_on(2, 20)
+    assert list(sampler) == whole[20:]
+    sampler.set_epoch(3)
+    assert len(list(sampler)) == 50
+
+
+def held_out(size: int, batch: int) -> dict[str, Any]:
+    """This rank's batches of held-out items, and the items of all ranks of which it says that they come first."""
+    items = list(InOrder(size))
+    batches = [torch.tensor(items[start : start + batch]) for start in range(0, len(items), batch)]
+    counted = [gather_with_gradient(rows[own_first_rows(rows)]).tolist() for rows in batches]
+    return {"items": items, "counted": counted}
+
+
+@pytest.mark.ddp
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_held_out_items_come_in_order_and_count_once(pool: Callable[[int], Any], ranks: int) -> None:
+    for size in (1, 5, 8, 13):
+        parts = pool(ranks).run(__file__, "held_out", {"size": size, "batch": 2})
+        assert len({len(part["items"]) for part in parts}) == 1
+        for rank, part in enumerate(parts):
+            own = list(range(rank, size, ranks))
+            assert part["items"][: len(own)] == own
+            assert part["items"][len(own) :] in ([], [size - 1])  # the last one fills up
+            assert sorted(item for batch in part["counted"] for item in batch) == list(range(size))
 
 
 def table(folder: Path) -> Path:
