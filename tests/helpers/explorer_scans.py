@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import zipfile
 from typing import Any
@@ -17,11 +18,7 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 def nifti_bytes(voxels: NDArray[Any], spacing: tuple[float, float, float] = (2.0, 1.0, 1.0)) -> bytes:
     """A .nii.gz of (z, y, x) voxels whose index grows to Superior, Posterior, Left; spacing (z, y, x) in mm."""
     dz, dy, dx = spacing
-    affine = np.diag([dx, -dy, dz, 1.0])  # RAS: x grows to the patient's Right in index order reversed below
-    affine[0, 0] = -dx
-    import gzip
-
-    image = nib.Nifti1Image(np.ascontiguousarray(voxels.T), affine)
+    image = nib.Nifti1Image(np.ascontiguousarray(voxels.T), np.diag([-dx, -dy, dz, 1.0]))
     return gzip.compress(image.to_bytes(), mtime=0)
 
 
@@ -30,12 +27,15 @@ def dicom_zip(
     spacing: tuple[float, float, float] = (2.0, 1.0, 1.0),
     rows: int | None = None,
     columns: int | None = None,
+    without: int | None = None,
 ) -> bytes:
-    """A zip of a CT series of (z, y, x) voxels in HU, in a folder; rows and columns as the headers shall claim."""
+    """A zip of a CT series of (z, y, x) voxels in HU, in a folder; rows and columns as the headers shall claim, without one slice."""
     series = generate_uid()
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
         for number, plane in enumerate(voxels):
+            if number == without:
+                continue
             meta = FileMetaDataset()
             meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = CTImageStorage, generate_uid()
             meta.TransferSyntaxUID = ExplicitVRLittleEndian
