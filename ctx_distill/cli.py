@@ -56,6 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_ablation(
         commands.add_parser("ablation", help="compare the parts of the method on one cohort, with paired seeds")
     )
+    _add_serve(commands.add_parser("serve", help="the explorer: a local page where a scan is dropped and looked at"))
     _add_weights(commands.add_parser("weights", help="fetch or convert the weights of an X-ray expert"))
     return parser
 
@@ -172,6 +173,28 @@ def _add_ablation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--report", action="store_true", help="only write the tables and the page from the rows")
 
 
+def _add_serve(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("checkpoint", type=Path, metavar="CHECKPOINT", help="a run folder, or its stage-3 artefact")
+    add("--index", type=Path, default=None, metavar="INDEX", help="stage-1 artefact: also show the nearest X-rays")
+    add("--show-reports", action="store_true", help="show reports and pictures of the index's pool too")
+    add("--vocabulary", default="ct-rate", metavar="NAME", help="findings to ask for (default: %(default)s)")
+    add("--neighbours", type=int, default=6, metavar="K", help="X-rays shown (default: %(default)s)")
+    add("--device", default="auto", metavar="NAME", help="cpu, cuda or auto (default: %(default)s)")
+    add(
+        "--host", default="127.0.0.1", metavar="ADDRESS", help="to listen on (default: %(default)s, this machine alone)"
+    )
+    add("--port", type=int, default=8787, metavar="N", help="0: any free one (default: %(default)s)")
+    add("--allow-host", action="append", default=[], metavar="NAME", help="a further name by which it may be asked")
+    add("--max-upload", type=float, default=1024, metavar="MB", help="of one upload (default: %(default)s)")
+    add("--max-unpacked", type=float, default=2048, metavar="MB", help="of a scan's voxels (default: %(default)s)")
+    add("--max-files", type=int, default=5000, metavar="N", help="in a zip (default: %(default)s)")
+    add("--max-seconds", type=float, default=300, metavar="S", help="to receive, and to compute (default: %(default)s)")
+    add("--max-sessions", type=int, default=4, metavar="N", help="at one time (default: %(default)s)")
+    add("--idle-minutes", type=float, default=15, metavar="M", help="then a session ends (default: %(default)s)")
+    parser.epilog = f"{NOTICE} Scans stay in a temporary folder and are deleted when their session ends."
+
+
 def _add_weights(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="<action>", required=True)
     fetch = actions.add_parser("fetch", help="download an expert at a pinned revision, for nodes without internet")
@@ -247,6 +270,8 @@ def _dispatch(options: argparse.Namespace, overrides: list[str], given: list[str
         _ablation(options)
     elif options.command == "weights":
         _weights(options)
+    elif options.command == "serve":
+        _serve(options)
     else:
         _run(options, overrides, given)
     return 0
@@ -282,6 +307,21 @@ def _submit(options: argparse.Namespace, overrides: list[str]) -> None:
     asked = JobOptions(**{field.name: getattr(options, field.name) for field in fields(JobOptions)})
     run = RunOptions(options.data, options.run, options.preset, options.expert_source, overrides)
     print(submit(options.target, run, asked, options.dry_run))
+
+
+def _serve(options: argparse.Namespace) -> None:
+    from ctx_distill.explorer.limits import Limits
+    from ctx_distill.explorer.reader import ReaderSettings, open_reader
+    from ctx_distill.explorer.server import Address, serve
+
+    settings = ReaderSettings(
+        options.checkpoint, options.index, options.show_reports, options.vocabulary, options.neighbours, options.device
+    )
+    limits = Limits(
+        options.max_upload, options.max_unpacked, options.max_files, options.max_seconds, options.idle_minutes,
+        options.max_sessions,
+    )  # fmt: skip
+    serve(open_reader, settings, limits, Address(options.host, options.port, options.allow_host))
 
 
 def _weights(options: argparse.Namespace) -> None:

@@ -10,7 +10,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -88,7 +87,7 @@ class Explorer:
         raise AssertionError("no end")
 
     def folders(self) -> list[Path]:
-        return [path for path in self.scratch.glob("ctx-distill-explorer-*/*")]
+        return list(self.scratch.glob("ctx-distill-explorer-*/*"))
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         self.process.send_signal(number)
