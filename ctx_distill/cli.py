@@ -175,10 +175,18 @@ def _add_ablation(parser: argparse.ArgumentParser) -> None:
 
 def _add_serve(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("checkpoint", type=Path, metavar="CHECKPOINT", help="a run folder, or its stage-3 artefact")
-    add("--index", type=Path, default=None, metavar="INDEX", help="stage-1 artefact: also show the nearest X-rays")
+    add(
+        "checkpoint", type=Path, metavar="CHECKPOINT", help="a run folder, or a dual encoder's or classifier's artefact"
+    )
+    add(
+        "--index",
+        type=Path,
+        default=None,
+        metavar="INDEX",
+        help="stage-1 artefact for the nearest X-rays (default: the run's)",
+    )
     add("--show-reports", action="store_true", help="show reports and pictures of the index's pool too")
-    add("--vocabulary", default="ct-rate", metavar="NAME", help="findings to ask for (default: %(default)s)")
+    add("--vocabulary", default=None, metavar="NAME", help="findings to ask for (default: the run's, else ct-rate)")
     add("--neighbours", type=int, default=6, metavar="K", help="X-rays shown (default: %(default)s)")
     add("--device", default="auto", metavar="NAME", help="cpu, cuda or auto (default: %(default)s)")
     add(

@@ -81,13 +81,11 @@ class About:
 
     Attributes:
         facts: name and value, in the order shown: the model, its data, the index.
-        calibrated: whether a value may be called a probability; else it is called a score.
-        nearest: what "nearest" means here, in a sentence; "" without an index.
+            nearest: what "nearest" means here, in a sentence; "" without an index.
         shows_pool: whether reports and pictures of the pool are shown.
     """
 
     facts: dict[str, str]
-    calibrated: bool = False
     nearest: str = ""
     shows_pool: bool = False
 

@@ -80,7 +80,6 @@ def _add_pages(app: FastAPI, worker: Worker, limits: Limits) -> None:
         told = worker.about
         return {
             "facts": told.facts,
-            "calibrated": told.calibrated,
             "nearest": told.nearest,
             "shows_pool": told.shows_pool,
             "upload_mb": limits.upload_mb,

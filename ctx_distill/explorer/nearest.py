@@ -1,7 +1,7 @@
-"""The X-rays of the pool that lie nearest to a CT, image to image.
+"""The X-rays of the pool that lie nearest to a CT, image to image, with what may be shown of them.
 
 Stage 2 draws the CT's feature towards the X-ray expert's image features u_j, and stage 3 keeps the expert's space where its
-text tower is the expert's and there is no projection: then <h, u_j> compares a CT with an X-ray, with no report of the CT.
+text tower is the expert's and nothing projects it: then the cosine of both compares a CT with an X-ray.
 """
 
 from __future__ import annotations
@@ -11,100 +11,97 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from ctx_distill.checkpoint import Artefact, require_same
+from ctx_distill.checkpoint import require_same
 from ctx_distill.data.radiograph import read_radiograph
 from ctx_distill.errors import InputError
 from ctx_distill.explorer.answers import Neighbour
-from ctx_distill.models.dual_encoder import DualEncoder
 from ctx_distill.page.gather import gather
 from ctx_distill.retrieval.store import XrayIndexArtefact
 
 if TYPE_CHECKING:
     from ctx_distill.data.manifest import Manifest
     from ctx_distill.explorer.reader import ReaderSettings
+    from ctx_distill.inference.model import CTModel
+    from ctx_distill.inference.parts import Parts
+    from ctx_distill.inference.prediction import Prediction
 
-_CHUNK = 65_536
 _PIXELS = 480
+
+
+def open_nearest(parts: Parts, settings: ReaderSettings) -> tuple[NearestXrays | None, str]:
+    """The lookup, or None and why there is none.
+
+    Raises:
+        InputError: an index was asked for that does not fit the model.
+    """
+    if parts.index is None:
+        return None, "none"
+    try:
+        return NearestXrays(parts, settings), ""
+    except InputError as error:
+        if settings.index is not None:
+            raise
+        return None, f"not used. {error}"
 
 
 class NearestXrays:
     """Looks up the nearest X-rays.
 
+    Attributes:
+        folder: of the index.
+        store: the index.
+        told: what "nearest" means.
+
     Args:
-        settings: the index's folder, how many, and what of the pool may be shown.
-        model: the CT's model.
-        artefact: its.
+        parts: of the model.
+        settings: how many, and whether the pool may be shown.
 
     Raises:
         InputError: the index is of another X-ray expert, or the model's space is not the expert's.
     """
 
-    def __init__(self, settings: ReaderSettings, model: DualEncoder, artefact: Artefact) -> None:
-        assert settings.index is not None
-        folder = settings.index / "artefact" if (settings.index / "artefact").is_dir() else settings.index
-        self.store = XrayIndexArtefact.open(folder, device="cpu")
-        if "xray-expert" not in artefact.upstream:
-            raise InputError(f"{artefact.folder}: does not name its X-ray expert; leave --index out")
+    def __init__(self, parts: Parts, settings: ReaderSettings) -> None:
+        assert parts.index is not None
+        self.folder = parts.index
+        self.store = XrayIndexArtefact.open(self.folder, device="cpu")
+        artefact = parts.dual_artefact
+        if artefact is None or "xray-expert" not in artefact.upstream or artefact.config["projection_dim"] is not None:
+            raise InputError(
+                f"{parts.source}: its features do not lie in the space of an X-ray expert, so that CT and X-ray cannot be "
+                "compared; expected a dual encoder trained with text.tower=expert and no text.projection_dim, train one "
+                "or leave --index out"
+            )
         require_same(
-            f"the X-ray expert of {folder}", self.store.expert_fingerprint,
+            f"the X-ray expert of {self.folder}", self.store.expert_fingerprint,
             f"the X-ray expert of {artefact.folder}", artefact.upstream["xray-expert"],
             "Give the index of the same run, or leave --index out.",
         )  # fmt: skip
-        if artefact.config["projection_dim"] is not None or model.embed_dim != self.store.value_dim:
-            raise InputError(
-                f"{artefact.folder}: its features ({model.embed_dim} dimensions, projected) do not lie in the space of the "
-                f"X-ray expert ({self.store.value_dim}), so that CT and X-ray cannot be compared; leave --index out, or "
-                "train stage 3 with text.tower=expert and text.projection_dim=null"
-            )
-        self._count, self._shown = min(settings.neighbours, len(self.store)), settings.show_reports
-        self._manifest = self._pool_manifest(folder) if settings.show_reports else None
+        self._count, self._shown = settings.neighbours, settings.show_reports
+        self._manifest = self._pool_manifest() if settings.show_reports else None
+        self._places = {str(name): place for place, name in enumerate(self.store.items["image_id"])}
         self.told = (
-            "Of the index, the X-rays whose picture the X-ray expert describes most like the model describes this CT "
-            "(cosine of the two, 1 at most). No report of the CT enters. Near pictures need not share a diagnosis."
+            "The X-rays of the index whose pictures the X-ray expert describes most as the model describes this CT "
+            "(cosine of the two embeddings, 1 at most). Near ones need not share its findings."
         )
 
-    def _pool_manifest(self, folder: Path) -> Manifest | None:
-        """For pictures: the manifest that the run names, where it is the one that was indexed."""
-        run = gather(folder.resolve().parent.parent)
-        wanted = self.store.upstream.get("xray-manifest")
-        return run.xray if run.xray is not None and run.xray.fingerprint == wanted else None
+    def _pool_manifest(self) -> Manifest | None:
+        """For pictures: the manifest that the index's run names, where it is the one that was indexed."""
+        pool = gather(self.folder.resolve().parent.parent).xray
+        return pool if pool is not None and pool.fingerprint == self.store.upstream.get("xray-manifest") else None
 
-    @torch.no_grad()
-    def __call__(self, image: Tensor) -> list[Neighbour]:
-        """The nearest, nearest first; studies once.
+    def __call__(self, model: CTModel, said: Prediction) -> list[Neighbour]:
+        """The nearest, nearest first."""
+        return [self._described(one.image_id, one.similarity) for one in model.nearest(said, self._count)]
 
-        Args:
-            image: (D,) unit row of the CT.
-        """
-        similarity = torch.cat(
-            [
-                F.normalize(self.store.features[start : start + _CHUNK].float(), dim=-1) @ image.cpu().float()
-                for start in range(0, len(self.store), _CHUNK)
-            ]
-        )
-        found: list[Neighbour] = []
-        seen: set[str] = set()
-        for position in similarity.argsort(descending=True, stable=True).tolist():
-            item = self.store.items.iloc[position]
-            if item["study_id"] in seen:
-                continue
-            seen.add(item["study_id"])
-            found.append(self._neighbour(position, float(similarity[position])))
-            if len(found) == self._count:
-                break
-        return found
-
-    def _neighbour(self, position: int, similarity: float) -> Neighbour:
-        item, findings = self.store.items.iloc[position], None
+    def _described(self, image_id: str, similarity: float) -> Neighbour:
+        place, findings = self._places[image_id], None
         if self.store.findings is not None:
-            present = (self.store.findings[position] == 1).tolist()
+            present = (self.store.findings[place] == 1).tolist()
             findings = [name for name, is_there in zip(self.store.finding_names, present, strict=True) if is_there]
         if not self._shown:
             return Neighbour(similarity, findings)
+        item = self.store.items.iloc[place]
         report = str(item["report"]) if "report" in self.store.items.columns else None
         return Neighbour(similarity, findings, str(item["study_id"]), report, self._picture(int(item["row"])))
 
@@ -114,7 +111,7 @@ class NearestXrays:
         from PIL import Image
 
         try:
-            film = read_radiograph(self._manifest.image_file(row), self._manifest.inverted(row))
+            film = read_radiograph(Path(self._manifest.image_file(row)), self._manifest.inverted(row))
         except InputError:  # a pool's picture that is gone is no reason to refuse the scan
             return None
         picture = Image.fromarray((film * 255).round().astype(np.uint8))

@@ -46,6 +46,7 @@ def thinning(shape: tuple[int, ...], mvoxels: float) -> list[int]:
 def write_answer(folder: Path, scan: Volume, answer: Answer, facts: dict[str, Any]) -> None:
     """Writes `result.json`, last, and the files that it speaks of."""
     findings = sorted(answer.findings, key=lambda finding: -finding.value)
+    outside: dict[bytes, NDArray[np.bool_]] = {}
     neighbours: list[dict[str, Any]] | None = None
     if answer.neighbours is not None:
         neighbours = []
@@ -65,7 +66,7 @@ def write_answer(folder: Path, scan: Volume, answer: Answer, facts: dict[str, An
         folder / RESULT,
         {
             "scan": facts,
-            "findings": [_finding(folder, scan, number, one) for number, one in enumerate(findings)],
+            "findings": [_finding(folder, scan, number, one, outside) for number, one in enumerate(findings)],
             "report": answer.report,
             "neighbours": neighbours,
             "notes": answer.notes,
@@ -73,14 +74,33 @@ def write_answer(folder: Path, scan: Volume, answer: Answer, facts: dict[str, An
     )
 
 
-def _finding(folder: Path, scan: Volume, number: int, finding: FindingAnswer) -> dict[str, Any]:
-    place = None
-    if finding.saliency is not None and float(finding.saliency.values.max()) > 0:
-        place = where(scan, finding.saliency)
-        values = finding.saliency.values
-        scaled = np.rint(values * (255 / float(values.max()))).astype(np.uint8)
-        write_nifti(folder / f"saliency-{number}.nii", scaled, finding.saliency.affine_lps)
+def _finding(
+    folder: Path, scan: Volume, number: int, finding: FindingAnswer, outside: dict[bytes, NDArray[np.bool_]]
+) -> dict[str, Any]:
+    place, found = None, finding.saliency
+    if found is not None:
+        grid = found.affine_lps.tobytes()  # all findings of a scan have one
+        if grid not in outside:
+            outside[grid] = beyond(scan, found)
+        values = np.where(outside[grid], np.float32(0), found.values)
+        peak = float(values.max())
+        if peak > 0:
+            place = where(scan, Saliency(values, found.affine_lps))
+            write_nifti(
+                folder / f"saliency-{number}.nii", np.rint(values * (255 / peak)).astype(np.uint8), found.affine_lps
+            )
     return {"name": finding.name, "value": finding.value, "place": place}
+
+
+def beyond(scan: Volume, saliency: Saliency) -> NDArray[np.bool_]:
+    """Which places of a map lie outside of the scan, where the model was given air."""
+    to_scan = np.linalg.inv(scan.affine_lps) @ saliency.affine_lps
+    d, h, w = (np.arange(n, dtype=np.float32) for n in saliency.values.shape)
+    out = np.zeros(saliency.values.shape, dtype=np.bool_)
+    for row, count in zip(to_scan[:3].astype(np.float32), scan.voxels.shape):
+        index = row[0] * d[:, None, None] + row[1] * h[:, None] + row[2] * w + row[3]
+        out |= (index < -0.5) | (index > count - 0.5)
+    return out
 
 
 def where(scan: Volume, saliency: Saliency) -> dict[str, Any]:

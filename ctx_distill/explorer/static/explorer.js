@@ -117,11 +117,6 @@ async function results() {
 }
 
 function findings(list) {
-  const word = about.calibrated ? "Probability" : "Score";
-  $("value-title").textContent = word;
-  $("findings-note").textContent = about.calibrated
-    ? "Probability that each finding is present, by this model's calibration on its validation scans."
-    : "A score from 0 to 1 for each finding. It is not a probability: compare one finding between scans, not findings with each other.";
   const rows = list.map((finding, number) => {
     const row = element("tr");
     const title = element("th", finding.name);

@@ -7,7 +7,7 @@ export class Viewer {
   constructor(canvas, told) {
     this.canvas = canvas;
     this.told = told;
-    this.strength = 0.5;
+    this.strength = 0.45;
   }
 
   async open(url) {
@@ -15,7 +15,7 @@ export class Viewer {
     this.planes = SLICE_TYPE;
     this.nv = new Niivue({
       isRadiologicalConvention: true, sagittalNoseLeft: true, isOrientCube: false, isColorbar: false,
-      multiplanarShowRender: SHOW_RENDER.NEVER, show3Dcrosshair: false, crosshairColor: [0.94, 0.89, 0.26, 0.75], crosshairWidth: 1,
+      multiplanarShowRender: SHOW_RENDER.NEVER, show3Dcrosshair: false, crosshairColor: [0.94, 0.89, 0.26, 0.8], crosshairWidth: 0.8, crosshairWidthUnit: "mm", crosshairGap: 12, showAllOrientationMarkers: true,
       backColor: [0, 0, 0, 1], fontColor: [1, 1, 1, 1], fontMinPx: 13, isSliceMM: true, loadingText: "", logLevel: "error",
       dragAndDropEnabled: false, isNearestInterpolation: false, isHighResolutionCapable: true,
     });
