@@ -20,15 +20,19 @@ import numpy as np
 import pytest
 from explorer_scans import dicom_zip, nifti_bytes
 
+pytestmark = pytest.mark.full
 HELPERS = Path(__file__).parents[1] / "helpers"
 PROGRAM = """
 import sys
+from pathlib import Path
 sys.path.insert(0, {helpers!r})
 from ctx_distill import signals
 from ctx_distill.explorer.limits import Limits
 from ctx_distill.explorer.server import Address, serve
 from explorer_fake import open_fake
+from ctx_distill.explorer import viewer
 if __name__ == "__main__":
+    viewer.NIIVUE = Path(__file__)  # these tests draw nothing
     with signals.listening():
         serve(open_fake, {mode!r}, Limits(**{limits!r}), Address(port=0))
 """
@@ -109,15 +113,6 @@ def running(folder: Path, mode: str = "", **limits: float) -> Iterator[Explorer]
 def explorer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Explorer]:
     with running(tmp_path_factory.mktemp("explorer"), upload_mb=2, unpacked_mb=8, sessions=3) as one:
         yield one
-
-
-@pytest.fixture(autouse=True)
-def _viewer_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    """These tests need no NiiVue; `serve` asks whether it is there."""
-    from ctx_distill.explorer import viewer
-
-    if not viewer.NIIVUE.is_file():
-        pytest.skip("NiiVue is not there: make explorer")
 
 
 def test_a_scan_goes_in_and_its_answer_comes_out(explorer: Explorer) -> None:
@@ -225,6 +220,15 @@ def test_what_takes_too_long_is_stopped_and_the_next_scan_is_read(tmp_path: Path
         _, state = explorer.send(nifti_bytes(BRIGHT))
         assert state["state"] == "refused"
         assert "longer than 2 seconds" in state["message"]
+        # An upload that trickles ends too, and leaves no session behind.
+        key = explorer.new()
+        connection = http.client.HTTPConnection("127.0.0.1", explorer.port, timeout=60)
+        connection.putrequest("PUT", f"/api/sessions/{key}/scan")
+        connection.putheader("Content-Length", "1000")
+        connection.endheaders(bytes(10))
+        assert connection.getresponse().status == 408
+        connection.close()
+        assert explorer.ask("GET", f"/api/sessions/{key}")[0] == 404
     (tmp_path / "b").mkdir()
     with running(tmp_path / "b", "dies", idle_minutes=0.02) as explorer:
         _, state = explorer.send(nifti_bytes(BRIGHT))
@@ -263,3 +267,21 @@ def test_a_model_that_cannot_be_opened_ends_it(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such model"):
         worker.start()
     assert not multiprocessing.active_children()
+
+
+def test_without_the_viewer_it_says_what_to_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from explorer_fake import open_fake
+
+    from ctx_distill.errors import InputError
+    from ctx_distill.explorer import viewer
+    from ctx_distill.explorer.limits import Limits
+    from ctx_distill.explorer.server import Address, serve
+
+    monkeypatch.setattr(viewer, "NIIVUE", tmp_path / "missing.js")
+    with pytest.raises(InputError, match="run make explorer"):
+        serve(open_fake, "", Limits(), Address(port=0))
+    monkeypatch.setattr(viewer, "NIIVUE", Path(__file__))
+    with pytest.raises(InputError, match="cannot be listened on"):
+        serve(open_fake, "", Limits(), Address(host="192.0.2.1", port=0))
+    with pytest.raises(InputError, match="expected a number above 0"):
+        Limits(files=0)
