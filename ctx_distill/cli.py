@@ -56,6 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_ablation(
         commands.add_parser("ablation", help="compare the parts of the method on one cohort, with paired seeds")
     )
+    _add_predict(commands.add_parser("predict", help="findings, embedding, saliency and draft report of scans"))
     _add_weights(commands.add_parser("weights", help="fetch or convert the weights of an X-ray expert"))
     return parser
 
@@ -172,6 +173,21 @@ def _add_ablation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--report", action="store_true", help="only write the tables and the page from the rows")
 
 
+def _add_predict(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="run folder, or artefact of stage 3 or 4")
+    parser.add_argument("given", type=Path, metavar="SCANS", help="scan, folder of DICOM slices or of scans, manifest")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--saliency", nargs="*", default=None, metavar="FINDING",
+                        help="maps of these findings as NIfTI; without names: of the three most probable of each scan")  # fmt: skip
+    parser.add_argument("--report", action="store_true", help="draft reports too")
+    parser.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu, cuda, ... (default: %(default)s)")
+    parser.add_argument("--vocabulary", default=None, metavar="NAME",
+                        help="zero-shot findings, where the run names none (default: ct-rate)")  # fmt: skip
+    parser.epilog = (
+        "Goes on where it stopped. Exit status: 0 all read, 1 some scans were unreadable, 2 for bad input. " + NOTICE
+    )
+
+
 def _add_weights(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="<action>", required=True)
     fetch = actions.add_parser("fetch", help="download an expert at a pinned revision, for nodes without internet")
@@ -245,6 +261,15 @@ def _dispatch(options: argparse.Namespace, overrides: list[str], given: list[str
         _submit(options, overrides)
     elif options.command == "ablation":
         _ablation(options)
+    elif options.command == "predict":
+        from ctx_distill.inference.batch import predict_scans
+
+        told, unreadable = predict_scans(
+            options.checkpoint, options.given, options.out, options.saliency, options.report, options.device,
+            options.vocabulary,
+        )  # fmt: skip
+        print(told)
+        return 1 if unreadable else 0
     elif options.command == "weights":
         _weights(options)
     else:

@@ -65,12 +65,14 @@ class Decoder:
 
     Attributes:
         model: the decoder.
+        artefact: where it came from.
         max_length: longest report in tokens.
         beams: of the beam search.
         no_repeat: no group of so many tokens twice; 0 allows it.
     """
 
     model: ReportDecoder
+    artefact: Artefact
     max_length: int
     beams: int = 1
     no_repeat: int = 0
@@ -243,6 +245,7 @@ def _decoder(folder: Path, dual: Artefact) -> Decoder:
     settings = _settings(folder.parent)
     return Decoder(
         model.requires_grad_(False),
+        artefact,
         int(settings.get("max_length", model.max_length)),
         int(settings.get("beams", 1)),
         int(settings.get("no_repeat", 0)),
