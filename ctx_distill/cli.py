@@ -57,6 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
         commands.add_parser("ablation", help="compare the parts of the method on one cohort, with paired seeds")
     )
     _add_predict(commands.add_parser("predict", help="findings, embedding, saliency and draft report of scans"))
+    _add_export(commands.add_parser("export", help="a model to give away: safetensors, card, torch.export, checked"))
     _add_weights(commands.add_parser("weights", help="fetch or convert the weights of an X-ray expert"))
     return parser
 
@@ -188,6 +189,15 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="run folder, or artefact of stage 3 or 4")
+    parser.add_argument("out", type=Path, metavar="OUT")
+    parser.add_argument("--name", default=None, metavar="NAME", help="of the model, for its card")
+    parser.add_argument("--license", default=None, metavar="NAME", help="of the weights, as the hub names it")
+    parser.add_argument("--data-license", default=None, metavar="TEXT", help="of the data that it was trained on")
+    parser.add_argument("--push", default=None, metavar="ORG/NAME", help="upload it to the Hugging Face hub, private")
+
+
 def _add_weights(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="<action>", required=True)
     fetch = actions.add_parser("fetch", help="download an expert at a pinned revision, for nodes without internet")
@@ -270,6 +280,8 @@ def _dispatch(options: argparse.Namespace, overrides: list[str], given: list[str
         )  # fmt: skip
         print(told)
         return 1 if unreadable else 0
+    elif options.command == "export":
+        _export(options)
     elif options.command == "weights":
         _weights(options)
     else:
@@ -307,6 +319,22 @@ def _submit(options: argparse.Namespace, overrides: list[str]) -> None:
     asked = JobOptions(**{field.name: getattr(options, field.name) for field in fields(JobOptions)})
     run = RunOptions(options.data, options.run, options.preset, options.expert_source, overrides)
     print(submit(options.target, run, asked, options.dry_run))
+
+
+def _export(options: argparse.Namespace) -> None:
+    from ctx_distill.inference.card import CardFacts
+    from ctx_distill.inference.export import export_model, push_to_hub
+
+    given = {name: getattr(options, name) for name in ("name", "license", "data_license")}
+    facts = CardFacts(**{name: value for name, value in given.items() if value is not None})
+    told = export_model(options.checkpoint, options.out, facts)
+    for name, difference in told["largest_difference"].items():
+        print(f"{name}: largest difference from the model {difference:.2g}")
+    for name, reason in told["not_exported"].items():
+        print(f"{name}: not exported ({reason})")
+    print(options.out)
+    if options.push:
+        print(push_to_hub(options.out, options.push))
 
 
 def _weights(options: argparse.Namespace) -> None:

@@ -18,7 +18,7 @@ from ctx_distill.data.transforms import VolumeSpec, prepare_volume, target_affin
 from ctx_distill.data.volume import Volume
 from ctx_distill.errors import InputError
 from ctx_distill.files import hash_json
-from ctx_distill.inference.parts import Parts
+from ctx_distill.inference.parts import Parts, open_parts
 from ctx_distill.inference.prediction import Neighbour, Prediction, Saliency, ScanGrid
 from ctx_distill.inference.saliency import saliency_maps
 from ctx_distill.models.ct_encoder import CTEncoder
@@ -42,6 +42,21 @@ class CTModel:
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
         self._device = torch.device("cpu")
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, revision: str | None = None) -> CTModel:
+        """Open an export from a folder, or from the hub at a pinned commit; only JSON and safetensors are fetched.
+
+        Args:
+            source: folder, or `hf-hub:organisation/name`.
+            revision: full commit; needed for the hub.
+
+        Raises:
+            InputError: not pinned, not reachable, or no model.
+        """
+        from ctx_distill.models.weights import resolve_source
+
+        return cls(open_parts(resolve_source(str(source), revision)))
 
     def to(self, device: str | torch.device) -> CTModel:
         """Compute there from now on; returns itself."""
