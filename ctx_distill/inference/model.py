@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
@@ -16,7 +17,8 @@ from ctx_distill.data.scan_file import ScanFile
 from ctx_distill.data.transforms import VolumeSpec, prepare_volume, target_affine
 from ctx_distill.data.volume import Volume
 from ctx_distill.errors import InputError
-from ctx_distill.inference.parts import Parts
+from ctx_distill.files import hash_json
+from ctx_distill.inference.parts import Parts, open_parts
 from ctx_distill.inference.prediction import Neighbour, Prediction, Saliency, ScanGrid
 from ctx_distill.inference.saliency import saliency_maps
 from ctx_distill.models.ct_encoder import CTEncoder
@@ -32,11 +34,29 @@ class CTModel:
 
     Attributes:
         parts: what it runs.
+        notice: to be shown with whatever it says.
     """
+
+    notice = "A research tool, not a medical device."
 
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
         self._device = torch.device("cpu")
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, revision: str | None = None) -> CTModel:
+        """Open an export from a folder, or from the hub at a pinned commit; only JSON and safetensors are fetched.
+
+        Args:
+            source: folder, or `hf-hub:organisation/name`.
+            revision: full commit; needed for the hub.
+
+        Raises:
+            InputError: not pinned, not reachable, or no model.
+        """
+        from ctx_distill.models.weights import resolve_source
+
+        return cls(open_parts(resolve_source(str(source), revision)))
 
     def to(self, device: str | torch.device) -> CTModel:
         """Compute there from now on; returns itself."""
@@ -57,6 +77,14 @@ class CTModel:
         return self.parts.asked.findings if self.parts.classifier is None else self.parts.classifier.findings
 
     @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over the fingerprints of its parts and what is asked."""
+        parts = self.parts
+        used = [] if parts.dual_artefact is None else [parts.dual_artefact.fingerprint]
+        used += [one.artefact.fingerprint for one in (parts.classifier, parts.decoder) if one is not None]
+        return hash_json([used, asdict(parts.asked)])
+
+    @property
     def volume_spec(self) -> VolumeSpec:
         """What scans are brought to."""
         return self.parts.spec
@@ -65,6 +93,16 @@ class CTModel:
     def writes_reports(self) -> bool:
         """Whether there is a report decoder."""
         return self.parts.decoder is not None
+
+    def saliency_names(self, asked: bool | Sequence[str]) -> tuple[str, ...]:
+        """The findings that `saliency` of `predict` asks for; `InputError` where one is not of `findings`."""
+        names = (self.findings if asked else ()) if isinstance(asked, bool) else tuple(asked)
+        unknown = [name for name in names if name not in self.findings]
+        if unknown:
+            raise InputError(
+                f"saliency of {unknown[0]!r}: not a finding of this model. Those are: {', '.join(self.findings)}."
+            )
+        return names
 
     @overload
     def predict(  # type: ignore[overload-overlap]  # a str is an Iterable[str] too; the first overload takes it
@@ -97,7 +135,7 @@ class CTModel:
             InputError: a scan that cannot be read (as `read_volume`), a finding that is not asked for, or a report of a
                 model without a decoder.
         """
-        names = self._saliency_names(saliency)
+        names = self.saliency_names(saliency)
         if report and self.parts.decoder is None:
             raise InputError(
                 f"{self.parts.source}: a report is asked for, but no decoder is there. Run the report stage."
@@ -182,15 +220,6 @@ class CTModel:
             raise InputError(f"{self.parts.source}: no X-ray index. Give one: ctx_distill.load(path, index=FOLDER).")
         artefact = XrayIndexArtefact.open(self.parts.index, device="cpu")
         return artefact.items, F.normalize(artefact.features.float(), dim=-1)
-
-    def _saliency_names(self, asked: bool | Sequence[str]) -> tuple[str, ...]:
-        names = (self.findings if asked else ()) if isinstance(asked, bool) else tuple(asked)
-        unknown = [name for name in names if name not in self.findings]
-        if unknown:
-            raise InputError(
-                f"saliency of {unknown[0]!r}: not a finding of this model. Those are: {', '.join(self.findings)}."
-            )
-        return names
 
     def _prior(self, scan: Volume) -> Tensor:
         expert = self.parts.expert

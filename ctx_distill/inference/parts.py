@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from ctx_distill.text.findings import load_vocabulary
 from ctx_distill.text.prompts import Templates
 
 ARTEFACT = "artefact"
+USE_FILE = "use.json"
+"""How the parts of an export are asked, in place of the stages' configurations."""
 AGAIN = "Give a run folder, or one whose parts were made together."
 
 
@@ -65,12 +67,14 @@ class Decoder:
 
     Attributes:
         model: the decoder.
+        artefact: where it came from.
         max_length: longest report in tokens.
         beams: of the beam search.
         no_repeat: no group of so many tokens twice; 0 allows it.
     """
 
     model: ReportDecoder
+    artefact: Artefact
     max_length: int
     beams: int = 1
     no_repeat: int = 0
@@ -101,6 +105,14 @@ class Parts:
     classifier: Classifier | None
     decoder: Decoder | None
     index: Path | None
+
+    def how(self) -> dict[str, Any]:
+        """How its parts are asked, as JSON values."""
+        found: dict[str, Any] = {"zero_shot": asdict(self.asked)}
+        if self.decoder is not None:
+            names = ("max_length", "beams", "no_repeat")
+            found["report"] = {name: getattr(self.decoder, name) for name in names}
+        return found
 
 
 def open_parts(path: Path, vocabulary: str | None = None, index: Path | None = None) -> Parts:
@@ -162,6 +174,10 @@ def _of_run(run: Path, vocabulary: str | None, index: Path | None) -> Parts:
 
 
 def _asked(stage: Path | None, vocabulary: str | None) -> Asked:
+    if stage is not None and vocabulary is None:
+        exported = _exported(stage.parent).get("zero_shot")
+        if exported is not None:
+            return Asked(tuple(exported["findings"]), exported["templates"], bool(exported["synonyms"]))
     table = None if stage is None else stage / "predictions.csv"
     if stage is None or table is None or not table.is_file() or vocabulary is not None:
         return Asked(tuple(load_vocabulary(vocabulary or "ct-rate").names))
@@ -170,6 +186,16 @@ def _asked(stage: Path | None, vocabulary: str | None) -> Asked:
     settings = _settings(stage)
     asked = names or tuple(load_vocabulary(settings.get("vocabulary", "ct-rate")).names)
     return Asked(asked, settings.get("templates", "normal"), bool(settings.get("synonyms", True)))
+
+
+def _exported(folder: Path) -> dict[str, Any]:
+    path = folder / USE_FILE
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (json.JSONDecodeError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: not readable ({error}). Export the model again.") from error
 
 
 def _settings(stage: Path) -> dict[str, Any]:
@@ -240,9 +266,10 @@ def _classifier(folder: Path, dual_artefact: Artefact | None, dual: DualEncoder 
 def _decoder(folder: Path, dual: Artefact) -> Decoder:
     model, artefact = ReportDecoder.load(folder)
     _belongs(artefact, dual)
-    settings = _settings(folder.parent)
+    settings = _exported(folder.parents[1]).get("report") or _settings(folder.parent)
     return Decoder(
         model.requires_grad_(False),
+        artefact,
         int(settings.get("max_length", model.max_length)),
         int(settings.get("beams", 1)),
         int(settings.get("no_repeat", 0)),
