@@ -105,7 +105,7 @@ def test_killed_and_finished_is_bit_identical(
 
 @pytest.mark.parametrize(
     ("stage", "number", "status", "word"),
-    [("distill", signal.SIGUSR1, 75, "stopped (step "), ("report", signal.SIGINT, 130, "interrupted; ")],
+    [("distill", signal.SIGUSR1, 75, "stopped ("), ("report", signal.SIGINT, 130, "interrupted; ")],
 )
 def test_a_signal_in_training_is_told_by_the_status_and_the_run_goes_on_exactly(
     harness: ModuleType, runner: Any, undisturbed: Path, tmp_path: Path, stage: str, number: int, status: int, word: str
