@@ -7,11 +7,12 @@ others, and they do not push each other down. `strict_*` counts the own study al
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from ctx_distill.metrics.bootstrap import Groups, bootstrap, bootstrap_mean
 from ctx_distill.metrics.retrieval import Floats, best_ranks
@@ -42,7 +43,7 @@ def report_retrieval(
     """
     x, t = np.asarray(image, dtype=np.float64), np.asarray(text, dtype=np.float64)
     group = np.unique([" ".join(report.lower().split()) for report in reports], return_inverse=True)[1].reshape(-1)
-    own, alike = np.arange(len(x)), np.bincount(group)[group] if len(x) else np.zeros(0)
+    own, alike = np.arange(len(x)), np.bincount(group)[group].astype(np.float64)
     metrics: dict[str, Any] = {"studies": len(x), "identical_reports": int((alike > 1).sum())}
     ranks: dict[str, dict[str, Floats]] = {}
     for direction, queries, pool in zip(DIRECTIONS, (t, x), (x, t), strict=True):
@@ -62,11 +63,14 @@ def report_retrieval(
                 told[f"{prefix}recall_at_{k}"] = bootstrap_mean(hits, patients, n, seed).as_json() if enough else None
                 if not prefix:
                     told[f"recall_at_{k}_random"] = _chance(alike, len(x), k) if enough else None
-            told[f"{prefix}median_rank"] = bootstrap(
-                lambda rows, r=rank: float(np.median(r[rows])), patients, n, seed
-            ).as_json()
+            median = functools.partial(_median, rank)
+            told[f"{prefix}median_rank"] = bootstrap(median, patients, n, seed).as_json()
         metrics[direction] = told
     return metrics, ranks
+
+
+def _median(rank: Floats, rows: NDArray[np.intp]) -> float:
+    return float(np.median(rank[rows]))
 
 
 def _chance(alike: Floats, pool: int, k: int) -> float:
