@@ -296,7 +296,7 @@ def _dispatch(options: argparse.Namespace, overrides: list[str], given: list[str
         _ablation(options)
     elif options.command == "weights":
         _weights(options)
-    elif options.command == "zero-shot" and options.checkpoint is not None:
+    elif options.command == "zero-shot" and _asks_checkpoint(options):
         _zero_shot(options, overrides)
     else:
         _run(options, overrides, given)
@@ -343,6 +343,39 @@ def _weights(options: argparse.Namespace) -> None:
     else:
         checked = {"sha256": options.sha256} if options.sha256 else {}
         print(weights.convert_torchxrayvision(options.checkpoint, options.out, **checked))
+
+
+def _asks_checkpoint(options: argparse.Namespace) -> bool:
+    """Which of the two forms of `zero-shot` is meant.
+
+    Raises:
+        InputError: options of the other form are given, which would change nothing.
+    """
+    asks = options.checkpoint is not None
+    theirs: dict[str, object] = {
+        "protocol": None,
+        "vocabulary": None,
+        "templates": "normal",
+        "no_synonyms": False,
+        "split": "test",
+        "out": None,
+    }
+    if asks:
+        theirs = {
+            "data": Path("runs/demo/data"),
+            "run": Path("runs/demo"),
+            "preset": "demo",
+            "expert_source": None,
+            "force": False,
+        }
+    wrong = [name for name, default in theirs.items() if getattr(options, name) != default]
+    if wrong:
+        flags = ", ".join(f"--{name.replace('_source', '').replace('_', '-')}" for name in wrong)
+        remedy = "leave it out" if asks else "give both, or --model.init_args.<name>=<value> to the stage"
+        raise InputError(
+            f"{flags}: given {'with' if asks else 'without'} CHECKPOINT MANIFEST, where it says nothing: {remedy}."
+        )
+    return asks
 
 
 def _zero_shot(options: argparse.Namespace, overrides: list[str]) -> None:

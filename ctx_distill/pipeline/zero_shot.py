@@ -87,10 +87,12 @@ def evaluate(asked: Asked, overrides: list[str]) -> str:
     }  # fmt: skip
     paths = {"{model}": str(artefact), "{ct}": str(asked.manifest), "{folder}": str(out)}
     layers = out / "layers.yaml"
-    if is_first_process():
-        write_text(layers, yaml.safe_dump(fill(merge(config, own), paths), sort_keys=False))
+    # by every rank, all with the same words: none waits for another to have written them
+    write_text(layers, yaml.safe_dump(fill(merge(config, own), paths), sort_keys=False))
     cli = build(["--config", str(layers), *overrides])
     metrics: dict[str, Any] = cli.model.run(cli.trainer, cli.datamodule, out)
+    if not metrics["studies"]:
+        raise InputError(f"{asked.manifest}: no row has split `{asked.split}`; give another one with --split.")
     if not is_first_process():
         return ""
     write_text(out / "table.md", _markdown(metrics))

@@ -151,6 +151,8 @@ def test_without_labels_and_without_training_rows_a_vocabulary_file_is_asked(
     manifest = relabelled(cohort, tmp_path / "bare.csv", edit=edit)
     words = tmp_path / "words.yaml"
     words.write_text("findings: {lung nodule: {synonyms: [round shadow]}, scar: }\n")
+    assert main(["zero-shot", str(finished_run), str(manifest), "--split", "val", "--out", str(tmp_path / "no")]) == 2
+    assert "no row has split `val`" in capsys.readouterr().err
     metrics = ask(finished_run / "align" / "artefact", manifest, "--vocabulary", words, "--out", tmp_path / "out")
     assert metrics["macro_auroc"] is None
     assert metrics["asked"] == ["lung nodule", "scar"]
@@ -172,6 +174,8 @@ def test_bad_input_is_named(
     for arguments, words in (
         ([tmp_path, cohort / "ct.csv"], "holds no stage-3 artefact"),
         ([finished_run], "without a MANIFEST"),
+        (["--run", finished_run, "--protocol", "fvlm-16"], "--protocol: given without CHECKPOINT MANIFEST"),
+        ([finished_run, cohort / "ct.csv", "--force"], "--force: given with CHECKPOINT MANIFEST"),
         ([finished_run, tmp_path / "none.csv"], "no such manifest"),
         ([finished_run, cohort / "ct.csv", "--out", finished_run / "zero_shot"], "is the folder of a stage"),
         ([finished_run, cohort / "ct.csv", "--out", tmp_path, "--templates", "odd"], "templates is 'odd'"),
