@@ -14,7 +14,6 @@ MEASURES = (
     ("f1", "F1"),
     ("sensitivity", "Sensitivity"),
     ("specificity", "Specificity"),
-    ("accuracy", "Accuracy"),
     ("ece", "Calibration error"),
 )
 RANKS = (1, 5, 10, 50, 100)
