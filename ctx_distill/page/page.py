@@ -21,6 +21,7 @@ from ctx_distill.page.results import (
     tiles,
 )
 from ctx_distill.page.studies import label_table, studies
+from ctx_distill.page.zero_shot import zero_shot_part
 
 TEMPLATES = Path(__file__).parent / "templates"
 SHOWN_CURVES = 4
@@ -81,6 +82,7 @@ def render(run: Run) -> str:
         measured=all_metrics(run),
         missing=missing_parts(run),
         findings=_per_finding(run),
+        asked=zero_shot_part(run),
         curves=_curves(run),
         rocs=_rocs(run),
         models=models,

@@ -46,6 +46,19 @@ CATALOGUE: dict[str, tuple[str, str, float | str | None]] = {
         "alignment.recall_at_10_random",
     ),
     "zero_shot.macro_auroc": ("Macro AUROC", f"by prompts alone, no label seen: {_AUROC}", 0.5),
+    "zero_shot.macro.average_precision": ("Average precision", "mean over the findings", None),
+    "zero_shot.macro.f1": ("F1", "mean over the findings, at thresholds chosen on val", None),
+    "zero_shot.macro.ece": ("Calibration error", "how far probabilities are from the shares seen, 0 is best", None),
+    "zero_shot.retrieval.report_to_volume.recall_at_5": (
+        "Report to volume, recall@5",
+        "the right CT is among the 5 nearest to a report, test",
+        "zero_shot.retrieval.report_to_volume.recall_at_5_random",
+    ),
+    "zero_shot.retrieval.volume_to_report.recall_at_5": (
+        "Volume to report, recall@5",
+        "the right report is among the 5 nearest to a CT, test",
+        "zero_shot.retrieval.volume_to_report.recall_at_5_random",
+    ),
     "classifier.macro_auroc": ("Macro AUROC", f"with a head trained on labels: {_AUROC}", 0.5),
     "report.findings_f1": ("Findings F1", "findings of the generated report against those of the true one", None),
     "report.bleu4": ("BLEU-4", "word sequences of up to 4 shared with the true report", None),
@@ -97,7 +110,7 @@ def all_metrics(run: Run) -> list[tuple[str, Metric]]:
     return found
 
 
-_BY_FINDING = (".per_finding", ".positives.", ".negatives.")
+_BY_FINDING = (".per_finding", ".findings.", ".positives.", ".negatives.")
 
 
 def _flatten(prefix: str, values: Mapping[str, Any]) -> Iterator[tuple[str, Metric]]:
