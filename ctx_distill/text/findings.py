@@ -35,7 +35,7 @@ __all__ = [
 
 _FOLDER = Path(__file__).with_name("vocabularies")
 _LISTS = ("synonyms", "normal", "exclude", "denied")
-_PLACES = ("terms", "sites", "elsewhere")
+_PLACES = ("terms", "sites", "elsewhere", "against")
 _NO_VOCABULARIES = ("attributes", "cues")
 
 
@@ -193,14 +193,14 @@ def _phrases(where: str, phrases: Any) -> tuple[str, ...]:
 
 def _located(where: str, rule: Any) -> Located:
     if not isinstance(rule, dict) or not rule.get("terms") or set(rule) - {*_PLACES, "required"}:
-        raise InputError(f"{where}: found {rule!r}, expected 'terms' and optionally sites, elsewhere, required.")
+        raise InputError(f"{where}: found {rule!r}, expected 'terms' and {', '.join(_PLACES[1:])} or required.")
     required = rule.get("required", False)
     if not isinstance(required, bool):
         raise InputError(f"{where}, required: found {required!r}, expected true or false.")
-    if not rule.get("sites") and not rule.get("elsewhere"):
-        raise InputError(f"{where}: names no place; expected sites or elsewhere, or put the terms among the synonyms.")
-    terms, sites, elsewhere = (_phrases(f"{where}, {key}", rule.get(key)) for key in _PLACES)
-    return Located(terms, sites, elsewhere, required)
+    if not any(rule.get(key) for key in _PLACES[1:]):
+        raise InputError(f"{where}: names no place; give {', '.join(_PLACES[1:])}, or put the terms among the synonyms.")
+    terms, sites, elsewhere, against = (_phrases(f"{where}, {key}", rule.get(key)) for key in _PLACES)
+    return Located(terms, sites, elsewhere, against, required)
 
 
 def vocabulary_for(finding_names: Iterable[str]) -> Vocabulary:

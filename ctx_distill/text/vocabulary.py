@@ -28,12 +28,14 @@ class Located:
         terms: phrases, as `Finding.synonyms`.
         sites: places in whose company a term is the finding.
         elsewhere: places in whose company, where none of `sites` stands there, it is not.
+        against: words in whose company, in the clause, it is not, whatever else stands there.
         required: whether a term that stands without any place is none either.
     """
 
     terms: tuple[str, ...]
     sites: tuple[str, ...] = ()
     elsewhere: tuple[str, ...] = ()
+    against: tuple[str, ...] = ()
     required: bool = False
 
 
@@ -60,6 +62,9 @@ class Finding:
     visible_on_xray: bool | None = None
     denied: tuple[str, ...] = ()
     located: tuple[Located, ...] = ()
+
+
+_Place = Literal["site", "elsewhere", "against"]
 
 
 class Reading(NamedTuple):
@@ -128,15 +133,17 @@ class Vocabulary:
         return index
 
     @functools.cached_property
-    def _places(self) -> PhraseIndex[tuple[tuple[int, int], bool]]:
-        """Places with (rule, whether they are its own)."""
-        index: PhraseIndex[tuple[tuple[int, int], bool]] = PhraseIndex()
+    def _places(self) -> PhraseIndex[tuple[int, int, _Place]]:
+        """Places with the rule (finding, number) and what they are to it."""
+        index: PhraseIndex[tuple[int, int, _Place]] = PhraseIndex()
         for number, finding in enumerate(self.findings):
             for i, rule in enumerate(finding.located):
-                for phrase in rule.sites:
-                    index.add(phrase, ((number, i), True))
-                for phrase in rule.elsewhere:
-                    index.add(phrase, ((number, i), False))
+                kinds: tuple[tuple[_Place, tuple[str, ...]], ...] = (
+                    ("site", rule.sites), ("elsewhere", rule.elsewhere), ("against", rule.against)
+                )  # fmt: skip
+                for kind, phrases in kinds:
+                    for phrase in phrases:
+                        index.add(phrase, (number, i, kind))
         return index
 
     @functools.cached_property
@@ -144,16 +151,18 @@ class Vocabulary:
         return {}
 
     def _matches(self, parsed: Sentence) -> Iterator[_Match]:
-        places: list[tuple[int, int, bool, tuple[tuple[int, int], bool]]] | None = None
+        places: list[tuple[int, tuple[int, int, _Place]]] | None = None
         for start, end, gapped, phrase in self._index.find(parsed.tokens):
             if gapped and parsed.interrupted(start, end):
                 continue
             if phrase.rule is not None:
                 if places is None:
-                    places = self._places.find(parsed.tokens)
-                own = [place[0] for place in places if place[3] == (phrase.rule, True)]
-                foreign = [place[0] for place in places if place[3] == (phrase.rule, False)]
-                if not _is_there(parsed, start, end, own, foreign, phrase.required):
+                    places = [(place, payload) for place, _, _, payload in self._places.find(parsed.tokens)]
+                near: dict[_Place, list[int]] = {"site": [], "elsewhere": [], "against": []}
+                for place, (*rule, kind) in places:
+                    if rule == [*phrase.rule]:
+                        near[kind].append(place)
+                if not _is_there(parsed, start, end, near, phrase.required):
                     continue
             yield _Match(start, end, phrase)
 
@@ -189,17 +198,17 @@ class Vocabulary:
         return self._sentences[sentence]
 
 
-def _is_there(
-    parsed: Sentence, start: int, end: int, own: Sequence[int], foreign: Sequence[int], required: bool
-) -> bool:
-    """Whether the term tokens[start:end] stands in one of its own places; `own` and `foreign` are where places begin."""
+def _is_there(parsed: Sentence, start: int, end: int, places: dict[_Place, list[int]], required: bool) -> bool:
+    """Whether the term tokens[start:end] means the finding; `places` are the first words of its rule's places."""
     low, high = parsed.clause(start, end)
     begin, behind = parsed.enumeration(start, end)
     near, far = range(begin, behind), range(low, high)
-    if any(i in near for i in own):
-        return True
-    if any(i in near for i in foreign):
+    if any(i in far for i in places["against"]):
         return False
-    if any(i in far for i in own):
+    if any(i in near for i in places["site"]):
         return True
-    return not required and not (parsed.is_prose(low, high) and any(i in far for i in foreign))
+    if any(i in near for i in places["elsewhere"]):
+        return False
+    if any(i in far for i in places["site"]):
+        return True
+    return not required and not (parsed.is_prose(low, high) and any(i in far for i in places["elsewhere"]))
