@@ -43,6 +43,8 @@ _AUXILIARIES = frozenset(
         "definitely",
     ]
 )
+_RELATIVE = frozenset(["which", "that", "whose", "where"])
+_PARTS = frozenset(["level", "wall", "branch", "part", "segment", "lobe", "origin", "ostium", "half", "side"])
 _CUES_FILE = Path(__file__).with_name("vocabularies") / "cues.yaml"
 
 
@@ -69,6 +71,8 @@ class Sentence:
         A cue behind the mention ("... is not seen") outranks one before it ("no ..."); of several, the nearest.
         """
         for cue in self._cues:
+            if cue.kind == "pseudo" and cue.start < start < cue.end:
+                return ABSENT  # "no increase in wall thickness", where the increase is the finding
             if cue.start < end:
                 continue
             if cue.kind in ("scope_end", "negation_before", "hypothetical"):
@@ -115,7 +119,9 @@ class Sentence:
         ends = [(cue.start, cue.end) for cue in self._cues if cue.kind == "scope_end"]
         verbs = [i for i, token in enumerate(self.tokens) if self._is_verb(token)]
         opened = 0
-        commas = [i for i, token in enumerate(self.tokens) if token == ","]
+        commas = [
+            i for i, pair in enumerate(itertools.pairwise(self.tokens)) if pair[0] == "," and pair[1] not in _RELATIVE
+        ]
         for here, following in zip(commas, [*commas[1:], len(self.tokens)]):
             if any(opened <= i < here for i in verbs) and any(here < i < following for i in verbs):
                 ends.append((here, here + 1))
@@ -133,7 +139,10 @@ class Sentence:
         while behind < high:
             following = next((i for i in range(behind + 1, high) if self.tokens[i] == ","), high)
             part = self.tokens[behind + 1 : following]
-            if any(word == "in" and before not in ("and", "or") for before, word in itertools.pairwise(part)):
+            if any(
+                (word == "in" and before not in ("and", "or")) or (word == "of" and before not in _PARTS)
+                for before, word in itertools.pairwise(part)
+            ):
                 break
             behind = following
         return begin, behind

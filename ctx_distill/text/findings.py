@@ -198,7 +198,9 @@ def _located(where: str, rule: Any) -> Located:
     if not isinstance(required, bool):
         raise InputError(f"{where}, required: found {required!r}, expected true or false.")
     if not any(rule.get(key) for key in _PLACES[1:]):
-        raise InputError(f"{where}: names no place; give {', '.join(_PLACES[1:])}, or put the terms among the synonyms.")
+        raise InputError(
+            f"{where}: names no place; give {', '.join(_PLACES[1:])}, or put the terms among the synonyms."
+        )
     terms, sites, elsewhere, against = (_phrases(f"{where}, {key}", rule.get(key)) for key in _PLACES)
     return Located(terms, sites, elsewhere, against, required)
 
