@@ -60,6 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_ablation(
         commands.add_parser("ablation", help="compare the parts of the method on one cohort, with paired seeds")
     )
+    _add_findings(commands.add_parser("findings", help="read the findings of a table of reports into columns"))
     _add_weights(commands.add_parser("weights", help="fetch or convert the weights of an X-ray expert"))
     return parser
 
@@ -219,6 +220,18 @@ def _add_ablation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--report", action="store_true", help="only write the tables and the page from the rows")
 
 
+def _add_findings(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source", type=Path, metavar="IN", help="CSV or Parquet: report_text, or findings and impression"
+    )
+    parser.add_argument("out", type=Path, metavar="OUT", help="IN with a column a finding: 1, 0, -1 (uncertain), blank")
+    parser.add_argument("--vocabulary", default="ct-rate", metavar="NAME",
+                        help="ct-rate, chexpert, phantom, or a YAML file (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--prefix", default="", metavar="TEXT", help="before the findings' names, such as 'label:'")
+    parser.add_argument("--sides", action="store_true", help="also side:<finding>: left, right, both")
+    parser.add_argument("--workers", type=int, default=None, metavar="W", help="processes (default: one a core)")
+
+
 def _add_weights(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="<action>", required=True)
     fetch = actions.add_parser("fetch", help="download an expert at a pinned revision, for nodes without internet")
@@ -294,6 +307,11 @@ def _dispatch(options: argparse.Namespace, overrides: list[str], given: list[str
         _submit(options, overrides)
     elif options.command == "ablation":
         _ablation(options)
+    elif options.command == "findings":
+        from ctx_distill.pipeline.findings import write_findings
+
+        asked = (options.vocabulary, options.prefix, options.sides, options.workers)
+        print(write_findings(options.source, options.out, *asked))
     elif options.command == "weights":
         _weights(options)
     elif options.command == "zero-shot" and _asks_checkpoint(options):
