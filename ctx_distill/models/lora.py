@@ -49,13 +49,14 @@ def add_lora(decoder: nn.Module, settings: LoraSettings) -> None:
     """
     from peft import LoraConfig, inject_adapter_in_model
 
+    attends = any(CROSS_ATTENTION.search(name) for name, _ in decoder.named_modules())
     inject_adapter_in_model(
         LoraConfig(
             r=settings.rank,
             lora_alpha=settings.alpha,
             lora_dropout=settings.dropout,
             target_modules=settings.targets if isinstance(settings.targets, str) else list(settings.targets),
-            exclude_modules=rf".*({CROSS_ATTENTION.pattern}).*",
+            exclude_modules=rf".*({CROSS_ATTENTION.pattern}).*" if attends else None,
             bias="none",
         ),
         decoder,

@@ -95,6 +95,7 @@ class ReportTask(TrainedTask):
             raise InputError(
                 "report: lora is for a pretrained model, and source is not set. Set source, or leave lora out."
             )
+        self.strict_loading = lora is None  # its checkpoints hold what learns
         self.lora, self.extras = lora, tuple(extras)
         self.vocabulary = vocabulary
         self._writes = True
@@ -186,7 +187,19 @@ class ReportTask(TrainedTask):
         loader = datamodule.loader(manifest)
         outputs: list[Any] = trainer.predict(self, dataloaders=loader) or [] if len(manifest) else []
         parts = [zip(out["row"], zip(out["text"], out["embedding"], strict=True), strict=True) for out in outputs]
-        return dict(gather_objects([pair for part in parts for pair in part]))
+        pairs = gather_objects([pair for part in parts for pair in part])
+        found = dict(pairs)
+        if not len(pairs) == len(found) == len(manifest):
+            raise RuntimeError(f"report: {len(pairs)} outputs for {len(manifest)} rows, expected each row once.")
+        return found
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """With LoRA, leave out the base model's weights."""
+        if self.lora is not None and self.decoder is not None:
+            learnt = {name for name, parameter in self.decoder.named_parameters() if parameter.requires_grad}
+            state = checkpoint["state_dict"]
+            for name in [name for name in state if name.startswith("decoder.") and name[8:] not in learnt]:
+                del state[name]
 
     def finish(self, trainer: L.Trainer, datamodule: L.LightningDataModule, folder: Path) -> dict[str, Any]:
         """Write the decoder; write and score the reports of the `test` studies, beside the baselines'."""
