@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -48,11 +49,6 @@ def model(folder: Path) -> ReportDecoder:
     return made.eval()
 
 
-def token_ids(model: ReportDecoder, text: str) -> list[int]:
-    ids: list[int] = model.tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids
-
-
 @torch.no_grad()
 def by_hand(model: ReportDecoder, tokens: Tensor, longest: int) -> str:
     """The likeliest next word, one at a time, without a cache."""
@@ -73,12 +69,6 @@ def test_one_beam_is_greedy_in_any_company(model: ReportDecoder) -> None:
     assert [model.generate(TOKENS[i : i + 1], 12)[0] for i in range(3)] == expected
 
 
-@torch.no_grad()
-def log_probability(model: ReportDecoder, tokens: Tensor, ids: Tensor) -> float:
-    logits, targets = model(tokens[None], ids, torch.ones_like(ids))
-    return float(-F.cross_entropy(logits[0], targets[0], reduction="sum"))
-
-
 def test_beams_find_the_likeliest_of_all(model: ReportDecoder) -> None:
     """With as many beams as words, two words are searched whole."""
     words = model.decoder.config.vocab_size
@@ -93,32 +83,39 @@ def test_beams_find_the_likeliest_of_all(model: ReportDecoder) -> None:
     assert found == [best.strip()]
 
 
-@pytest.mark.parametrize("beams", [1, 3])
-def test_no_group_of_words_comes_twice(model: ReportDecoder, beams: int) -> None:
-    def repeats(texts: list[str]) -> int:
-        groups = [list(zip(ids, ids[1:])) for ids in (token_ids(model, text) for text in texts)]
-        return sum(len(group) - len(set(group)) for group in groups)
-
-    free = model.generate(TOKENS, 38, num_beams=beams, min_new_tokens=38)
-    held = model.generate(TOKENS, 38, num_beams=beams, min_new_tokens=38, no_repeat_ngram_size=2)
-    assert repeats(free) > repeats(held) == 0
-
-
-def test_length_limits(folder: Path, model: ReportDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    lengths: list[int] = []
+@pytest.fixture
+def written(model: ReportDecoder, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The tokens of every report that is written from now on, without start and padding."""
+    rows: list[list[int]] = []
     decode = type(model.tokenizer).batch_decode
 
     def watch(self: object, ids: Tensor, **kwargs: object) -> object:
         new = ids if model.prefix else ids[:, 1:]
-        lengths.extend((new != model._pad).sum(1).tolist())
+        rows.extend([number for number in row if number != model._pad] for row in new.tolist())
         return decode(self, ids, **kwargs)
 
     monkeypatch.setattr(type(model.tokenizer), "batch_decode", watch)
+    return rows
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_no_group_of_words_comes_twice(model: ReportDecoder, written: list[list[int]], beams: int) -> None:
+    def repeats(rows: list[list[int]]) -> int:
+        groups = [list(itertools.pairwise(ids)) for ids in rows]
+        return sum(len(group) - len(set(group)) for group in groups)
+
+    model.generate(TOKENS, 38, num_beams=beams, min_new_tokens=38)
+    model.generate(TOKENS, 38, num_beams=beams, min_new_tokens=38, no_repeat_ngram_size=2)
+    assert len(written) == 6
+    assert repeats(written[:3]) > repeats(written[3:]) == 0
+
+
+def test_length_limits(folder: Path, model: ReportDecoder, written: list[list[int]]) -> None:
     model.generate(TOKENS, 7, min_new_tokens=7)
-    assert lengths == [7, 7, 7]
-    lengths.clear()
     model.generate(TOKENS, 500, min_new_tokens=20)
-    assert all(20 <= length <= model.max_length - 1 for length in lengths)
+    lengths = [len(row) for row in written]
+    assert lengths[:3] == [7, 7, 7]
+    assert all(20 <= length <= model.max_length - 1 for length in lengths[3:])
     with pytest.raises(InputError, match="at least 9 tokens and at most 8"):
         model.generate(TOKENS, 8, min_new_tokens=9)
     if model.prefix:
@@ -162,7 +159,7 @@ def test_lora_trains_adapters_alone_and_comes_back(folder: Path, tmp_path: Path)
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.7 * losses[0]
+    assert losses[-1] < losses[0] - 0.2
     moved = {name for name, value in made.state_dict().items() if not torch.equal(value, before[name])}
     allowed = ("lora_", "crossattention", "ln_cross_attn", "projection.", "places")
     assert all(any(part in name for part in allowed) for name in moved), moved
@@ -172,9 +169,6 @@ def test_lora_trains_adapters_alone_and_comes_back(folder: Path, tmp_path: Path)
     again, _ = ReportDecoder.load(tmp_path / "artefact")
     assert again.generate(TOKENS, 20) == made.generate(TOKENS, 20)
     other = tmp_path / "other"
-    torch.manual_seed(9)
-    for parameter in made.decoder.parameters():
-        parameter.data.add_(1)
     plain = ReportDecoder.from_pretrained(str(folder), 8, 3, max_length=40)
     plain.decoder.get_input_embeddings().weight.data.add_(1)
     plain.decoder.save_pretrained(other)
