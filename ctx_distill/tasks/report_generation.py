@@ -162,22 +162,24 @@ class ReportTask(TrainedTask):
         self.log_terms({"loss": self._loss(batch)}, "val", self.global_rows(batch.row))
 
     def predict_step(self, batch: CTBatch, batch_idx: int) -> dict[str, Any]:
-        """Image embeddings of a batch, and its reports where they are to be written."""
+        """Image embeddings of a batch, and its reports where they are to be written; a repeated row's only once."""
         del batch_idx
         assert self.decoder is not None
-        texts = [""] * len(batch.report)
-        if self._writes:
+        own = own_first_rows(batch.row).nonzero().flatten()
+        rows = batch.row[own].tolist()
+        texts = [""] * len(rows)
+        if self._writes and rows:
             texts = self.decoder.generate(
-                self._ct_tokens(batch),
+                self._ct_tokens(batch)[own],
                 max_new_tokens=self.max_length,
                 num_beams=self.beams,
                 no_repeat_ngram_size=self.no_repeat,
                 min_new_tokens=self.min_length,
                 length_penalty=self.length_penalty,
                 sampling=self.sampling,
-                seeds=batch.row.tolist(),
+                seeds=rows,
             )
-        return {"row": batch.row.tolist(), "text": texts, "embedding": self._embedding(batch).double().cpu().numpy()}
+        return {"row": rows, "text": texts, "embedding": self._embedding(batch)[own].double().cpu().numpy()}
 
     def _predict(
         self, trainer: L.Trainer, datamodule: CTDataModule, manifest: Manifest, write: bool
