@@ -65,6 +65,17 @@ CATALOGUE: dict[str, tuple[str, str, float | str | None]] = {
     "report.rouge_l": ("ROUGE-L", "longest common word sequence with the true report", None),
 }
 
+REPORT_SCORES = {
+    "Findings F1": "findings_f1",
+    "Findings F1, mean over findings": "findings_macro_f1",
+    "BLEU-1": "bleu1",
+    "BLEU-4": "bleu4",
+    "ROUGE-L": "rouge_l",
+    "CIDEr": "cider",
+    "METEOR": "meteor",
+}
+BASELINE_NAMES = {"nearest": "Nearest training report", "frequent": "Most frequent training report"}
+
 
 @dataclass(frozen=True)
 class Row:
@@ -161,6 +172,31 @@ def tiles(run: Run) -> list[Tile]:
         tile if tile.metric and tile.metric.value is not None else Tile(tile.title, None, _why_missing(run, folder))
         for tile, folder in zip(drawn, folders, strict=True)
     ]
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Generated reports beside the baselines: their names, a line a score, and what follows in words."""
+
+    names: list[str]
+    rows: list[tuple[str, list[Metric | None]]]
+    verdict: str
+
+
+def report_baselines(run: Run) -> Beside | None:
+    """The decoder's scores, then each baseline's; None where no report was generated."""
+    report = run.metrics.get("report", {})
+    baselines = report.get("baselines")
+    if not isinstance(baselines, Mapping) or not baselines:
+        return None
+    columns = [report, *baselines.values()]
+    rows = []
+    for title, key in REPORT_SCORES.items():
+        found = [to_metric(column.get(key)) if isinstance(column, Mapping) else None for column in columns]
+        if any(metric is not None and metric.value is not None for metric in found):
+            rows.append((title, found))
+    names = ["The decoder", *(BASELINE_NAMES.get(name, str(name)) for name in baselines)]
+    return Beside(names, rows, str(report.get("verdict") or ""))
 
 
 def has_labels(run: Run) -> bool | None:
