@@ -58,7 +58,7 @@ JOB = --data "$(DATA)" --run "$(RUN)" --preset "$(PRESET)" $(if $(EXPERT),--expe
 
 .PHONY: help setup demo data expert all stage-1 stage-2 stage-3 stage-4 ablation explorer page check lock clean \
 	slurm-stage-1 slurm-stage-2 slurm-stage-3 slurm-stage-4 slurm-expert slurm-prepare slurm-all \
-	test test-quick test-slow test-slurm test-browser test-gpu chaos bench-large-batch bench-data bench-index bench-train bench-processes
+	test test-quick test-slow test-slurm test-browser test-gpu chaos bench-large-batch bench-data bench-index bench-train bench-processes bench-text
 
 help: ## list the targets
 	@echo "ctx-distill: chest CT, taught by chest X-ray experts. A research tool, not a medical device."
@@ -188,6 +188,9 @@ bench-train: $(READY) ## stages 2 and 3: volumes a second, waiting, lookup, memo
 
 bench-processes: $(READY) ## stages 2 and 3 on 1, 2 and 4 gloo processes of this machine: ARGS=; minutes
 	@$(VENV)/bin/python benchmarks/processes.py $(ARGS)
+
+bench-text: $(READY) ## the findings extractor against labelled reports, Open-I and the clock: ARGS="--reports FOLDER"; 3 minutes
+	@$(VENV)/bin/python benchmarks/findings.py $(ARGS)
 
 lock: $(UV) ## compile the locks again from pyproject.toml
 	@for extra in cpu gpu; do $(UV) pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header \

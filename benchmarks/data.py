@@ -11,7 +11,6 @@ Writes every row to runs/bench/data.json.
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import math
 import os
@@ -19,16 +18,15 @@ import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from data_peers import SHAPE, SPACING, WINDOW, monai, simpleitk, torchio
 from large_batch import measure
 
-SPACING, SHAPE, WINDOW = (3.0, 1.5, 1.5), (96, 192, 192), (-1000.0, 1000.0)
 OUT = Path("runs/bench")
 REAL = Path("../shared/data/real_mini/ct")
 REPEATS = 5
@@ -36,6 +34,8 @@ PREPARED = 128
 SEED = 0
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "1000000000", "MALLOC_TRIM_THRESHOLD_": "4000000000"}
 FLOOR = ("deflate", "isal", "zlib")
+GZIPPED = tuple(f"floor_{name}" for name in FLOOR)
+"""Rows that only a gzipped NIfTI has."""
 
 
 def synthetic_ct(path: Path) -> None:
@@ -75,6 +75,11 @@ def floor(inflater: str) -> Callable[[Path], Any]:
     return inflate
 
 
+def read_alone(path: Path) -> Any:
+    """Every byte of the file, or of the folder's files."""
+    return [file.read_bytes() for file in ([path] if path.is_file() else sorted(path.iterdir()))]
+
+
 def copied(path: Path) -> Callable[[Path], Any]:
     """The inflated voxels copied once in memory."""
     import numpy as np
@@ -93,71 +98,11 @@ def ours(antialias: bool) -> Callable[[Path], Any]:
     return lambda path: load_ct(path, spec)
 
 
-def simpleitk() -> Callable[[Path], Any]:
-    """Read, one linear resample onto the target grid, window."""
-    import numpy as np
-    import SimpleITK as sitk
-
-    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
-
-    def load(path: Path) -> Any:
-        image = sitk.ReadImage(str(path))
-        centre = np.array(image.TransformContinuousIndexToPhysicalPoint([(n - 1) / 2 for n in image.GetSize()]))
-        size, spacing = np.array(SHAPE[::-1]), np.array(SPACING[::-1])
-        origin = centre - spacing * (size - 1) / 2
-        resampled = sitk.Resample(image, [int(n) for n in size], sitk.Transform(), sitk.sitkLinear, origin.tolist(),
-                                  spacing.tolist(), np.eye(3).ravel().tolist(), -1024.0, sitk.sitkFloat32)  # fmt: skip
-        low, high = WINDOW
-        return np.clip(sitk.GetArrayViewFromImage(resampled), low, high) / high
-
-    return load
-
-
-def monai_chain(lazy: bool) -> Any:
-    """MONAI's usual five transforms, on tensors throughout."""
-    from monai.transforms import Compose, LoadImage, Orientation, ResizeWithPadOrCrop, ScaleIntensityRange, Spacing
-
-    # ResizeWithPadOrCrop before the window, as lazy execution wants the spatial ones together; what it pads is air.
-    return Compose(
-        [
-            LoadImage(image_only=True, ensure_channel_first=True),
-            Orientation(axcodes="RAS", lazy=lazy),
-            Spacing(pixdim=SPACING[::-1], mode="bilinear", padding_mode="border", lazy=lazy),
-            ResizeWithPadOrCrop(SHAPE[::-1], constant_values=-1024, lazy=lazy),
-            ScaleIntensityRange(*WINDOW, -1.0, 1.0, clip=True),
-        ]
-    )
-
-
-def monai(kind: str) -> Callable[[Path], Any]:
-    """MONAI's datasets: Dataset reads each time; Persistent and Cache are measured when they are filled."""
-    from monai.data import CacheDataset, Dataset, PersistentDataset
-
-    chain = monai_chain(kind == "lazy")
-    if kind in ("Dataset", "lazy"):
-        return lambda path: Dataset([str(path)], chain)[0]
-    if kind == "CacheDataset":
-        cached = functools.cache(lambda path: CacheDataset([str(path)], chain, num_workers=1, progress=False))
-        return lambda path: cached(path)[0]
-    folder = tempfile.mkdtemp()
-    return lambda path: PersistentDataset([str(path)], chain, cache_dir=folder)[0]
-
-
-def torchio() -> Callable[[Path], Any]:
-    """TorchIO's transforms of the same names."""
-    import torchio as tio
-
-    chain = tio.Compose(
-        [tio.ToCanonical(), tio.Resample(SPACING[::-1]), tio.CropOrPad(SHAPE[::-1], padding_mode=-1024),
-         tio.Clamp(*WINDOW), tio.RescaleIntensity((-1, 1), in_min_max=WINDOW)]
-    )  # fmt: skip
-    return lambda path: chain(tio.ScalarImage(path)).data
-
-
 ROWS: dict[str, tuple[str, Callable[[Path], Callable[[Path], Any]]]] = {
     "floor_deflate": ("floor: read and inflate, libdeflate", lambda _: floor("deflate")),
     "floor_isal": ("floor: read and inflate, isal", lambda _: floor("isal")),
     "floor_zlib": ("floor: read and inflate, zlib", lambda _: floor("zlib")),
+    "floor_read": ("floor: read the bytes", lambda _: read_alone),
     "copy": ("floor: one copy of the voxels in memory", copied),
     "raw": ("ctx-distill, raw, no anti-aliasing", lambda _: ours(False)),
     "raw_antialias": ("ctx-distill, raw, anti-aliasing (the default)", lambda _: ours(True)),
@@ -228,18 +173,20 @@ def measure_prepared(path: str, workers: int, repeats: int) -> dict[str, float]:
     return {"per_second": statistics.median(f[0] for f in found), "per_core": statistics.median(f[1] for f in found)}
 
 
-def in_its_own_process(name: str, path: Path, repeats: int) -> dict[str, float]:
-    """`measure_row` in a fresh process with one thread."""
+def in_its_own_process(name: str, path: Path, repeats: int) -> dict[str, Any]:
+    """`measure_row` in a fresh process with one thread, or `error`, where another library cannot read the file."""
     command = [sys.executable, __file__, "--measure", name, str(path), str(repeats)]
     environment = {**os.environ, **MALLOC, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
+        if name.startswith(("monai", "torchio", "simpleitk")):
+            return {"error": "cannot read it: " + done.stderr.strip().splitlines()[-1][:100]}
         raise SystemExit(f"{name}: {done.stderr}")
-    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
 
 
-def prepared_rows(made: Path, repeats: int) -> dict[str, dict[str, float]]:
+def prepared_rows(made: Path, repeats: int) -> dict[str, dict[str, Any]]:
     """The prepared path with 0 and 2 workers, printed."""
     print(f"\nprepared, {' x '.join(map(str, SHAPE))}, page cache warm, float32 batches of 8, every voxel summed")
     found = {}
@@ -265,14 +212,21 @@ def report(repeats: int) -> None:
         partial = made.with_name("partial.nii.gz")
         synthetic_ct(partial)
         partial.replace(made)
-    files = [made, *sorted(REAL.glob("*.nii.gz"))]
+    files = [made, *sorted(REAL.glob("*"))]
     if len(files) == 1:
         print(f"{REAL} is absent: the synthetic CT alone")
     rows = []
     for path in files:
-        print(f"\n{path.name} ({path.stat().st_size / 1e6:.0f} MB)\n{'':<48}{'ms':>8}{'volumes/s':>11}{'peak MB':>9}")
+        size = sum(len(part) for part in read_alone(path)) / 1e6
+        print(f"\n{path.name} ({size:.0f} MB)\n{'':<48}{'ms':>8}{'volumes/s':>11}{'peak MB':>9}")
         for name, (title, _) in ROWS.items():
+            if name in GZIPPED and path.suffix != ".gz":
+                continue
             found = in_its_own_process(name, path, repeats)
+            if "error" in found:
+                print(f"{title:<48}{found['error']}", flush=True)
+                rows.append({"file": path.name, "row": name, **found})
+                continue
             rows.append({"file": path.name, "row": name, **found})
             rate = 1 / max(found["seconds"], 1e-6)
             print(f"{title:<48}{found['seconds'] * 1e3:>8.1f}{rate:>11.2f}{found['megabytes']:>9.0f}", flush=True)

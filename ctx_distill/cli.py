@@ -13,6 +13,7 @@ from ctx_distill.pipeline.plan import STAGES, Stage
 
 NOTICE = "A research tool, not a medical device."
 SOURCES = ("ct-rate", "rad-chestct", "mimic-cxr", "chexpert-plus", "padchest", "open-i", "dicom")
+PROTOCOLS = ("ct-rate-18", "fvlm-16")
 HEADS = ("zero-shot", "classifier", "report")
 
 
@@ -27,7 +28,10 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="<command>", required=True)
     for stage in STAGES.values():
         number = f" (stage {stage.number})" if stage.number else ""
-        _add_run_options(commands.add_parser(stage.name, help=f"run one stage: {stage.title}{number}"))
+        parser_of_stage = commands.add_parser(stage.name, help=f"run one stage: {stage.title}{number}")
+        _add_run_options(parser_of_stage)
+        if stage.name == "zero-shot":
+            _add_zero_shot(parser_of_stage)
     _add_run_options(commands.add_parser("heads", help="stage 4 as a whole: " + ", ".join(HEADS)))
     everything = commands.add_parser("all", help="every stage in order, skipping what is complete, then the page")
     _add_run_options(everything)
@@ -59,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_serve(commands.add_parser("serve", help="the explorer: a local page where a scan is dropped and looked at"))
     _add_predict(commands.add_parser("predict", help="findings, embedding, saliency and draft report of scans"))
     _add_export(commands.add_parser("export", help="a model to give away: safetensors, card, torch.export, checked"))
+    _add_findings(commands.add_parser("findings", help="read the findings of a table of reports into columns"))
     _add_weights(commands.add_parser("weights", help="fetch or convert the weights of an X-ray expert"))
     return parser
 
@@ -79,6 +84,49 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--expert", default=None, metavar="SOURCE", dest="expert_source",
                         help="an X-ray expert's folder or hf-hub:org/name; default: the run's own")  # fmt: skip
     parser.epilog = "Any other option is a LightningCLI override, such as --trainer.max_epochs=5."
+
+
+def _add_zero_shot(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "%(prog)s [CHECKPOINT MANIFEST] [options]"
+    parser.description = (
+        "With CHECKPOINT MANIFEST: ask a finished model about any manifest, score and compare (docs/zero_shot.md). Without "
+        "them: run the stage on DATA in RUN."
+    )
+    group = parser.add_argument_group("with CHECKPOINT MANIFEST")
+    add = group.add_argument
+    add("checkpoint", type=Path, nargs="?", metavar="CHECKPOINT", help="run folder, or folder of a stage-3 artefact")
+    add("manifest", type=Path, nargs="?", metavar="MANIFEST", help="CSV or Parquet of CTs")
+    add(
+        "--protocol",
+        choices=PROTOCOLS,
+        default=None,
+        help="findings of CT-RATE's protocol (default: the label columns)",
+    )
+    add("--vocabulary", default=None, metavar="NAME|YAML", help="findings and synonyms to ask for")
+    add(
+        "--templates",
+        default="normal",
+        metavar="NAME|YAML",
+        help="default, ensemble, normal, or a file of prompt pairs",
+    )
+    add("--no-synonyms", action="store_true", help="ask with the findings' names alone")
+    add("--split", choices=("train", "val", "test"), default="test", help="studies to score (default: %(default)s)")
+    add("--out", type=Path, default=None, metavar="FOLDER", help="default: <manifest>.zero_shot beside it")
+
+
+def _join_values(given: list[str]) -> list[str]:
+    """`--trainer.devices 2` as `--trainer.devices=2`, so that the value of an override is not taken for CHECKPOINT."""
+    own = {"--protocol", "--vocabulary", "--templates", "--split", "--out", "--data", "--run", "--preset", "--expert"}
+    flags = {"--no-synonyms", "--force"}
+    joined: list[str] = []
+    for argument in given:
+        last = joined[-1] if joined else ""
+        waits = last.startswith("-") and "=" not in last and last not in own | flags and last not in ("-h", "--help")
+        if waits and not (argument.startswith("--") or argument == "-h"):
+            joined[-1] = f"{last}={argument}"
+        else:
+            joined.append(argument)
+    return joined
 
 
 def _add_manifest(parser: argparse.ArgumentParser) -> None:
@@ -229,6 +277,18 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--push", default=None, metavar="ORG/NAME", help="upload it to the Hugging Face hub, private")
 
 
+def _add_findings(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source", type=Path, metavar="IN", help="CSV or Parquet: report_text, or findings and impression"
+    )
+    parser.add_argument("out", type=Path, metavar="OUT", help="IN with a column a finding: 1, 0, -1 (uncertain), blank")
+    parser.add_argument("--vocabulary", default="ct-rate", metavar="NAME",
+                        help="ct-rate, chexpert, phantom, or a YAML file (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--prefix", default="", metavar="TEXT", help="before the findings' names, such as 'label:'")
+    parser.add_argument("--sides", action="store_true", help="also side:<finding>: left, right, both")
+    parser.add_argument("--workers", type=int, default=None, metavar="W", help="processes (default: one a core)")
+
+
 def _add_weights(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="<action>", required=True)
     fetch = actions.add_parser("fetch", help="download an expert at a pinned revision, for nodes without internet")
@@ -252,6 +312,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _main(arguments: Sequence[str] | None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["zero-shot"]:
+        given = _join_values(given)
     parser = build_parser()
     options, overrides = parser.parse_known_args(given)
     if overrides and not hasattr(options, "preset"):
@@ -313,10 +375,17 @@ def _dispatch(options: argparse.Namespace, overrides: list[str], given: list[str
         return 1 if unreadable else 0
     elif options.command == "export":
         _export(options)
-    elif options.command == "weights":
-        _weights(options)
     elif options.command == "serve":
         _serve(options)
+    elif options.command == "findings":
+        from ctx_distill.pipeline.findings import write_findings
+
+        asked = (options.vocabulary, options.prefix, options.sides, options.workers)
+        print(write_findings(options.source, options.out, *asked))
+    elif options.command == "weights":
+        _weights(options)
+    elif options.command == "zero-shot" and _asks_checkpoint(options):
+        _zero_shot(options, overrides)
     else:
         _run(options, overrides, given)
     return 0
@@ -393,6 +462,51 @@ def _weights(options: argparse.Namespace) -> None:
     else:
         checked = {"sha256": options.sha256} if options.sha256 else {}
         print(weights.convert_torchxrayvision(options.checkpoint, options.out, **checked))
+
+
+def _asks_checkpoint(options: argparse.Namespace) -> bool:
+    """Which of the two forms of `zero-shot` is meant.
+
+    Raises:
+        InputError: options of the other form are given, which would change nothing.
+    """
+    asks = options.checkpoint is not None
+    theirs: dict[str, object] = {
+        "protocol": None,
+        "vocabulary": None,
+        "templates": "normal",
+        "no_synonyms": False,
+        "split": "test",
+        "out": None,
+    }
+    if asks:
+        theirs = {
+            "data": Path("runs/demo/data"),
+            "run": Path("runs/demo"),
+            "preset": "demo",
+            "expert_source": None,
+            "force": False,
+        }
+    wrong = [name for name, default in theirs.items() if getattr(options, name) != default]
+    if wrong:
+        flags = ", ".join(f"--{name.replace('_source', '').replace('_', '-')}" for name in wrong)
+        remedy = "leave it out" if asks else "give both, or --model.init_args.<name>=<value> to the stage"
+        raise InputError(
+            f"{flags}: given {'with' if asks else 'without'} CHECKPOINT MANIFEST, where it says nothing: {remedy}."
+        )
+    return asks
+
+
+def _zero_shot(options: argparse.Namespace, overrides: list[str]) -> None:
+    if options.manifest is None:
+        raise InputError(f"{options.checkpoint}: given without a MANIFEST; expected CHECKPOINT MANIFEST: give both.")
+    from ctx_distill.pipeline.zero_shot import Asked, evaluate
+
+    asked = Asked(
+        options.checkpoint, options.manifest, options.out, options.protocol, options.vocabulary, options.templates,
+        options.split, not options.no_synonyms,
+    )  # fmt: skip
+    print(evaluate(asked, overrides))
 
 
 def _run(options: argparse.Namespace, overrides: list[str], given: list[str]) -> None:

@@ -163,6 +163,7 @@ class CTDataModule(ManifestDataModule):
             the same tensors bit for bit.
         mixing: shares of data sets or classes in a training epoch; None takes every row once.
         unreadable_share: of the training rows that may be unreadable; each is replaced by another and logged.
+        needs_training: refuse a manifest without `train` rows with text; a finished model can be asked about any.
     """
 
     collate = Collate(CTBatch)
@@ -182,6 +183,7 @@ class CTDataModule(ManifestDataModule):
         prepared: str | None = None,
         mixing: Mixing | None = None,
         unreadable_share: float = 0.01,
+        needs_training: bool = True,
     ) -> None:
         super().__init__(batch_size, eval_batch_size, num_workers, cache_gb, seed)
         self.mixing, self.unreadable_share = mixing, unreadable_share
@@ -191,6 +193,8 @@ class CTDataModule(ManifestDataModule):
             self.volume = replace(volume, stored="int16")
             self.prepared = PreparedFolder.open(Path(prepared), self.volume, projection)
         self.manifest = read_manifest(Path(ct_manifest))
+        if not needs_training:
+            return
         if not len(self.manifest.split("train")):
             raise InputError(f"{ct_manifest}: no row has split `train`; every stage trains on some. Set column split.")
         silent = len(self.manifest) - len(self.with_text(self.manifest))

@@ -1,8 +1,9 @@
-"""Scores of generated reports: BLEU-1 to 4 (sacrebleu), ROUGE-L (rouge-score), agreement of extracted findings.
+"""Scores of generated reports: BLEU-1 to 4 (sacrebleu), ROUGE-L (rouge-score), CIDEr, agreement of extracted findings.
 
 BLEU is the corpus score over lower-cased text in mteval-v13a tokens (sacrebleu's "13a": punctuation is a token), one
 reference, without smoothing, in [0, 1]. BLEU-n is the geometric mean of the precisions of 1 to n words. The
-COCO-caption tools, which most papers use, drop punctuation first: figures of the two are close, not equal.
+COCO-caption tools, which most papers use, drop punctuation first: figures of the two are close, not equal. Theirs stand
+beside under `coco_` (`metrics.captions`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ctx_distill.metrics.bootstrap import Groups, Interval, interval, resample_counts
+from ctx_distill.metrics.captions import caption_scores
 from ctx_distill.text.findings import Vocabulary, extract_many
 
 Floats = NDArray[np.float64]
@@ -108,11 +110,14 @@ def _scores(counts: Floats) -> dict[str, float | None]:
     hits, extra, missed = counts.sum(1)  # (F,) each
     stated = (hits + missed) > 0
     macro = _ratio(2 * hits, 2 * hits + extra + missed)[stated]
+    precisions, recalls = _ratio(hits, hits + extra)[stated], _ratio(hits, hits + missed)[stated]
     total_hits, total_extra, total_missed = hits.sum(), extra.sum(), missed.sum()
     return {
         "precision": _number(_ratio(total_hits, total_hits + total_extra)),
         "recall": _number(_ratio(total_hits, total_hits + total_missed)),
         "f1": _number(_ratio(2 * total_hits, 2 * total_hits + total_extra + total_missed)),
+        "macro_precision": float(np.nan_to_num(precisions).mean()) if stated.any() else None,
+        "macro_recall": float(recalls.mean()) if stated.any() else None,
         "macro_f1": float(macro.mean()) if stated.any() else None,
     }
 
@@ -130,13 +135,18 @@ def findings_scores(
         vocabulary: F findings.
 
     Returns:
-        `precision`, `recall`, `f1` over all pairs of report and finding (micro), and `macro_f1`, the mean F1 over the
-        findings that a reference asserts. None where the denominator is 0 (no finding asserted).
+        `precision`, `recall`, `f1` over all pairs of report and finding (micro), and `macro_precision`, `macro_recall`,
+        `macro_f1`, means over the findings that a reference asserts (precision 0 for one that no generated report
+        asserts, as scikit-learn's zero_division=0). None where the denominator is 0 (no finding asserted).
 
     Raises:
         ValueError: as many references as hypotheses are not given.
     """
     return _scores(_findings_counts(references, hypotheses, vocabulary))
+
+
+HEADLINES = ("findings_f1", "bleu4", "cider")
+"""Scores that come with an interval, and in which a decoder is set against the baselines."""
 
 
 def generation_report(
@@ -147,6 +157,18 @@ def generation_report(
     seed: int = 0,
     n: int = 1000,
 ) -> dict[str, Any]:
+    """All scores of generated reports, without the replicates of `generation_replicates`."""
+    return generation_replicates(references, hypotheses, patients, vocabulary, seed, n)[0]
+
+
+def generation_replicates(
+    references: Sequence[str],
+    hypotheses: Sequence[str],
+    patients: Groups,
+    vocabulary: Vocabulary,
+    seed: int = 0,
+    n: int = 1000,
+) -> tuple[dict[str, Any], dict[str, Floats]]:
     """All scores of generated reports.
 
     Args:
@@ -158,9 +180,11 @@ def generation_report(
         n: replicates.
 
     Returns:
-        `bleu1` to `bleu4`, `rouge_l`, `findings_precision`, `findings_recall`, `findings_f1` (micro),
-        `findings_macro_f1`, `reports`, `empty` (how many generated reports are empty). `bleu4` and `findings_f1` come
-        with intervals (value, low, high). None where a score is not defined, as all are for an empty corpus.
+        `bleu1` to `bleu4`, `rouge_l`, those of `captions.caption_scores`, `findings_precision`, `findings_recall`,
+        `findings_f1` (micro), `findings_macro_precision`, `findings_macro_recall`, `findings_macro_f1`, `reports`,
+        `empty` (how many generated reports are empty). `HEADLINES` come with intervals (value, low, high). None where a
+        score is not defined, as all are for an empty corpus. And the (n,) replicates of each headline that is defined:
+        equal patients and seeds draw equal replicates, so that differences of two systems are paired.
 
     Raises:
         ValueError: lengths that differ.
@@ -170,22 +194,29 @@ def generation_report(
         raise ValueError(f"{len(references)} references and {len(patients)} patients, expected as many.")
     counts = _findings_counts(references, hypotheses, vocabulary)
     findings = _scores(counts)
-    statistics = bleu_statistics(references, hypotheses)
+    captions, ciders = caption_scores(references, hypotheses)
     scores: dict[str, Any] = dict.fromkeys(_KEYS)
-    f1 = Interval(None)
+    values: dict[str, float | None] = {"findings_f1": findings["f1"], "bleu4": None, "cider": captions["cider"]}
+    drawn: dict[str, Floats] = {}
     if len(references):
+        statistics = bleu_statistics(references, hypotheses)
         scores = {key: float(value) for key, value in zip(_KEYS, _bleu(statistics.sum(0)))}
+        values["bleu4"] = scores["bleu4"]
         weights = resample_counts(patients, n, seed).astype(np.float64)
-        scores["bleu4"] = interval(scores["bleu4"], _bleu(weights @ statistics)[:, -1]).as_json()
+        drawn["bleu4"] = _bleu(weights @ statistics)[:, -1]
         hits, extra, missed = (weights @ counts.sum(2).T).T
-        f1 = interval(findings["f1"], _ratio(2 * hits, 2 * hits + extra + missed))
-    return {
+        drawn["findings_f1"] = _ratio(2 * hits, 2 * hits + extra + missed)
+        if ciders is not None:
+            drawn["cider"] = weights @ ciders / weights.sum(1)
+    report = {
         **scores,
         "rouge_l": rouge_l(references, hypotheses),
-        "findings_precision": findings["precision"],
-        "findings_recall": findings["recall"],
-        "findings_f1": f1.as_json(),
-        "findings_macro_f1": findings["macro_f1"],
+        **captions,
+        **{f"findings_{name}": value for name, value in findings.items()},
         "reports": len(references),
         "empty": sum(not hypothesis.strip() for hypothesis in hypotheses),
     }
+    for name, value in values.items():
+        found = interval(value, drawn[name]) if name in drawn and value is not None else Interval(value)
+        report[name] = found.as_json()
+    return report, {name: replicates for name, replicates in drawn.items() if values[name] is not None}

@@ -1,21 +1,30 @@
-"""Reports written from CT tokens: a causal language model with cross-attention to them."""
+"""Reports written from CT tokens: a causal language model with cross-attention to them, or with them as its prefix.
+
+A model that knows cross-attention (GPT-2, BERT, RoBERTa) gets it. Others (Llama, Qwen, Mistral, Phi) read the projected tokens
+as the first places of their sequence, as LLaVA does (Liu et al., arXiv 2304.08485): no model's code is changed, so that
+any causal model fits, with its cache and LoRA; it costs T places of the context.
+"""
 
 from __future__ import annotations
 
-import re
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ctx_distill.checkpoint import Artefact, load_weights, read_artefact, write_artefact
-from ctx_distill.files import hash_json
+from ctx_distill.files import hash_json, write_json
+from ctx_distill.models.lora import CROSS_ATTENTION, LoraSettings, add_lora
+from ctx_distill.models.sampling import SamplingSettings, sampling_steps
 from ctx_distill.models.text_tower import tokenizer_hash
 from ctx_distill.types import InputError
 
 DECODER_FOLDER = "decoder"
+BASE_FILE = "base.json"
+"""Beside the configuration of a decoder with LoRA: where its frozen weights came from, which the artefact leaves out."""
 
 
 class ReportDecoder(nn.Module):
@@ -25,29 +34,34 @@ class ReportDecoder(nn.Module):
         token_dim: D_c.
         num_tokens: T, where the tokens' places are learnt; None for tokens without places.
         max_length: longest report in tokens, marks included.
+        prefix: the CT tokens are the decoder's first places, since it has no cross-attention.
     """
 
     def __init__(
-        self, decoder: nn.Module, tokenizer: Any, token_dim: int, num_tokens: int | None = None, max_length: int = 256
+        self,
+        decoder: nn.Module,
+        tokenizer: Any,
+        token_dim: int,
+        num_tokens: int | None = None,
+        max_length: int = 256,
+        lora: LoraSettings | None = None,
+        base: Mapping[str, Any] | None = None,
     ) -> None:
         """Take over a built decoder; `from_scratch` and `from_pretrained` are the ways to get one.
 
         Args:
-            decoder: a transformers model with a language-model head and cross-attention.
+            decoder: a transformers model with a language-model head.
             tokenizer: its tokenizer, with pad, and cls and sep (or bos and eos) tokens.
             token_dim: D_c.
             num_tokens: T; without it a token carries its place only as far as the CT encoder put it there.
             max_length: longest report in tokens.
+            lora: train adapters alone; None trains all.
+            base: source, revision and hash of the weights that the adapters are for.
 
         Raises:
-            InputError: the decoder has no cross-attention, or the tokenizer lacks a mark.
+            InputError: the tokenizer lacks a mark, or the CT tokens leave no room for a report.
         """
         super().__init__()
-        if not any("crossattention" in name.lower() or "encoder_attn" in name for name, _ in decoder.named_modules()):
-            raise InputError(
-                f"report decoder: {type(decoder).__name__} has no cross-attention. Expected a causal model whose"
-                " configuration knows add_cross_attention (GPT-2, BERT, RoBERTa)."
-            )
         self._start = tokenizer.cls_token_id if tokenizer.cls_token_id is not None else tokenizer.bos_token_id
         self._end = tokenizer.sep_token_id if tokenizer.sep_token_id is not None else tokenizer.eos_token_id
         self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self._end
@@ -57,8 +71,20 @@ class ReportDecoder(nn.Module):
         self.tokenizer = tokenizer
         self.token_dim = token_dim
         self.num_tokens = num_tokens
+        self.prefix = not any(CROSS_ATTENTION.search(name.lower()) for name, _ in decoder.named_modules())
+        self.lora, self.base = lora, dict(base or {})
+        if lora is not None:
+            add_lora(decoder, lora)
         config: Any = decoder.config
-        self.max_length = min(max_length, int(getattr(config, "max_position_embeddings", max_length)))
+        context = int(getattr(config, "max_position_embeddings", max_length))
+        room = context - (num_tokens or 0) if self.prefix else context
+        if room < 3:
+            raise InputError(
+                f"report decoder: {type(decoder).__name__} has no cross-attention, so the {num_tokens} CT tokens stand in"
+                f" front of the report, and its context of {context} places has no room for it. Use a model with a"
+                " longer context, or one that knows cross-attention (GPT-2, BERT, RoBERTa)."
+            )
+        self.max_length = min(max_length, room)
         hidden = int(config.hidden_size)
         self.projection = nn.Sequential(nn.LayerNorm(token_dim), nn.Linear(token_dim, hidden))
         self.places = nn.Parameter(torch.randn(num_tokens, hidden) * 0.02) if num_tokens else None
@@ -110,15 +136,24 @@ class ReportDecoder(nn.Module):
         num_tokens: int | None = None,
         revision: str | None = None,
         max_length: int = 256,
+        lora: LoraSettings | None = None,
     ) -> ReportDecoder:
-        """Open a language model from a folder or a pinned hub repository; its cross-attention starts at random.
+        """Open a language model from a folder or a pinned hub repository; cross-attention, where it knows it, is new.
+
+        Args:
+            source: folder, or `hf-hub:organisation/name`.
+            token_dim: D_c.
+            num_tokens: T.
+            revision: full commit of a hub repository.
+            max_length: longest report in tokens.
+            lora: train adapters alone.
 
         Raises:
-            InputError: it cannot be had, needs remote code, or cannot attend to tokens.
+            InputError: it cannot be had, needs remote code, or its weights are not all there.
         """
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-        from ctx_distill.models.weights import resolve_source
+        from ctx_distill.models.weights import hash_weights, resolve_source
         from ctx_distill.models.xray_expert import refuse_remote_code
 
         folder = resolve_source(source, revision)
@@ -133,16 +168,17 @@ class ReportDecoder(nn.Module):
             tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         except (OSError, ValueError, TypeError) as error:
             raise InputError(
-                f"{folder}: not a causal language model with cross-attention ({str(error)[:300]}). Looked for"
+                f"{folder}: not a causal language model ({str(error)[:300]}). Looked for"
                 " config.json, model.safetensors and tokenizer.json."
             ) from error
-        missing = sorted(key for key in info["missing_keys"] if not re.search(r"cross_?att", key))
+        missing = sorted(key for key in info["missing_keys"] if not CROSS_ATTENTION.search(key))
         if missing:
             raise InputError(
                 f"{folder}: its weights lack {len(missing)} tensors of {type(model).__name__} ({', '.join(missing[:3])})."
                 " Use the config.json that they were saved with."
             )
-        return cls(model, tokenizer, token_dim, num_tokens, max_length)
+        base = {"source": source, "revision": revision, "hash": hash_weights(list(folder.glob("*.safetensors")))}
+        return cls(model, tokenizer, token_dim, num_tokens, max_length, lora, base if lora else None)
 
     def tokenize(self, reports: Sequence[str]) -> dict[str, Tensor]:
         """Reports as input_ids, attention_mask and labels (B, L): start, words, end; padding is -100 in the labels."""
@@ -184,37 +220,80 @@ class ReportDecoder(nn.Module):
             (B, L - 1, V) float32 logits, and what they are to predict, (B, L - 1) int64.
         """
         labels = input_ids.masked_fill(attention_mask == 0, -100) if labels is None else labels
-        out = self.decoder(
-            input_ids=input_ids, attention_mask=attention_mask, encoder_hidden_states=self._memory(tokens)
-        )
+        memory = self._memory(tokens)
+        if self.prefix:
+            seen = attention_mask.new_ones(memory.shape[:2])
+            out = self.decoder(
+                inputs_embeds=self._after(memory, input_ids), attention_mask=torch.cat([seen, attention_mask], 1)
+            )
+            return out.logits[:, memory.shape[1] : -1].float(), labels[:, 1:]
+        out = self.decoder(input_ids=input_ids, attention_mask=attention_mask, encoder_hidden_states=memory)
         return out.logits[:, :-1].float(), labels[:, 1:]
+
+    def _after(self, memory: Tensor, ids: Tensor) -> Tensor:
+        """(B, T + L, D) what a decoder without cross-attention reads: CT tokens, then words."""
+        decoder: Any = self.decoder
+        words: Tensor = decoder.get_input_embeddings()(ids)
+        return torch.cat([memory.to(words), words], dim=1)
 
     @torch.no_grad()
     def generate(
-        self, tokens: Tensor, max_new_tokens: int = 128, num_beams: int = 1, no_repeat_ngram_size: int = 0
+        self,
+        tokens: Tensor,
+        max_new_tokens: int = 128,
+        num_beams: int = 1,
+        no_repeat_ngram_size: int = 0,
+        min_new_tokens: int = 0,
+        length_penalty: float = 1.0,
+        sampling: SamplingSettings | None = None,
+        seeds: Sequence[int] | None = None,
     ) -> list[str]:
-        """Write a report for each volume, greedily or with beams; the module's mode is left as it was.
+        """Write a report for each volume: greedily, with beams, or by sampling; the module's mode is left as it was.
 
         Args:
             tokens: (B, T, D_c).
             max_new_tokens: longest report.
             num_beams: 1 for greedy.
             no_repeat_ngram_size: 0 for no such rule.
+            min_new_tokens: no end before so many.
+            length_penalty: power of the length that a beam's score is divided by.
+            sampling: how to sample; None takes the likeliest.
+            seeds: B numbers; a report is a function of its tokens and its seed.
+
+        Raises:
+            InputError: sampling with beams, without seeds, or a shortest report longer than the longest.
         """
         from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig
 
+        longest = min(max_new_tokens, self.max_length - 1)
+        if min_new_tokens > longest:
+            raise InputError(
+                f"report decoder: at least {min_new_tokens} tokens and at most {longest} were asked for. Lower"
+                " min_length or raise max_length."
+            )
         was_training = self.training
         self.eval()
         start = torch.full((tokens.shape[0], 1), self._start, device=tokens.device)
-        decoder: Any = self.decoder
+        memory, decoder = self._memory(tokens), cast(Any, self.decoder)
+        inputs: dict[str, Any]
+        if self.prefix:
+            words = self._after(memory, start)
+            inputs = {"inputs_embeds": words, "attention_mask": start.new_ones(words.shape[:2])}
+        else:
+            inputs = {
+                "input_ids": start,
+                "attention_mask": torch.ones_like(start),
+                "encoder_hidden_states": memory,
+                "past_key_values": EncoderDecoderCache(DynamicCache(), DynamicCache()),  # BERT does not make its own
+            }
         ids = decoder.generate(
-            input_ids=start,
-            attention_mask=torch.ones_like(start),
-            encoder_hidden_states=self._memory(tokens),
-            past_key_values=EncoderDecoderCache(DynamicCache(), DynamicCache()),  # BERT does not make its own
+            **inputs,
+            logits_processor=sampling_steps(sampling, seeds, num_beams) if sampling is not None else None,
             generation_config=GenerationConfig(
-                max_new_tokens=min(max_new_tokens, self.max_length - 1),
+                max_new_tokens=longest,
+                min_new_tokens=min_new_tokens or None,
                 num_beams=num_beams,
+                length_penalty=length_penalty,
                 do_sample=False,
                 no_repeat_ngram_size=no_repeat_ngram_size,
                 bos_token_id=self._start,
@@ -226,7 +305,7 @@ class ReportDecoder(nn.Module):
         return [str(text).strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
     def save(self, folder: Path, upstream: Mapping[str, str]) -> Artefact:
-        """Write the artefact `report-decoder` with its tokenizer.
+        """Write the artefact `report-decoder` with its tokenizer; with LoRA, without the weights that did not learn.
 
         Args:
             folder: where.
@@ -234,30 +313,45 @@ class ReportDecoder(nn.Module):
         """
         model_config: Any = self.decoder.config
         values = {k: v for k, v in model_config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
-        config = {
+        config: dict[str, Any] = {
             "token_dim": self.token_dim,
             "num_tokens": self.num_tokens,
             "max_length": self.max_length,
             "decoder": hash_json(values),
             "tokenizer": tokenizer_hash(self.tokenizer),
         }
+        tensors = self.state_dict()
+        if self.lora is not None:
+            config |= {"lora": self.lora.as_json(), "base": self.base["hash"]}
+            tensors = {name: tensors[name] for name in self._learnt()}
 
         def write_decoder(place: Path) -> None:
             model_config.save_pretrained(place / DECODER_FOLDER)
             self.tokenizer.save_pretrained(place / DECODER_FOLDER)
+            if self.lora is not None:
+                write_json(place / DECODER_FOLDER / BASE_FILE, self.base)
 
-        return write_artefact(folder, "report-decoder", config, self.state_dict(), upstream, extra=write_decoder)
+        return write_artefact(folder, "report-decoder", config, tensors, upstream, extra=write_decoder)
+
+    def _learnt(self) -> list[str]:
+        return [name for name, parameter in self.named_parameters() if parameter.requires_grad]
 
     @staticmethod
-    def load(folder: Path) -> tuple[ReportDecoder, Artefact]:
+    def load(folder: Path, source: str | None = None) -> tuple[ReportDecoder, Artefact]:
         """Read a `report-decoder` artefact, in eval mode.
 
+        Args:
+            folder: the artefact's.
+            source: where the base model of a decoder with LoRA lies now; None for where it was.
+
         Raises:
-            InputError: it is missing, of another kind, or its weights do not fit.
+            InputError: it is missing, of another kind, its weights do not fit, or its base model is another.
         """
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
         artefact = read_artefact(folder, "report-decoder")
+        if "lora" in artefact.config:
+            return _load_adapters(folder, artefact, source), artefact
         place = str(folder / DECODER_FOLDER)
         try:
             decoder = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(place))
@@ -268,3 +362,25 @@ class ReportDecoder(nn.Module):
         model = ReportDecoder(decoder, tokenizer, config["token_dim"], config["num_tokens"], config["max_length"])
         load_weights(model, artefact.weights(), source=str(folder))
         return model.eval(), artefact
+
+
+def _load_adapters(folder: Path, artefact: Artefact, source: str | None) -> ReportDecoder:
+    """A decoder with LoRA: its base model from where that lies, what it learnt from the artefact."""
+    config = artefact.config
+    base = json.loads((folder / DECODER_FOLDER / BASE_FILE).read_text())
+    model = ReportDecoder.from_pretrained(
+        source or base["source"],
+        config["token_dim"],
+        config["num_tokens"],
+        None if source else base["revision"],
+        config["max_length"],
+        LoraSettings.from_json(config["lora"]),
+    )
+    if model.base["hash"] != config["base"]:
+        raise InputError(
+            f"{source or base['source']}: weights {model.base['hash'][:12]}, but the adapters of {folder} are for"
+            f" {config['base'][:12]}. Give the folder of the base model that they were trained on."
+        )
+    frozen = {name: value for name, value in model.state_dict().items() if name not in set(model._learnt())}
+    load_weights(model, {**frozen, **artefact.weights()}, source=str(folder))
+    return model.eval()

@@ -82,10 +82,12 @@ class Run:
     notes: tuple[str, ...] = ()
 
     def metric(self, key: str) -> Metric | None:
-        """A metric by its dotted key, such as `zero_shot.macro_auroc`; None where it was not written."""
-        stage, _, name = key.partition(".")
-        values = self.metrics.get(stage, {})
-        return to_metric(values[name]) if name in values else None
+        """A metric by its dotted key, such as `zero_shot.macro.f1`; None where it was not written."""
+        *parts, name = key.split(".")
+        values: Any = self.metrics
+        for part in parts:
+            values = mapping(values).get(part)
+        return to_metric(values[name]) if isinstance(values, Mapping) and name in values else None
 
 
 def to_metric(value: object) -> Metric | None:

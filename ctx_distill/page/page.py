@@ -16,11 +16,13 @@ from ctx_distill.page.results import (
     has_labels,
     missing_parts,
     per_finding,
+    report_baselines,
     result_rows,
     stage_states,
     tiles,
 )
 from ctx_distill.page.studies import label_table, studies
+from ctx_distill.page.zero_shot import zero_shot_part
 
 TEMPLATES = Path(__file__).parent / "templates"
 SHOWN_CURVES = 4
@@ -78,9 +80,11 @@ def render(run: Run) -> str:
         has_labels=has_labels(run),
         tiles=tiles(run),
         rows=result_rows(run),
+        beside=report_baselines(run),
         measured=all_metrics(run),
         missing=missing_parts(run),
         findings=_per_finding(run),
+        asked=zero_shot_part(run),
         curves=_curves(run),
         rocs=_rocs(run),
         models=models,

@@ -46,11 +46,35 @@ CATALOGUE: dict[str, tuple[str, str, float | str | None]] = {
         "alignment.recall_at_10_random",
     ),
     "zero_shot.macro_auroc": ("Macro AUROC", f"by prompts alone, no label seen: {_AUROC}", 0.5),
+    "zero_shot.macro.average_precision": ("Average precision", "mean over the findings", None),
+    "zero_shot.macro.f1": ("F1", "mean over the findings, at thresholds chosen on val", None),
+    "zero_shot.macro.ece": ("Calibration error", "how far probabilities are from the shares seen, 0 is best", None),
+    "zero_shot.retrieval.report_to_volume.recall_at_5": (
+        "Report to volume, recall@5",
+        "the right CT is among the 5 nearest to a report, test",
+        "zero_shot.retrieval.report_to_volume.recall_at_5_random",
+    ),
+    "zero_shot.retrieval.volume_to_report.recall_at_5": (
+        "Volume to report, recall@5",
+        "the right report is among the 5 nearest to a CT, test",
+        "zero_shot.retrieval.volume_to_report.recall_at_5_random",
+    ),
     "classifier.macro_auroc": ("Macro AUROC", f"with a head trained on labels: {_AUROC}", 0.5),
     "report.findings_f1": ("Findings F1", "findings of the generated report against those of the true one", None),
     "report.bleu4": ("BLEU-4", "word sequences of up to 4 shared with the true report", None),
     "report.rouge_l": ("ROUGE-L", "longest common word sequence with the true report", None),
 }
+
+REPORT_SCORES = {
+    "Findings F1": "findings_f1",
+    "Findings F1, mean over findings": "findings_macro_f1",
+    "BLEU-1": "bleu1",
+    "BLEU-4": "bleu4",
+    "ROUGE-L": "rouge_l",
+    "CIDEr": "cider",
+    "METEOR": "meteor",
+}
+BASELINE_NAMES = {"nearest": "Nearest training report", "frequent": "Most frequent training report"}
 
 
 @dataclass(frozen=True)
@@ -97,7 +121,7 @@ def all_metrics(run: Run) -> list[tuple[str, Metric]]:
     return found
 
 
-_BY_FINDING = (".per_finding", ".positives.", ".negatives.")
+_BY_FINDING = (".per_finding", ".findings.", ".positives.", ".negatives.")
 
 
 def _flatten(prefix: str, values: Mapping[str, Any]) -> Iterator[tuple[str, Metric]]:
@@ -148,6 +172,31 @@ def tiles(run: Run) -> list[Tile]:
         tile if tile.metric and tile.metric.value is not None else Tile(tile.title, None, _why_missing(run, folder))
         for tile, folder in zip(drawn, folders, strict=True)
     ]
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Generated reports beside the baselines: their names, a line a score, and what follows in words."""
+
+    names: list[str]
+    rows: list[tuple[str, list[Metric | None]]]
+    verdict: str
+
+
+def report_baselines(run: Run) -> Beside | None:
+    """The decoder's scores, then each baseline's; None where no report was generated."""
+    report = run.metrics.get("report", {})
+    baselines = report.get("baselines")
+    if not isinstance(baselines, Mapping) or not baselines:
+        return None
+    columns = [report, *baselines.values()]
+    rows = []
+    for title, key in REPORT_SCORES.items():
+        found = [to_metric(column.get(key)) if isinstance(column, Mapping) else None for column in columns]
+        if any(metric is not None and metric.value is not None for metric in found):
+            rows.append((title, found))
+    names = ["The decoder", *(BASELINE_NAMES.get(name, str(name)) for name in baselines)]
+    return Beside(names, rows, str(report.get("verdict") or ""))
 
 
 def has_labels(run: Run) -> bool | None:

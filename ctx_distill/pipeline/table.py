@@ -17,9 +17,25 @@ ROWS = (
     ("2 distillation", "distillation.macro_auroc", "student asked by the expert's text tower, CT val", ".500"),
     ("3 alignment", "alignment.recall_at_5", "report to volume recall@5, CT val", "alignment.recall_at_5_random"),
     ("4 zero-shot", "zero_shot.macro_auroc", "zero-shot macro AUROC, CT test", ".500"),
+    ("4 zero-shot", "zero_shot.macro.average_precision", "zero-shot macro average precision, CT test", ""),
+    ("4 zero-shot", "zero_shot.macro.f1", "zero-shot macro F1, CT test, thresholds of val", ""),
+    (
+        "4 zero-shot",
+        "zero_shot.retrieval.report_to_volume.recall_at_5",
+        "report to volume recall@5, CT test",
+        "zero_shot.retrieval.report_to_volume.recall_at_5_random",
+    ),
     ("4 classifier", "classifier.macro_auroc", "supervised macro AUROC, CT test", ".500"),
     ("4 report", "report.findings_f1", "findings F1 of generated reports, CT test", ""),
     ("4 report", "report.bleu4", "BLEU-4 of generated reports, CT test", ""),
+)
+
+REPORT_ROWS = (
+    ("findings F1", "findings_f1"),
+    ("findings F1, mean over findings", "findings_macro_f1"),
+    ("BLEU-4", "bleu4"),
+    ("ROUGE-L", "rouge_l"),
+    ("CIDEr", "cider"),
 )
 
 RETRIEVAL_ROWS = (
@@ -51,7 +67,7 @@ def show(value: Any) -> str:
 def result_table(metrics: dict[str, Any]) -> str:
     """The table: stage, what was measured, value with its 95 % interval, chance level; what is not defined is left out.
 
-    Where stage 1 measured its retrieval, a second table sets it beside the baselines.
+    Where stage 1 measured its retrieval, a second table sets it beside the baselines; so does one for generated reports.
     """
     lines = [("stage", "measured", "value [95 % interval]", "by chance")]
     for stage, path, meaning, chance in ROWS:
@@ -59,7 +75,30 @@ def result_table(metrics: dict[str, Any]) -> str:
             continue
         level = show(look_up(metrics, chance)) if "_" in chance else chance.replace(".500", "0.500")
         lines.append((stage, meaning, show(look_up(metrics, path)), level))
-    return "\n".join(["", *aligned(lines), *retrieval_table(metrics.get("retrieval") or {})])
+    return "\n".join(
+        [
+            "",
+            *aligned(lines),
+            *retrieval_table(metrics.get("retrieval") or {}),
+            *report_table(metrics.get("report") or {}),
+        ]
+    )
+
+
+def report_table(report: dict[str, Any]) -> list[str]:
+    """Lines of the generated reports beside the nearest and the most frequent training report, and the verdict.
+
+    Args:
+        report: the metrics of the report decoder; without baselines among them there is no table.
+    """
+    baselines = report.get("baselines") or {}
+    if not baselines:
+        return []
+    lines = [("generated reports, CT test", "decoder", *(f"{name} report" for name in baselines))]
+    for meaning, key in REPORT_ROWS:
+        if show(report.get(key)) != "-":
+            lines.append((meaning, show(report[key]), *(show(scores.get(key)) for scores in baselines.values())))
+    return ["", *aligned(lines), str(report.get("verdict") or "")]
 
 
 def retrieval_table(retrieval: dict[str, Any]) -> list[str]:

@@ -8,13 +8,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ctx_distill.text.findings import vocabulary_for
-from ctx_distill.text.prompts import Templates, prompt_pairs
+from ctx_distill.text.findings import Vocabulary, vocabulary_for
+from ctx_distill.text.prompts import Pairs, Templates, prompt_pairs
+
+
+def same_finding(name: str) -> str:
+    """A finding's name without what labels differ by: case, underscores, white space."""
+    return " ".join(name.replace("_", " ").lower().split())
 
 
 @torch.no_grad()
 def prompt_features(
-    encode: Callable[[list[str]], Tensor], findings: Sequence[str], templates: Templates, synonyms: bool = True
+    encode: Callable[[list[str]], Tensor],
+    findings: Sequence[str],
+    templates: Templates | Pairs,
+    synonyms: bool = True,
+    given: Vocabulary | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Mean text features of each finding's positive and negative prompts.
 
@@ -23,13 +32,15 @@ def prompt_features(
         findings: F names.
         templates: which prompts.
         synonyms: ask with every plain synonym of the shipped vocabularies too, not with the label's name alone.
+        given: a vocabulary whose synonyms come before those of the shipped ones.
 
     Returns:
         Positive and negative (F, D), unit rows.
     """
     sides: tuple[list[Tensor], list[Tensor]] = ([], [])
-    vocabulary = vocabulary_for(findings)
-    for name, finding in zip(findings, vocabulary.findings, strict=True):
+    own = {same_finding(finding.name): finding for finding in given.findings} if given else {}
+    known = [own.get(same_finding(finding.name), finding) for finding in vocabulary_for(findings).findings]
+    for name, finding in zip(findings, known, strict=True):
         plain = [phrase for phrase in finding.synonyms if "..." not in phrase] if synonyms else []
         pairs = [prompt_pairs(phrase, templates=templates) for phrase in dict.fromkeys([name, *plain])]
         for index, side in enumerate(sides):

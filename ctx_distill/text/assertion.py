@@ -1,31 +1,24 @@
 """Present, absent or uncertain: which cue of a sentence reaches which mention in it.
 
-Words are matched, not characters: phrases live in a dictionary of dictionaries of stemmed words, so that thousands of
-short reports a second can be read and a vocabulary may grow without cost. The rules are NegEx's (Chapman et al. 2001,
+The rules are NegEx's (Chapman et al. 2001,
 doi:10.1006/jbin.2001.1029) with scopes for enumerations and for negations that stand behind what they negate.
 """
 
 from __future__ import annotations
 
 import functools
-import re
-from bisect import bisect_left
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import itertools
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import yaml
 
-T = TypeVar("T")
+from ctx_distill.text.phrases import BREAKS, PhraseIndex, stem, words
 
 PRESENT, ABSENT, UNCERTAIN = 1, 0, -1
 
-_TOKEN = re.compile(r"[^\W_]+(?:\.\d+)?|[,;:?()]")
-_CONTRACTED = re.compile("n['’]t")
-_GAP = "..."
-_GAP_WORDS = 8
-_BREAKS = frozenset(",;:?()")
+_DENIED_WORDS = 4
 _COPULAS = frozenset(
     ["is", "are", "was", "were", "has", "have", "had", "show", "appear", "remain", "demonstrate", "contain"]
 )
@@ -50,119 +43,9 @@ _AUXILIARIES = frozenset(
         "definitely",
     ]
 )
+_RELATIVE = frozenset(["which", "that", "whose", "where"])
+_PARTS = frozenset(["level", "wall", "branch", "part", "segment", "lobe", "origin", "ostium", "half", "side"])
 _CUES_FILE = Path(__file__).with_name("vocabularies") / "cues.yaml"
-
-
-@functools.lru_cache(maxsize=65536)
-def stem(word: str) -> str:
-    """A word without its plural ending: nodules -> nodule, opacities -> opacity, masses -> mass, stenosis unchanged."""
-    if len(word) < 4 or not word.endswith("s") or word.endswith(("ss", "us", "is")):
-        return word
-    if word.endswith("ies"):
-        return word[:-3] + "y"
-    if word.endswith(("sses", "ches", "shes", "xes")):
-        return word[:-2]
-    return word[:-1]
-
-
-def _lower(text: str) -> str:
-    lowered = text.lower()
-    # the small letters of a few capitals ("İ") are two characters, after which no place would fit the text
-    return lowered if len(lowered) == len(text) else "".join(c.lower()[0] for c in text)
-
-
-def words(text: str) -> list[str]:
-    """Stemmed lower-case words and the marks , ; : ? ( ) of a text; hyphens, slashes and periods part words."""
-    return [stem(word) for word in _TOKEN.findall(_CONTRACTED.sub(" not", _lower(text)))]
-
-
-def word_spans(text: str) -> list[tuple[int, int]]:
-    """Where each of `words(text)` stands: its first character and one past its last; "n't" stands for "not"."""
-    lowered = _lower(text)
-    spaces = [match.start() + i for i, match in enumerate(_CONTRACTED.finditer(lowered))]
-    matches = _TOKEN.finditer(_CONTRACTED.sub(" not", lowered))
-    return [
-        (match.start() - bisect_left(spaces, match.start()), match.end() - bisect_left(spaces, match.end()))
-        for match in matches
-    ]
-
-
-@dataclass
-class _Node(Generic[T]):
-    payloads: list[T] = field(default_factory=list)
-    children: dict[str, _Node[T]] = field(default_factory=dict)
-
-
-class PhraseIndex(Generic[T]):
-    """Phrases with payloads, found in a list of words: the longest at each place, left to right, without overlap.
-
-    A phrase may hold gaps, written "...": up to eight words and no punctuation ("heart ... normal"). Phrases with
-    gaps are found beside the others and hide none of them.
-    """
-
-    def __init__(self) -> None:
-        self._root: _Node[T] = _Node()
-        self._gapped: dict[str, list[tuple[list[list[str]], T]]] = {}
-
-    def add(self, phrase: str, payload: T | None) -> None:
-        """Adds a phrase; one without a payload only hides the shorter phrases inside it."""
-        parts = [words(part) for part in phrase.split(_GAP)]
-        if not all(parts):
-            raise ValueError(f"the phrase {phrase!r} holds no word, or nothing before or after '...'")
-        if len(parts) > 1:
-            if payload is not None:
-                self._gapped.setdefault(parts[0][0], []).append((parts, payload))
-            return
-        node = self._root
-        for word in parts[0]:
-            node = node.children.setdefault(word, _Node())
-        if payload is None:
-            # a leaf without payloads must still count as a match
-            node.children.setdefault("", _Node())
-        elif payload not in node.payloads:
-            node.payloads.append(payload)
-
-    def find(self, tokens: Sequence[str]) -> list[tuple[int, int, bool, T]]:
-        """Matches as (first word, one behind the last word, whether the phrase has gaps, payload), by place."""
-        found: list[tuple[int, int, bool, T]] = []
-        free_from = 0
-        for i, token in enumerate(tokens):
-            for parts, payload in self._gapped.get(token, ()):
-                end = _match_gapped(tokens, i, parts)
-                if end:
-                    found.append((i, end, True, payload))
-            if i < free_from:
-                continue
-            node: _Node[T] | None = self._root
-            best: tuple[int, list[T]] | None = None
-            for j in range(i, len(tokens)):
-                node = node.children.get(tokens[j]) if node else None
-                if node is None:
-                    break
-                if node.payloads or "" in node.children:
-                    best = j + 1, node.payloads
-            if best:
-                free_from = best[0]
-                found.extend((i, best[0], False, payload) for payload in best[1])
-        return found
-
-
-def _match_gapped(tokens: Sequence[str], start: int, parts: list[list[str]]) -> int:
-    """One behind the last word of a gapped phrase that begins at `start`; 0 where it does not stand there."""
-    end = start + len(parts[0])
-    if list(tokens[start:end]) != parts[0]:
-        return 0
-    for part in parts[1:]:
-        for skip in range(_GAP_WORDS + 1):
-            at = end + skip
-            if list(tokens[at : at + len(part)]) == part:
-                end = at + len(part)
-                break
-            if at >= len(tokens) or tokens[at] in _BREAKS:
-                return 0
-        else:
-            return 0
-    return end
 
 
 @dataclass(frozen=True)
@@ -188,6 +71,8 @@ class Sentence:
         A cue behind the mention ("... is not seen") outranks one before it ("no ..."); of several, the nearest.
         """
         for cue in self._cues:
+            if cue.kind == "pseudo" and cue.start < start < cue.end:
+                return ABSENT  # "no increase in wall thickness", where the increase is the finding
             if cue.start < end:
                 continue
             if cue.kind in ("scope_end", "negation_before", "hypothetical"):
@@ -202,8 +87,69 @@ class Sentence:
             if cue.kind in ("negation_before", "uncertain_before", "hypothetical"):
                 if self._closed(cue.end, start):
                     break
+                if cue.kind == "uncertain_before" and self._denied(cue):
+                    return ABSENT
                 return {"negation_before": ABSENT, "uncertain_before": UNCERTAIN}.get(cue.kind)
         return PRESENT
+
+    def _denied(self, doubt: _Cue) -> bool:
+        """Whether a doubt is itself denied: "no finding suggestive of", "no evidence to suggest"."""
+        return any(
+            cue.kind == "negation_before"
+            and doubt.start - _DENIED_WORDS <= cue.end <= doubt.start
+            and not BREAKS.intersection(self.tokens[cue.end : doubt.start])
+            for cue in self._cues
+        )
+
+    def clause(self, start: int, end: int) -> tuple[int, int]:
+        """The clause of tokens[start:end], as (first word, one behind the last).
+
+        A clause ends at a semicolon, at a word such as "but", and at a comma with a verb on both of its sides.
+        """
+        low, high = 0, len(self.tokens)
+        for begin, behind in self._clause_ends:
+            if behind <= start:
+                low = max(low, behind)
+            elif begin >= end:
+                high = min(high, begin)
+        return low, high
+
+    @functools.cached_property
+    def _clause_ends(self) -> list[tuple[int, int]]:
+        ends = [(cue.start, cue.end) for cue in self._cues if cue.kind == "scope_end"]
+        verbs = [i for i, token in enumerate(self.tokens) if self._is_verb(token)]
+        opened = 0
+        commas = [
+            i for i, pair in enumerate(itertools.pairwise(self.tokens)) if pair[0] == "," and pair[1] not in _RELATIVE
+        ]
+        for here, following in zip(commas, [*commas[1:], len(self.tokens)]):
+            if any(opened <= i < here for i in verbs) and any(here < i < following for i in verbs):
+                ends.append((here, here + 1))
+                opened = here
+        return ends
+
+    def enumeration(self, start: int, end: int) -> tuple[int, int]:
+        """The part of the clause, between commas, in which tokens[start:end] stands, with the enumeration behind it.
+
+        A part with a preposition of its own ("dilatation in the ascending aorta") goes on with no enumeration.
+        """
+        low, high = self.clause(start, end)
+        begin = max((i + 1 for i in range(low, start) if self.tokens[i] in (",", "(")), default=low)
+        behind = next((i for i in range(end, high) if self.tokens[i] == ","), high)
+        while behind < high:
+            following = next((i for i in range(behind + 1, high) if self.tokens[i] == ","), high)
+            part = self.tokens[behind + 1 : following]
+            if any(
+                (word == "in" and before not in ("and", "or")) or (word == "of" and before not in _PARTS)
+                for before, word in itertools.pairwise(part)
+            ):
+                break
+            behind = following
+        return begin, behind
+
+    def is_prose(self, start: int, end: int) -> bool:
+        """Whether tokens[start:end] holds a verb, so that its commas do not part items of a list."""
+        return any(self._is_verb(token) for token in self.tokens[start:end])
 
     def cues(self) -> list[tuple[int, int, str]]:
         """The cues as (first word, one behind the last word, kind in cues.yaml), by place."""
@@ -223,16 +169,18 @@ class Sentence:
 
     def _reaches_back(self, cue: _Cue, start: int, end: int) -> bool:
         """Whether a cue behind a mention speaks of it, and not only of a later one in the same clause."""
-        between = self.tokens[end : cue.start]
+        between = _without_relative(self.tokens[end : cue.start])
         if self.tokens[cue.start] == "?":  # "nodule (metastasis?)": the doubt is the bracket's
-            return not any(token in _BREAKS for token in between)
+            return not any(token in BREAKS for token in between)
         if "(" in between and ")" not in between:
             return False
         while between and between[-1] in _AUXILIARIES:
             between = between[:-1]
-        if any(self._is_verb(token) for token in between):
-            return False
         parted = "," in between or "and" in between
+        for before, token in itertools.pairwise(["", *between]):
+            # "the nodule observed in the upper lobe has resolved": a participle without its auxiliary is no verb
+            if token in _COPULAS or (token in self._detection and (parted or before in _AUXILIARIES)):
+                return False
         return not (parted and any(self._is_verb(token) for token in self._same_clause(start)))
 
     def _same_clause(self, start: int) -> list[str]:
@@ -260,6 +208,22 @@ class Sentence:
                 if complete and word in self._detection:
                     return True
         return False
+
+
+def _without_relative(between: list[str]) -> list[str]:
+    """Words without relative clauses: ", which was seen in the previous examination," says nothing of today."""
+    kept: list[str] = []
+    skipping = False
+    for i, token in enumerate(between):
+        if token == "which" and "," in between[i:]:
+            skipping = True
+            if kept[-1:] == [","]:
+                kept.pop()
+        elif skipping:
+            skipping = token != ","
+        else:
+            kept.append(token)
+    return kept
 
 
 @functools.cache

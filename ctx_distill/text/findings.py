@@ -1,11 +1,11 @@
-"""Findings of a free-text report: a vocabulary (YAML) and an extractor with assertion (present, absent, uncertain)."""
+"""Findings of a free-text report: an extractor with assertion (present, absent, uncertain), and vocabularies (YAML)."""
 
 from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,111 +13,30 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from ctx_distill.text.assertion import ABSENT, PRESENT, UNCERTAIN, PhraseIndex, Sentence, words
+from ctx_distill.errors import InputError
+from ctx_distill.text.assertion import ABSENT, PRESENT, UNCERTAIN
+from ctx_distill.text.phrases import words
 from ctx_distill.text.report import split_sentences
-from ctx_distill.types import InputError
+from ctx_distill.text.sides import joined
+from ctx_distill.text.vocabulary import Finding, Located, Vocabulary
+
+__all__ = [
+    "Finding",
+    "Located",
+    "Vocabulary",
+    "extract",
+    "extract_many",
+    "extract_sides",
+    "findings_set",
+    "load_vocabulary",
+    "shipped_vocabularies",
+    "vocabulary_for",
+]
 
 _FOLDER = Path(__file__).with_name("vocabularies")
-_LISTS = ("synonyms", "normal", "exclude")
-_SENTENCE_CACHE = 65536
+_LISTS = ("synonyms", "normal", "exclude", "denied")
+_PLACES = ("terms", "sites", "elsewhere", "against")
 _NO_VOCABULARIES = ("attributes", "cues")
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One finding of a vocabulary.
-
-    Attributes:
-        name: as the label columns spell it.
-        synonyms: phrases that mention it. Without case, plurals tolerated; "..." stands for up to eight words.
-        normal: phrases that assert its absence ("the pleural spaces are clear").
-        exclude: phrases that hold a synonym and mean something else ("subcutaneous edema").
-        region: where it lies; None where not given.
-        visible_on_xray: whether a radiograph shows it; None where not given.
-    """
-
-    name: str
-    synonyms: tuple[str, ...]
-    normal: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    region: str | None = None
-    visible_on_xray: bool | None = None
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """Findings to look for, in the order of the columns that `extract_many` gives.
-
-    Attributes:
-        name: of the vocabulary.
-        findings: at least one, with distinct names.
-        masks: phrases of findings that are not asked for; they hide what they contain ("pericardial effusion" hides
-            "effusion"), so that a part of a vocabulary reads a report as the whole does.
-    """
-
-    name: str
-    findings: tuple[Finding, ...]
-    masks: tuple[str, ...] = ()
-
-    @property
-    def names(self) -> list[str]:
-        """The findings' names, in order."""
-        return [finding.name for finding in self.findings]
-
-    @property
-    def visible_on_xray(self) -> NDArray[np.bool_]:
-        """(F,): which findings a radiograph shows; one of which nothing is said counts as shown."""
-        return np.array([finding.visible_on_xray is not False for finding in self.findings], dtype=bool)
-
-    @functools.cached_property
-    def _index(self) -> PhraseIndex[tuple[int, bool]]:
-        """Phrases with (number of the finding, whether the phrase is a synonym rather than a normal phrase)."""
-        index: PhraseIndex[tuple[int, bool]] = PhraseIndex()
-        for number, finding in enumerate(self.findings):
-            for phrase in finding.synonyms:
-                index.add(phrase, (number, True))
-            for phrase in finding.normal:
-                index.add(phrase, (number, False))
-            for phrase in finding.exclude:
-                index.add(phrase, None)
-        for phrase in self.masks:
-            index.add(phrase, None)
-        return index
-
-    @functools.cached_property
-    def _sentences(self) -> dict[str, tuple[tuple[int, int], ...]]:
-        return {}
-
-    def _matches(self, parsed: Sentence) -> Iterator[tuple[int, int, int, bool]]:
-        """(first word, one behind the last word, number of the finding, whether by a synonym) of each mention."""
-        for start, end, gapped, (number, synonym) in self._index.find(parsed.tokens):
-            if not (gapped and parsed.interrupted(start, end)):
-                yield start, end, number, synonym
-
-    def mentions(self, sentence: Sentence) -> list[tuple[int, int, str]]:
-        """Mentions in a sentence, whatever is said of them, as (first word, one behind the last word, finding).
-
-        Synonyms and normal phrases, by place; a phrase with gaps reaches from its first word to its last one.
-        """
-        return [(start, end, self.findings[number].name) for start, end, number, _ in self._matches(sentence)]
-
-    def _read(self, sentence: str) -> tuple[tuple[int, int], ...]:
-        """(number of the finding, assertion) of each mention in a sentence; remembered, since reports repeat."""
-        known = self._sentences.get(sentence)
-        if known is not None:
-            return known
-        parsed = Sentence(sentence)
-        result = []
-        for start, end, number, synonym in self._matches(parsed):
-            assertion = parsed.assertion(start, end)
-            if synonym and assertion is not None:
-                result.append((number, assertion))
-            elif assertion == PRESENT:  # a normal phrase, itself neither denied nor doubted
-                result.append((number, ABSENT))
-        if len(self._sentences) >= _SENTENCE_CACHE:
-            self._sentences.clear()
-        self._sentences[sentence] = tuple(result)
-        return self._sentences[sentence]
 
 
 _RANK = {PRESENT: 2, UNCERTAIN: 1, ABSENT: 0}
@@ -126,7 +45,7 @@ _RANK = {PRESENT: 2, UNCERTAIN: 1, ABSENT: 0}
 def _extract(text: str, vocabulary: Vocabulary) -> dict[int, int]:
     found: dict[int, int] = {}
     for sentence in split_sentences(text):
-        for number, assertion in vocabulary._read(sentence):
+        for number, assertion, _ in vocabulary.read(sentence):
             if number not in found or _RANK[assertion] > _RANK[found[number]]:
                 found[number] = assertion
     return found
@@ -161,6 +80,19 @@ def extract_many(texts: Sequence[str], vocabulary: Vocabulary) -> NDArray[np.flo
     return result
 
 
+def extract_sides(text: str, vocabulary: Vocabulary) -> dict[str, str]:
+    """Sides of the findings that a report asserts: finding -> "left", "right" or "both".
+
+    A finding without a side in the text, and one of an unpaired organ (heart, vessels, mediastinum), has no key.
+    """
+    sides: dict[int, list[str]] = {}
+    for sentence in split_sentences(text):
+        for number, assertion, side in vocabulary.read(sentence):
+            if assertion == PRESENT and side:
+                sides.setdefault(number, []).append(side)
+    return {finding.name: joined(sides[i]) for i, finding in enumerate(vocabulary.findings) if i in sides}
+
+
 def findings_set(text: str, vocabulary: Vocabulary | None = None) -> frozenset[str]:
     """Names of the findings that a report asserts; empty for a normal study.
 
@@ -181,7 +113,7 @@ def load_vocabulary(name_or_path: str | Path) -> Vocabulary:
     """A shipped vocabulary by name ("ct-rate", "chexpert", "phantom") or one of the user's from a YAML file.
 
     The file holds `name` and `findings`: a mapping from a finding to `synonyms` (its name is always one), and optionally
-    `normal`, `exclude`, `region` and `visible_on_xray`; see `Finding`.
+    `normal`, `exclude`, `denied`, `located`, `region` and `visible_on_xray`; see `Finding`.
 
     Raises:
         InputError: no such vocabulary, an unreadable file, or one that does not have this form.
@@ -226,31 +158,51 @@ def _finding(path: Path, name: object, body: Any) -> Finding:
     body = {} if body is None else body
     if not isinstance(body, dict):
         raise InputError(f"{where}: found {body!r}, expected a mapping with 'synonyms'.")
-    unknown = sorted(str(key) for key in body if key not in (*_LISTS, "region", "visible_on_xray"))
+    unknown = sorted(str(key) for key in body if key not in (*_LISTS, "located", "region", "visible_on_xray"))
     if unknown:
         raise InputError(
-            f"{where}: unknown key {unknown[0]!r}, expected {', '.join(_LISTS)}, region or visible_on_xray; "
+            f"{where}: unknown key {unknown[0]!r}, expected {', '.join(_LISTS)}, located, region or visible_on_xray; "
             "mend or remove it."
         )
-    lists: dict[str, tuple[str, ...]] = {}
-    for key in _LISTS:
-        phrases = body.get(key) or []
-        if not isinstance(phrases, list):
-            raise InputError(f"{where}, {key}: found {phrases!r}, expected a list of phrases.")
-        for phrase in phrases:
-            if not isinstance(phrase, str) or not all(words(part) for part in phrase.split("...")):
-                raise InputError(
-                    f"{where}, {key}: found {phrase!r}, expected words (and '...' only between words); "
-                    "quote it if YAML reads it as something else."
-                )
-        lists[key] = tuple(phrases)
+    lists = {key: _phrases(f"{where}, {key}", body.get(key)) for key in _LISTS}
+    rules = body.get("located") or []
+    if not isinstance(rules, list):
+        raise InputError(f"{where}, located: found {rules!r}, expected a list of mappings with 'terms'.")
+    located = tuple(_located(f"{where}, located {i + 1}", rule) for i, rule in enumerate(rules))
     region, visible = body.get("region"), body.get("visible_on_xray")
     if region is not None and not isinstance(region, str):
         raise InputError(f"{where}, region: found {region!r}, expected a word such as 'pleura'.")
     if visible is not None and not isinstance(visible, bool):
         raise InputError(f"{where}, visible_on_xray: found {visible!r}, expected true or false.")
     synonyms = tuple(dict.fromkeys((*lists["synonyms"], name.replace("_", " "))))
-    return Finding(name, synonyms, lists["normal"], lists["exclude"], region, visible)
+    return Finding(name, synonyms, lists["normal"], lists["exclude"], region, visible, lists["denied"], located)
+
+
+def _phrases(where: str, phrases: Any) -> tuple[str, ...]:
+    phrases = phrases or []
+    if not isinstance(phrases, list):
+        raise InputError(f"{where}: found {phrases!r}, expected a list of phrases.")
+    for phrase in phrases:
+        if not isinstance(phrase, str) or not all(words(part) for part in phrase.split("...")):
+            raise InputError(
+                f"{where}: found {phrase!r}, expected words (and '...' only between words); "
+                "quote it if YAML reads it as something else."
+            )
+    return tuple(phrases)
+
+
+def _located(where: str, rule: Any) -> Located:
+    if not isinstance(rule, dict) or not rule.get("terms") or set(rule) - {*_PLACES, "required"}:
+        raise InputError(f"{where}: found {rule!r}, expected 'terms' and {', '.join(_PLACES[1:])} or required.")
+    required = rule.get("required", False)
+    if not isinstance(required, bool):
+        raise InputError(f"{where}, required: found {required!r}, expected true or false.")
+    if not any(rule.get(key) for key in _PLACES[1:]):
+        raise InputError(
+            f"{where}: names no place; give {', '.join(_PLACES[1:])}, or put the terms among the synonyms."
+        )
+    terms, sites, elsewhere, against = (_phrases(f"{where}, {key}", rule.get(key)) for key in _PLACES)
+    return Located(terms, sites, elsewhere, against, required)
 
 
 def vocabulary_for(finding_names: Iterable[str]) -> Vocabulary:
@@ -296,7 +248,12 @@ def _vocabulary_for(names: tuple[str, ...]) -> Vocabulary:
         for i in sorted(used)
         for finding in shipped[i].findings
         if _key(finding.name) not in keys
-        for phrase in (*finding.synonyms, *finding.exclude)
+        for phrase in (
+            *finding.synonyms,
+            *finding.exclude,
+            *finding.denied,
+            *(term for rule in finding.located for term in rule.terms),
+        )
         if "..." not in phrase
     ]
     return Vocabulary("+".join(shipped[i].name for i in sorted(used)) or "names", tuple(findings), tuple(masks))

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ctx_distill.text.assertion import word_spans
 from ctx_distill.text.entities import EntitySpan
+from ctx_distill.text.phrases import word_spans
 
 Fate = Literal["mask", "random", "keep"]
 

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
+import yaml
+
+from ctx_distill.errors import InputError
+
+Pairs = tuple[tuple[str, str], ...]
+"""Templates of one's own: (presence, absence), with {finding} or {Finding} for the finding."""
 Templates = Literal["default", "ensemble", "normal"]
 _DEFAULT = (("{Finding} is present.", "{Finding} is not present."),)
 _ENSEMBLE = (
@@ -32,7 +39,7 @@ def _spoken(finding: str) -> tuple[str, str]:
 def prompt_pairs(
     finding: str,
     *,
-    templates: Templates = "default",
+    templates: Templates | Pairs = "default",
     style: Literal["plain", "ct", "xray"] = "plain",
 ) -> tuple[list[str], list[str]]:
     """Prompts of one finding; positives[i] and negatives[i] are one pair.
@@ -42,7 +49,7 @@ def prompt_pairs(
         templates: "default" is CT-CLIP's single pair, "{finding} is present." / "{finding} is not present."
             (Hamamci et al., arXiv 2403.17834); "ensemble" adds wordings of radiology reports (ours); "normal" sets the
             finding against a normal study instead of against its own negation, which small text towers hardly tell
-            from it (ours).
+            from it (ours). Or pairs of one's own, see `load_templates`.
         style: with "ensemble", one more pair that names the modality: "ct" or "xray".
 
     Returns:
@@ -55,11 +62,41 @@ def prompt_pairs(
     start, inside = _spoken(finding)
     if not inside:
         raise ValueError("prompt_pairs: the finding's name is empty, expected words such as 'pleural effusion'.")
-    if templates not in ("default", "ensemble", "normal"):
+    if isinstance(templates, str) and templates not in ("default", "ensemble", "normal"):
         raise ValueError(f"prompt_pairs: templates is {templates!r}, expected 'default', 'ensemble' or 'normal'.")
     if style not in _STYLES:
         raise ValueError(f"prompt_pairs: style is {style!r}, expected one of {', '.join(_STYLES)}.")
-    pairs = {"default": _DEFAULT, "normal": _NORMAL, "ensemble": _ENSEMBLE + _STYLES[style]}[templates]
+    shipped = {"default": _DEFAULT, "normal": _NORMAL, "ensemble": _ENSEMBLE + _STYLES[style]}
+    pairs = shipped[templates] if isinstance(templates, str) else templates
     # replace, not format: a label may hold braces
     filled = [[text.replace("{Finding}", start).replace("{finding}", inside) for text in pair] for pair in pairs]
     return [pair[0] for pair in filled], [pair[1] for pair in filled]
+
+
+def load_templates(name_or_path: str) -> Templates | Pairs:
+    """Templates by name, or a YAML file that lists pairs: `- ["{Finding} is seen.", "No {finding} is seen."]`.
+
+    Raises:
+        InputError: no such name, or a file of another form.
+    """
+    if name_or_path in ("default", "ensemble", "normal"):
+        return name_or_path  # type: ignore[return-value]
+    path = Path(name_or_path)
+    if path.suffix not in (".yaml", ".yml"):
+        raise InputError(
+            f"templates is {name_or_path!r}; expected default, ensemble, normal, or a .yaml file of pairs: give one of these."
+        )
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{path}: cannot be read as YAML ({error}); check the path and the file.") from error
+    if not isinstance(raw, list) or not raw:
+        raise InputError(f"{path}: found {type(raw).__name__}, expected a list of pairs of prompts.")
+    for number, pair in enumerate(raw, 1):
+        fine = isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) and text for text in pair)
+        if not fine or "{finding}" not in pair[0].lower():
+            raise InputError(
+                f"{path}, pair {number}: found {pair!r}, expected two texts, of presence and of absence, the first with "
+                "{finding} or {Finding} in it."
+            )
+    return tuple((pair[0], pair[1]) for pair in raw)

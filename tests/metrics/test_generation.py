@@ -68,10 +68,14 @@ def test_findings_scores_agree_with_scikit_learn() -> None:
     assert scores["f1"] == pytest.approx(f1_score(true, said, average="micro"))
     # over the three findings that a reference asserts; nobody speaks of a hernia
     assert scores["macro_f1"] == pytest.approx(f1_score(true[:, :3], said[:, :3], average="macro", zero_division=0))
+    for name, of in (("macro_precision", precision_score), ("macro_recall", recall_score)):
+        assert scores[name] == pytest.approx(of(true[:, :3], said[:, :3], average="macro", zero_division=0))
     assert findings_scores(["No mass."], ["Mass."], VOCABULARY) == {
         "precision": 0.0,
         "recall": None,
         "f1": 0.0,
+        "macro_precision": None,
+        "macro_recall": None,
         "macro_f1": None,
     }
 

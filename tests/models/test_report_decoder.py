@@ -119,8 +119,8 @@ def test_refusals(trained: tuple[ReportDecoder, torch.Tensor], tmp_path: Path) -
     model, tokens = trained
     with pytest.raises(InputError, match=r"CT tokens of shape \(2, 4, 8\), expected \(B, 5, 8\)"):
         model.generate(tokens[:, :4])
-    plain = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=1))
-    with pytest.raises(InputError, match="GPT2LMHeadModel has no cross-attention"):
-        ReportDecoder(plain, model.tokenizer, 8)
+    plain = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=1, n_positions=6))
+    with pytest.raises(InputError, match="GPT2LMHeadModel has no cross-attention, so the 5 CT tokens"):
+        ReportDecoder(plain, model.tokenizer, 8, 5)
     with pytest.raises(InputError, match="no report-decoder artefact"):
         ReportDecoder.load(tmp_path)

@@ -259,3 +259,18 @@ def test_colours_have_contrast() -> None:
             assert contrast(palette[words], palette["paper"]) >= 4.5
         for mark in ("s0", "s1"):
             assert contrast(palette[mark], palette["paper"]) >= 3
+
+
+def test_generated_reports_stand_beside_their_baselines(make_run: Callable[..., Path]) -> None:
+    run = make_run()
+    path = run / "metrics.json"
+    metrics = json.loads(path.read_text())
+    said = "The decoder does not beat its baselines. Beside the nearest training report it is not better."
+    metrics["report"] |= {"verdict": said, "baselines": {"nearest": {"bleu4": 0.456}, "frequent": {"rouge_l": 0.123}}}
+    path.write_text(json.dumps(metrics))
+    page = Page(build_page(run).read_text())
+    assert said in page.text
+    table = page.text.partition("Most frequent training report")[2]
+    assert "BLEU-4 0.310" in table
+    assert "0.456 –" in table.partition("BLEU-4")[2][:60]
+    assert "– 0.123" in table.partition("ROUGE-L")[2][:60]

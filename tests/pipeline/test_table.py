@@ -29,3 +29,15 @@ def test_the_retrieval_stands_beside_its_baselines() -> None:
     assert "an X-ray shows" in lines[4]
     assert lines[4].split()[-4:] == ["0.700", "-", "-", "0.950"]
     assert "oracle" not in result_table({"retrieval": {"jaccard_at_1": 0.5}})
+
+
+def test_generated_reports_stand_beside_their_baselines_and_the_verdict() -> None:
+    report = {"findings_f1": {"value": 0.2, "low": 0.1, "high": 0.3}, "rouge_l": 0.4, "cider": None,
+              "verdict": "The decoder does not beat its baselines.",
+              "baselines": {"nearest": {"findings_f1": 0.5, "rouge_l": 0.6}, "frequent": {"findings_f1": 0.0}}}  # fmt: skip
+    lines = result_table({"report": report}).splitlines()[-5:]
+    assert lines[0].split()[-5:] == ["decoder", "nearest", "report", "frequent", "report"]
+    assert lines[2].endswith("0.200 [0.100, 0.300]  0.500           0.000")
+    assert lines[3].split()[-3:] == ["0.400", "0.600", "-"]
+    assert lines[4] == "The decoder does not beat its baselines."
+    assert "baselines" not in result_table({"report": {"bleu4": 0.1}})

@@ -34,6 +34,11 @@ EVERY_BATCH = "--model.init_args.survival.checkpoint_minutes=1e-6"
 """A checkpoint before every batch, so that runs of seconds are stopped in mid-epoch."""
 
 
+def _state(process: int) -> str:
+    """The letter that Linux gives to what a process is doing."""
+    return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+
+
 class Runner:
     """A warm process that forks runs of `ctx-distill`."""
 
@@ -75,7 +80,7 @@ class Runner:
     def ended(self, process: int) -> bool:
         """Whether it has ended, without waiting."""
         with contextlib.suppress(OSError):
-            return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+            return _state(process) == "Z"
         return True
 
     def finish(self, stage: str, run: Path) -> None:
@@ -84,18 +89,26 @@ class Runner:
         assert status == 0, f"{stage} ended with {status}:\n{(run / f'{stage}.log').read_text()[-3000:]}"
 
     def kill_in_write(self, process: int, run: Path, stage: str, count: int) -> bool:
-        """Kill within the count-th checkpoint write from now; whether it was one."""
+        """Kill within the count-th checkpoint write from now or a later one; whether there was one.
+
+        The group is halted first: what is killed is what was seen to be in the write.
+        """
         part = run / FOLDERS[stage] / "checkpoints" / ".last.ckpt.part"
         seen, there = 0, False
-
-        def moment() -> bool:
-            nonlocal seen, there
+        while not self.ended(process):
             now = part.exists()
             seen += now and not there
             there = now
-            return seen >= count and now
-
-        return self.kill_when(process, moment) and part.exists()
+            if not now or seen < count:
+                continue
+            os.killpg(process, signal.SIGSTOP)
+            while not self.ended(process) and _state(process) != "T":
+                time.sleep(0.0001)
+            within = part.exists()
+            os.killpg(process, signal.SIGKILL if within else signal.SIGCONT)
+            if within:
+                return True
+        return False
 
     def kill_when(self, process: int, moment: Callable[[], bool], seconds: float = 120) -> bool:
         """Kill the whole group once `moment()` holds; False where the run ended before."""

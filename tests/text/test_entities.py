@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from ctx_distill.text.assertion import stem, word_spans, words
 from ctx_distill.text.entities import EntityFinder
 from ctx_distill.text.findings import Vocabulary, load_vocabulary, shipped_vocabularies
+from ctx_distill.text.phrases import stem, word_spans, words
 
 ALL = ("finding", "cue", "side", "size", "place")
 MARK = re.compile(r"\{(\w+):([^{}]*)\}")

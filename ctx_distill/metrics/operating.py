@@ -1,0 +1,143 @@
+"""Scores at a threshold and calibration of a multi-label classifier, for the sample and all bootstrap replicates at once.
+
+Thresholds are chosen on `val` by the rule of CT-CLIP's and fVLM's evaluation, the ROC point nearest to (0, 1), which those
+apply to the evaluation set itself. A finding is called present where its probability is at or above the threshold.
+Labels are 1 or 0; -1 (uncertain) and NaN (blank) are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Floats = NDArray[np.float64]
+Scores = dict[str, tuple[Floats, Floats]]
+"""Measure -> (values (F,), replicates (R, F)), NaN where not defined."""
+BINS = 10
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """A finding's threshold, or None with the reason."""
+
+    value: float | None
+    reason: str | None = None
+
+
+def choose_thresholds(labels: ArrayLike, scores: ArrayLike) -> list[Threshold]:
+    """The score of each finding whose ROC point lies nearest to (0, 1); of equally near ones the largest.
+
+    Args:
+        labels: (N, F) of the validation studies.
+        scores: (N, F) probabilities.
+
+    Returns:
+        F thresholds; None where a class is missing.
+    """
+    y, s = np.asarray(labels, dtype=np.float64), np.asarray(scores, dtype=np.float64)
+    return [_nearest_to_corner(y[:, f], s[:, f]) for f in range(y.shape[1])]
+
+
+def _nearest_to_corner(y: Floats, s: Floats) -> Threshold:
+    positives, negatives = int((y == 1).sum()), int((y == 0).sum())
+    if not positives or not negatives:
+        return Threshold(
+            None, f"val has {positives} studies with and {negatives} without the finding; both kinds are needed"
+        )
+    candidates = np.unique(s[(y == 1) | (y == 0)])[::-1]
+    sensitivity = np.array([(s[y == 1] >= t).sum() for t in candidates]) / positives
+    false_positive = np.array([(s[y == 0] >= t).sum() for t in candidates]) / negatives
+    distance = np.hypot(1 - sensitivity, false_positive)
+    return Threshold(float(candidates[int(np.argmin(np.round(distance, 12)))]))
+
+
+def _weights(counts: NDArray[np.integer[Any]], rows: int) -> Floats:
+    """(1 + R, N): the sample itself, then its replicates."""
+    return np.concatenate([np.ones((1, rows)), counts.astype(np.float64)])
+
+
+def _ratio(numerator: Floats, denominator: Floats) -> Floats:
+    with np.errstate(invalid="ignore", divide="ignore"):
+        result: Floats = np.where(denominator > 0, numerator / denominator, np.nan)
+    return result
+
+
+def operating_scores(
+    labels: ArrayLike, scores: ArrayLike, thresholds: Sequence[float | None], counts: NDArray[np.integer[Any]]
+) -> Scores:
+    """`f1`, `weighted_f1`, `accuracy`, `sensitivity` and `specificity` at given thresholds.
+
+    `weighted_f1` is fVLM's: the F1 of presence and that of absence, weighted by how many studies have each (scikit-learn's
+    `average="weighted"` of one finding). A measure is NaN without threshold, F1 and sensitivity also without a positive
+    study, specificity without a negative one.
+
+    Args:
+        labels: (N, F).
+        scores: (N, F).
+        thresholds: F.
+        counts: (R, N), see `resample_counts`.
+    """
+    y, s = np.asarray(labels, dtype=np.float64), np.asarray(scores, dtype=np.float64)
+    at = np.array([np.nan if value is None else value for value in thresholds])
+    called, w = s >= at, _weights(counts, len(y))
+    tp, fp = w @ ((y == 1) & called), w @ ((y == 0) & called)
+    fn, tn = w @ ((y == 1) & ~called), w @ ((y == 0) & ~called)
+    present, absent = tp + fn, tn + fp
+    f1 = np.where(present > 0, _ratio(2 * tp, 2 * tp + fp + fn), np.nan)
+    f1_absent = np.nan_to_num(_ratio(2 * tn, 2 * tn + fp + fn))
+    found = {
+        "f1": f1,
+        "weighted_f1": _ratio(present * np.nan_to_num(f1) + absent * f1_absent, present + absent),
+        "accuracy": _ratio(tp + tn, present + absent),
+        "sensitivity": _ratio(tp, present),
+        "specificity": _ratio(tn, absent),
+    }
+    for values in found.values():
+        values[:, np.isnan(at)] = np.nan
+    return {name: (values[0], values[1:]) for name, values in found.items()}
+
+
+def calibration_scores(labels: ArrayLike, scores: ArrayLike, counts: NDArray[np.integer[Any]]) -> Scores:
+    """`brier` and `ece` of probabilities of presence.
+
+    The expected calibration error is sum_b n_b / n |mean probability - share present| over ten equal bins of [0, 1], a
+    value on an edge in the lower one (scikit-learn's `calibration_curve`).
+
+    Args:
+        labels: (N, F).
+        scores: (N, F) in [0, 1].
+        counts: (R, N).
+    """
+    y, s = np.asarray(labels, dtype=np.float64), np.asarray(scores, dtype=np.float64)
+    w = _weights(counts, len(y))
+    known = (y == 0) | (y == 1)
+    total = w @ known
+    brier = _ratio(w @ np.where(known, (s - (y == 1)) ** 2, 0.0), total)
+    ece = np.empty_like(brier)
+    for f in range(y.shape[1]):
+        inside = (_bins(s[:, f])[:, None] == np.arange(BINS)) & known[:, f, None]
+        gap = np.where(inside, (s[:, f] - (y[:, f] == 1))[:, None], 0.0)
+        ece[:, f] = _ratio(np.abs(w @ gap).sum(1), total[:, f])
+    return {"brier": (brier[0], brier[1:]), "ece": (ece[0], ece[1:])}
+
+
+def _bins(scores: Floats) -> NDArray[np.intp]:
+    found: NDArray[np.intp] = np.searchsorted(np.linspace(0, 1, BINS + 1)[1:-1], scores)
+    return found
+
+
+def reliability(labels: ArrayLike, scores: ArrayLike) -> list[dict[str, float | int]]:
+    """The reliability curve over all findings together: `probability`, `frequency` and `count` of each bin that is not empty."""
+    y, s = np.asarray(labels, dtype=np.float64).ravel(), np.asarray(scores, dtype=np.float64).ravel()
+    known = (y == 0) | (y == 1)
+    y, s = y[known], s[known]
+    where = _bins(s)
+    return [
+        {"probability": float(s[where == b].mean()), "frequency": float(y[where == b].mean()), "count": int(n)}
+        for b in range(BINS)
+        if (n := (where == b).sum())
+    ]

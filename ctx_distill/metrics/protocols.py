@@ -1,0 +1,81 @@
+"""The evaluation protocols of CT-RATE by name, and the published rows that a run is set beside.
+
+The rows are taken over from the papers and were not measured again; `docs/zero_shot.md` has the traps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ctx_distill.errors import InputError
+
+CT_RATE_18 = (
+    "Medical material", "Arterial wall calcification", "Cardiomegaly", "Pericardial effusion",
+    "Coronary artery wall calcification", "Hiatal hernia", "Lymphadenopathy", "Emphysema", "Atelectasis", "Lung nodule",
+    "Lung opacity", "Pulmonary fibrotic sequela", "Pleural effusion", "Mosaic attenuation pattern",
+    "Peribronchial thickening", "Consolidation", "Bronchiectasis", "Interlobular septal thickening",
+)  # fmt: skip
+FVLM_LEFT_OUT = ("Medical material", "Lymphadenopathy")
+PROTOCOLS: dict[str, tuple[str, ...]] = {
+    "ct-rate-18": CT_RATE_18,
+    "fvlm-16": tuple(name for name in CT_RATE_18 if name not in FVLM_LEFT_OUT),
+}
+VALIDATION = (1564, 1304)
+"""Studies and patients of CT-RATE's validation set."""
+
+
+def protocol_findings(name: str) -> tuple[str, ...]:
+    """The findings of a protocol.
+
+    Raises:
+        InputError: no such protocol.
+    """
+    if name not in PROTOCOLS:
+        raise InputError(f"protocol is {name!r}; expected one of {', '.join(PROTOCOLS)}: give one of these.")
+    return PROTOCOLS[name]
+
+
+@dataclass(frozen=True)
+class Published:
+    """A row of a paper; None where it gives no such figure."""
+
+    model: str
+    auroc: float | None = None
+    weighted_f1: float | None = None
+    accuracy: float | None = None
+
+
+CT_RATE_ROWS = (
+    Published("CT-CLIP", 0.731, 0.707, 0.668),
+    Published("BIUD, as retrained by others", 0.713, 0.716, 0.681),
+    Published("Merlin, retrained", 0.728, 0.709, 0.672),
+    Published("fVLM", 0.778, 0.751, 0.718),
+    Published("ViSD-Boost", 0.790, 0.759, 0.731),
+    Published("COLIPRI", 0.798),
+    Published("EXACT", 0.830, 0.836, 0.768),
+    Published("RadFinder", 0.838),
+    Published("OKA-CT", 0.849),
+    Published("Spectrum/BDA", 0.856),
+)
+RETRIEVAL_ROWS: tuple[tuple[str, dict[int, float]], ...] = (
+    ("CT-CLIP", {5: 0.029, 10: 0.050, 50: 0.180, 100: 0.287}),
+    ("SPECTRE", {5: 0.175, 10: 0.255, 50: 0.489, 100: 0.599}),
+)
+
+
+def comparability(metrics: dict[str, Any]) -> str:
+    """In one sentence, how far a run's figures may be set beside the published ones."""
+    if metrics.get("synthetic"):
+        return "NOT COMPARABLE: this run is scored on synthetic phantoms, the published rows on CT-RATE's patients."
+    if metrics.get("protocol") not in PROTOCOLS or metrics.get("not_scored"):
+        return "NOT COMPARABLE: this run does not score all labels of a CT-RATE protocol (--protocol ct-rate-18 or fvlm-16)."
+    if (metrics.get("studies"), metrics.get("patients")) != VALIDATION:
+        return (
+            f"NOT COMPARABLE unless the data are the same: {metrics.get('studies')} studies of {metrics.get('patients')} patients "
+            "here, 1,564 of 1,304 in CT-RATE's validation set."
+        )
+    return (
+        "As many studies and patients as CT-RATE's validation set. Published F1 and accuracy use thresholds chosen on the "
+        "evaluation set, and some rows count reconstructions instead of studies or 16 labels instead of 18."
+    )

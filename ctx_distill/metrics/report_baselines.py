@@ -1,0 +1,114 @@
+"""What a report decoder has to beat: the nearest training report, and the one report that is said most often."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ctx_distill.metrics.bootstrap import Groups, interval
+from ctx_distill.metrics.generation import HEADLINES, generation_replicates
+from ctx_distill.text.findings import Vocabulary
+
+Floats = NDArray[np.floating[Any]]
+BASELINES = {"nearest": "the nearest training report", "frequent": "the most frequent training report"}
+_NAMES = {"findings_f1": "findings F1", "bleu4": "BLEU-4", "cider": "CIDEr"}
+_SENTENCE = re.compile(r"(?<=[.?!])\s+")
+
+
+def nearest_reports(queries: Floats, keys: Floats, reports: Sequence[str]) -> list[str]:
+    """The report of the training study whose image embedding is closest to each query's, by cosine; the first of ties.
+
+    Args:
+        queries: (N, D) unit rows.
+        keys: (M, D) unit rows, M at least 1.
+        reports: M.
+    """
+    nearest = np.argmax(np.asarray(queries, np.float64) @ np.asarray(keys, np.float64).T, axis=1)
+    return [reports[place] for place in nearest]
+
+
+def most_frequent_report(reports: Sequence[str]) -> str:
+    """The report that most training studies have, blanks and case aside.
+
+    Where several are as frequent (free reports seldom repeat), the one whose sentences stand in most reports on average;
+    then the first.
+
+    Args:
+        reports: of training, at least one.
+    """
+    plain = [" ".join(report.split()).casefold() for report in reports]
+    whole = Counter(plain)
+    sentences = Counter(sentence for text in plain for sentence in set(_SENTENCE.split(text)))
+    common = {text: float(np.mean([sentences[part] for part in _SENTENCE.split(text)])) for text in whole}
+    best = max(range(len(plain)), key=lambda place: (whole[plain[place]], common[plain[place]], -place))
+    return reports[best]
+
+
+def beside_baselines(
+    references: Sequence[str],
+    hypotheses: Sequence[str],
+    baselines: Mapping[str, Sequence[str]],
+    patients: Groups,
+    vocabulary: Vocabulary,
+    seed: int = 0,
+    n: int = 1000,
+) -> dict[str, Any]:
+    """The scores of generated reports, of the baselines, how they differ, and what follows in plain words.
+
+    Args:
+        references: N true reports.
+        hypotheses: N generated reports.
+        baselines: name of `BASELINES` -> its N reports.
+        patients: N patient ids, the unit of resampling.
+        vocabulary: for the findings.
+        seed: of the bootstrap.
+        n: replicates.
+
+    Returns:
+        The keys of `generation.generation_report`; `baselines.<name>.<key>`, the same of each baseline;
+        `against.<name>.<headline>`, decoder less baseline with the interval of the paired difference; `verdict`.
+    """
+    own, drawn = generation_replicates(references, hypotheses, patients, vocabulary, seed, n)
+    scores: dict[str, Any] = {}
+    against: dict[str, dict[str, Any]] = {}
+    for name, texts in baselines.items():
+        scores[name], theirs = generation_replicates(references, texts, patients, vocabulary, seed, n)
+        against[name] = {
+            key: interval(own[key]["value"] - scores[name][key]["value"], drawn[key] - theirs[key]).as_json()
+            for key in HEADLINES
+            if key in drawn and key in theirs
+        }
+    return own | {"baselines": scores, "against": against, "verdict": verdict(against)}
+
+
+def verdict(against: Mapping[str, Mapping[str, Mapping[str, float | None]]]) -> str:
+    """Whether the decoder beats its baselines, in words; it beats one in a score where the whole interval is above 0.
+
+    Args:
+        against: name of a baseline -> score -> decoder less baseline, {value, low, high}.
+    """
+    beaten, sentences = True, []
+    for name, differences in against.items():
+        better: list[str] = []
+        not_better: list[str] = []
+        for key, found in differences.items():
+            value, low, high = (found[part] for part in ("value", "low", "high"))
+            words = f"{_NAMES[key]} ({_signed(value)} [{_signed(low)}, {_signed(high)}])"
+            (better if low is not None and low > 0 else not_better).append(words)
+        beaten = beaten and bool(better) and not not_better
+        said = [f"better in {', '.join(better)}"] if better else []
+        said += [f"not better in {', '.join(not_better)}"] if not_better else []
+        sentences.append(f"Beside {BASELINES[name]} it is {' and '.join(said) or 'not measured'}.")
+    if not against:
+        return "There is no training report: the decoder stands beside no baseline."
+    head = "The decoder beats its baselines." if beaten else "The decoder does not beat its baselines."
+    return " ".join([head, *sentences])
+
+
+def _signed(value: float | None) -> str:
+    return "-" if value is None else f"{value:+.3f}"

@@ -1,0 +1,83 @@
+"""Scores of reports that need more than Python: METEOR (Java), RadGraph, CheXbert and GREEN (weights, through RadEval).
+
+Each is left out unless it is asked for; what cannot be had is null, with the reason beside it in `absent`.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from ctx_distill.metrics.captions import ABSENT, caption_input
+
+Extra = Literal["meteor", "radgraph", "chexbert", "green"]
+EXTRAS: tuple[Extra, ...] = ("meteor", "radgraph", "chexbert", "green")
+NOT_ASKED = "not asked for; add it to model.init_args.extras"
+
+
+def extra_scores(references: Sequence[str], hypotheses: Sequence[str], asked: Sequence[str] = ()) -> dict[str, Any]:
+    """METEOR and RadEval's scores of generated reports.
+
+    Args:
+        references: N true reports.
+        hypotheses: N generated reports.
+        asked: of `EXTRAS`; all others are not computed.
+
+    Returns:
+        `meteor` (METEOR 1.5 of Denkowski and Lavie, the Java program in pycocoevalcap, `-l en -norm`), `radgraph`,
+        `chexbert`, `green`: a number, for RadEval's a number a key of its own, or None; `absent`: reasons by name.
+    """
+    found: dict[str, Any] = dict.fromkeys(EXTRAS)
+    absent: dict[str, str] = {}
+    for name in EXTRAS:
+        if name not in asked:
+            absent[name] = NOT_ASKED
+        elif not references:
+            absent[name] = "no test study has a report"
+        else:
+            score: Callable[[Sequence[str], Sequence[str]], Any] = _meteor if name == "meteor" else _radeval(name)
+            try:
+                found[name] = score(references, hypotheses)
+            except (
+                Exception
+            ) as error:  # foreign programs and downloads fail in many ways; a run must not fail with them
+                absent[name] = " ".join(str(error).split())[:300] or type(error).__name__
+    return found | {"absent": absent}
+
+
+def _meteor(references: Sequence[str], hypotheses: Sequence[str]) -> float:
+    try:
+        from pycocoevalcap.meteor.meteor import Meteor
+    except ImportError as error:
+        raise RuntimeError(ABSENT) from error
+    if shutil.which("java") is None:
+        raise RuntimeError("METEOR 1.5 is a Java program, and there is no `java` on PATH")
+    score, _ = Meteor().compute_score(caption_input(references), caption_input(hypotheses))
+    return float(score)
+
+
+def _radeval(name: Extra) -> Callable[[Sequence[str], Sequence[str]], dict[str, float]]:
+    def score(references: Sequence[str], hypotheses: Sequence[str]) -> dict[str, float]:
+        try:
+            from RadEval import RadEval
+        except ImportError as error:
+            raise RuntimeError(
+                "RadEval is not installed: `pip install RadEval`, in an environment of its own"
+            ) from error
+        results = RadEval(**{f"do_{name}": True})(refs=list(references), hyps=list(hypotheses))
+        return dict(_numbers("", results))
+
+    return score
+
+
+def _numbers(prefix: str, values: Mapping[str, Any]) -> list[tuple[str, float]]:
+    found: list[tuple[str, float]] = []
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            found.extend(_numbers(f"{prefix}{key}_", value))
+        elif isinstance(value, int | float | np.number):
+            found.append((f"{prefix}{key}", float(value)))
+    return found

@@ -1,0 +1,81 @@
+"""Report to volume and volume to report: recall@k and median rank over the studies of a split.
+
+One row a study: reconstructions of a study have been averaged and its report counts once. Studies whose reports are the same
+words (case and white space aside; normal studies, mostly) cannot be told apart by text: each is a right answer for the
+others, and they do not push each other down. `strict_*` counts the own study alone, and ties against it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ctx_distill.metrics.bootstrap import Groups, bootstrap, bootstrap_mean
+from ctx_distill.metrics.retrieval import Floats, best_ranks
+
+RANKS = (1, 5, 10, 50, 100)
+DIRECTIONS = ("report_to_volume", "volume_to_report")
+_BLOCK = 512
+
+
+def report_retrieval(
+    image: ArrayLike, text: ArrayLike, reports: Sequence[str], patients: Groups, seed: int = 0, n: int = 1000
+) -> tuple[dict[str, Any], dict[str, dict[str, Floats]]]:
+    """Both directions, with intervals over patients (the queries are resampled, the pool stays as it is).
+
+    Args:
+        image: (S, D) unit rows, one a study.
+        text: (S, D) unit rows.
+        reports: S texts, none empty.
+        patients: S patient ids.
+        seed: of the bootstrap.
+        n: replicates.
+
+    Returns:
+        (`studies`, `identical_reports` (studies that share theirs with another), and by direction `recall_at_k`,
+        `recall_at_k_random`, `median_rank`, `strict_recall_at_k`, `strict_median_rank`; recall@k is None where there are
+        fewer than k studies, since it would be 1; by direction `rank` and `strict_rank` (S,), and `nearest` (S,), the
+        place of the first study).
+    """
+    x, t = np.asarray(image, dtype=np.float64), np.asarray(text, dtype=np.float64)
+    group = np.unique([" ".join(report.lower().split()) for report in reports], return_inverse=True)[1].reshape(-1)
+    own, alike = np.arange(len(x)), np.bincount(group)[group].astype(np.float64)
+    metrics: dict[str, Any] = {"studies": len(x), "identical_reports": int((alike > 1).sum())}
+    ranks: dict[str, dict[str, Floats]] = {}
+    for direction, queries, pool in zip(DIRECTIONS, (t, x), (x, t), strict=True):
+        parts = [(slice(i, i + _BLOCK), queries[i : i + _BLOCK] @ pool.T) for i in range(0, len(x), _BLOCK)]
+        found = {
+            "rank": [best_ranks(cosine, group[rows], group) for rows, cosine in parts],
+            "strict_rank": [best_ranks(cosine, own[rows], own) for rows, cosine in parts],
+            "nearest": [cosine.argmax(1).astype(np.float64) for _, cosine in parts],
+        }
+        ranks[direction] = {name: np.concatenate(blocks) if blocks else np.zeros(0) for name, blocks in found.items()}
+        told: dict[str, Any] = {}
+        for prefix in ("", "strict_"):
+            rank = ranks[direction][f"{prefix}rank"]
+            for k in RANKS:
+                hits = (rank <= k).astype(np.float64)
+                enough = k <= len(x)
+                told[f"{prefix}recall_at_{k}"] = bootstrap_mean(hits, patients, n, seed).as_json() if enough else None
+                if not prefix:
+                    told[f"recall_at_{k}_random"] = _chance(alike, len(x), k) if enough else None
+            median = functools.partial(_median, rank)
+            told[f"{prefix}median_rank"] = bootstrap(median, patients, n, seed).as_json()
+        metrics[direction] = told
+    return metrics, ranks
+
+
+def _median(rank: Floats, rows: NDArray[np.intp]) -> float:
+    return float(np.median(rank[rows]))
+
+
+def _chance(alike: Floats, pool: int, k: int) -> float:
+    """Mean chance that k of the pool, drawn without replacement, hold one of a query's right answers."""
+    missed = np.ones(len(alike))
+    for i in range(k):
+        missed *= np.clip(pool - alike - i, 0, None) / (pool - i)
+    return float((1 - missed).mean())

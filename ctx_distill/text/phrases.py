@@ -1,0 +1,135 @@
+"""Words of a text, and phrases found among them.
+
+Words are matched, not characters: phrases live in a dictionary of dictionaries of stemmed words, so that thousands of
+short reports a second can be read and a vocabulary may grow without cost.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+_TOKEN = re.compile(r"[^\W_]+(?:\.\d+)?|[,;:?()]")
+_CONTRACTED = re.compile("n['’]t")
+_GAP = "..."
+_GAP_WORDS = 8
+BREAKS = frozenset(",;:?()")
+"""The marks that `words` keeps."""
+
+
+@functools.lru_cache(maxsize=65536)
+def stem(word: str) -> str:
+    """A word without its plural ending: nodules -> nodule, opacities -> opacity, masses -> mass, stenosis unchanged."""
+    if len(word) < 4 or not word.endswith("s") or word.endswith(("ss", "us", "is")):
+        return word
+    if word.endswith("ies"):
+        return word[:-3] + "y"
+    if word.endswith(("sses", "ches", "shes", "xes")):
+        return word[:-2]
+    return word[:-1]
+
+
+def _lower(text: str) -> str:
+    lowered = text.lower()
+    # the small letters of a few capitals ("İ") are two characters, after which no place would fit the text
+    return lowered if len(lowered) == len(text) else "".join(c.lower()[0] for c in text)
+
+
+def words(text: str) -> list[str]:
+    """Stemmed lower-case words and the marks , ; : ? ( ) of a text; hyphens, slashes and periods part words."""
+    return [stem(word) for word in _TOKEN.findall(_CONTRACTED.sub(" not", _lower(text)))]
+
+
+def word_spans(text: str) -> list[tuple[int, int]]:
+    """Where each of `words(text)` stands: its first character and one past its last; "n't" stands for "not"."""
+    lowered = _lower(text)
+    spaces = [match.start() + i for i, match in enumerate(_CONTRACTED.finditer(lowered))]
+    matches = _TOKEN.finditer(_CONTRACTED.sub(" not", lowered))
+    return [
+        (match.start() - bisect_left(spaces, match.start()), match.end() - bisect_left(spaces, match.end()))
+        for match in matches
+    ]
+
+
+@dataclass
+class _Node(Generic[T]):
+    payloads: list[T] = field(default_factory=list)
+    children: dict[str, _Node[T]] = field(default_factory=dict)
+
+
+class PhraseIndex(Generic[T]):
+    """Phrases with payloads, found in a list of words: the longest at each place, left to right, without overlap.
+
+    A phrase may hold gaps, written "...": up to eight words and no punctuation ("heart ... normal"). Phrases with
+    gaps are found beside the others and hide none of them.
+    """
+
+    def __init__(self) -> None:
+        self._root: _Node[T] = _Node()
+        self._gapped: dict[str, list[tuple[list[list[str]], T]]] = {}
+
+    def add(self, phrase: str, payload: T | None) -> None:
+        """Adds a phrase; one without a payload only hides the shorter phrases inside it."""
+        parts = [words(part) for part in phrase.split(_GAP)]
+        if not all(parts):
+            raise ValueError(f"the phrase {phrase!r} holds no word, or nothing before or after '...'")
+        if len(parts) > 1:
+            if payload is not None:
+                self._gapped.setdefault(parts[0][0], []).append((parts, payload))
+            return
+        node = self._root
+        for word in parts[0]:
+            node = node.children.setdefault(word, _Node())
+        if payload is None:
+            # a leaf without payloads must still count as a match
+            node.children.setdefault("", _Node())
+        elif payload not in node.payloads:
+            node.payloads.append(payload)
+
+    def find(self, tokens: Sequence[str]) -> list[tuple[int, int, bool, T]]:
+        """Matches as (first word, one behind the last word, whether the phrase has gaps, payload), by place."""
+        found: list[tuple[int, int, bool, T]] = []
+        free_from = 0
+        for i, token in enumerate(tokens):
+            for parts, payload in self._gapped.get(token, ()):
+                end = _match_gapped(tokens, i, parts)
+                if end:
+                    found.append((i, end, True, payload))
+            if i < free_from:
+                continue
+            node: _Node[T] | None = self._root
+            best: tuple[int, list[T]] | None = None
+            for j in range(i, len(tokens)):
+                node = node.children.get(tokens[j]) if node else None
+                if node is None:
+                    break
+                if node.payloads or "" in node.children:
+                    best = j + 1, node.payloads
+            if best:
+                free_from = best[0]
+                found.extend((i, best[0], False, payload) for payload in best[1])
+        return found
+
+
+def _match_gapped(tokens: Sequence[str], start: int, parts: list[list[str]]) -> int:
+    """One behind the last word of a gapped phrase that begins at `start`; 0 where it does not stand there."""
+    end = start + len(parts[0])
+    if list(tokens[start:end]) != parts[0]:
+        return 0
+    for part in parts[1:]:
+        for skip in range(_GAP_WORDS + 1):
+            at = end + skip
+            if list(tokens[at : at + len(part)]) == part:
+                end = at + len(part)
+                break
+            if at >= len(tokens) or tokens[at] in BREAKS:
+                return 0
+        else:
+            return 0
+    return end

@@ -1,0 +1,82 @@
+"""Left, right or both: on which side a mention of a sentence lies."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+
+from ctx_distill.text.assertion import Sentence
+from ctx_distill.text.phrases import PhraseIndex
+
+_WORDS: dict[str, tuple[str, ...]] = {
+    "left": ("left", "left sided", "left side", "left hemithorax"),
+    "right": ("right", "right sided", "right side", "right hemithorax"),
+    "both": ("both", "bilateral", "bilaterally", "both sides", "each lung", "right and left", "left and right"),
+}
+# A side of something else than the lung, the pleura or the chest wall.
+_NO_SIDE = (
+    "left ventricle", "right ventricle", "left ventricular", "right ventricular", "left atrium", "right atrium",
+    "left atrial", "right atrial", "left heart", "right heart", "left facing", "right facing", "left anterior descending",
+    "left coronary", "right coronary", "left main coronary", "left lobe of the liver", "right lobe of the liver",
+)  # fmt: skip
+_JOINTS = frozenset([",", "and", "with", "or", "by"])
+
+
+def side_of(sentence: Sentence, start: int, end: int, others: Sequence[tuple[int, int]]) -> str:
+    """The side of the mention tokens[start:end].
+
+    Side words between the mention and its neighbours count ("left effusion and right pneumothorax"), each neighbour
+    keeping what is on its side of the joint (a comma, "and", "with"); where there are none, those of the whole clause
+    ("in the left lung, effusion and atelectasis are seen").
+
+    Args:
+        sentence: the words.
+        start: first word of the mention.
+        end: one behind its last word.
+        others: the places of the mentions of other findings.
+
+    Returns:
+        "left", "right", "both", or "" where no side is told.
+    """
+    found = _found(sentence)
+    if not found:
+        return ""
+    low, high = sentence.clause(start, end)
+    first = max((e for _, e in others if low < e <= start), default=low)
+    last = min((s for s, _ in others if end <= s < high), default=high)
+    if first > low:
+        first = next((i for i in range(first, start) if sentence.tokens[i] in _JOINTS), first)
+    if last < high:
+        last = next((i for i in range(last - 1, end - 1, -1) if sentence.tokens[i] in _JOINTS), last)
+    return _sum(side for place, side in found if first <= place < last) or _sum(
+        side for place, side in found if low <= place < high
+    )
+
+
+def joined(sides: Sequence[str]) -> str:
+    """Several mentions' sides as one."""
+    return _sum(side for side in sides if side)
+
+
+def _found(sentence: Sentence) -> list[tuple[int, str]]:
+    if not {"left", "right", "both", "bilateral", "bilaterally", "each"}.intersection(sentence.tokens):
+        return []
+    return [(place, side) for place, _, _, side in _index().find(sentence.tokens)]
+
+
+def _sum(sides: Iterable[str]) -> str:
+    names = set(sides)
+    if "both" in names or {"left", "right"} <= names:
+        return "both"
+    return str(next(iter(names), ""))
+
+
+@functools.cache
+def _index() -> PhraseIndex[str]:
+    index: PhraseIndex[str] = PhraseIndex()
+    for side, phrases in _WORDS.items():
+        for phrase in phrases:
+            index.add(phrase, side)
+    for phrase in _NO_SIDE:
+        index.add(phrase, None)
+    return index
