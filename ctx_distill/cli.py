@@ -58,6 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_predict(commands.add_parser("predict", help="findings, embedding, saliency and draft report of scans"))
     _add_export(commands.add_parser("export", help="a model to give away: safetensors, card, torch.export, checked"))
+    _add_probe(commands.add_parser("probe", help="linear probe on features computed once, and few-shot curves"))
     _add_weights(commands.add_parser("weights", help="fetch or convert the weights of an X-ray expert"))
     return parser
 
@@ -198,6 +199,16 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--push", default=None, metavar="ORG/NAME", help="upload it to the Hugging Face hub, private")
 
 
+def _add_probe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="run folder, or artefact of stage 3 or 4")
+    parser.add_argument("manifest", type=Path, metavar="MANIFEST", help="with label columns")
+    parser.add_argument("--out", type=Path, default=None, metavar="DIR", help="default: CHECKPOINT/probe")
+    parser.add_argument("--shots", type=int, nargs="*", default=[], metavar="K",
+                        help="also with K positives and K negatives a finding: 1 2 4 8 16")  # fmt: skip
+    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="draws of them (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu, cuda, ... (default: %(default)s)")
+
+
 def _add_weights(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="<action>", required=True)
     fetch = actions.add_parser("fetch", help="download an expert at a pinned revision, for nodes without internet")
@@ -282,6 +293,11 @@ def _dispatch(options: argparse.Namespace, overrides: list[str], given: list[str
         return 1 if unreadable else 0
     elif options.command == "export":
         _export(options)
+    elif options.command == "probe":
+        from ctx_distill.inference.probing import probe
+
+        out = options.out or options.checkpoint / "probe"
+        print(probe(options.checkpoint, options.manifest, out, options.shots, options.seeds, options.device))
     elif options.command == "weights":
         _weights(options)
     else:
