@@ -129,7 +129,7 @@ def _curve(data: dict[str, tuple[Floats, Floats]], test: Manifest, shots: Sequen
     The mean of all seeds is taken within each bootstrap replicate. A finding with fewer than k positives or negatives in
     `train` is left out at that k, `findings` counts the others; C is chosen on the whole `val`.
     """
-    rows = []
+    rows: list[dict[str, float]] = []
     for k in sorted(set(shots)):
         values, replicates, findings = [], [], 0
         for seed in range(seeds):
