@@ -61,6 +61,9 @@ def build_parser() -> argparse.ArgumentParser:
         commands.add_parser("ablation", help="compare the parts of the method on one cohort, with paired seeds")
     )
     _add_findings(commands.add_parser("findings", help="read the findings of a table of reports into columns"))
+    _add_predict(commands.add_parser("predict", help="findings, embedding, saliency and draft report of scans"))
+    _add_export(commands.add_parser("export", help="a model to give away: safetensors, card, torch.export, checked"))
+    _add_probe(commands.add_parser("probe", help="linear probe on features computed once, and few-shot curves"))
     _add_weights(commands.add_parser("weights", help="fetch or convert the weights of an X-ray expert"))
     return parser
 
@@ -232,6 +235,40 @@ def _add_findings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=None, metavar="W", help="processes (default: one a core)")
 
 
+def _add_predict(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="run folder, or artefact of stage 3 or 4")
+    parser.add_argument("given", type=Path, metavar="SCANS", help="scan, folder of DICOM slices or of scans, manifest")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--saliency", nargs="*", default=None, metavar="FINDING",
+                        help="maps of these findings as NIfTI; without names: of the three most probable of each scan")  # fmt: skip
+    parser.add_argument("--report", action="store_true", help="draft reports too")
+    parser.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu, cuda, ... (default: %(default)s)")
+    parser.add_argument("--vocabulary", default=None, metavar="NAME",
+                        help="zero-shot findings, where the run names none (default: ct-rate)")  # fmt: skip
+    parser.epilog = (
+        "Goes on where it stopped. Exit status: 0 all read, 1 some scans were unreadable, 2 for bad input. " + NOTICE
+    )
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="run folder, or artefact of stage 3 or 4")
+    parser.add_argument("out", type=Path, metavar="OUT")
+    parser.add_argument("--name", default=None, metavar="NAME", help="of the model, for its card")
+    parser.add_argument("--license", default=None, metavar="NAME", help="of the weights, as the hub names it")
+    parser.add_argument("--data-license", default=None, metavar="TEXT", help="of the data that it was trained on")
+    parser.add_argument("--push", default=None, metavar="ORG/NAME", help="upload it to the Hugging Face hub, private")
+
+
+def _add_probe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="run folder, or artefact of stage 3 or 4")
+    parser.add_argument("manifest", type=Path, metavar="MANIFEST", help="with label columns")
+    parser.add_argument("--out", type=Path, default=None, metavar="DIR", help="default: CHECKPOINT/probe")
+    parser.add_argument("--shots", type=int, nargs="*", default=[], metavar="K",
+                        help="also with K positives and K negatives a finding: 1 2 4 8 16")  # fmt: skip
+    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="draws of them (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu, cuda, ... (default: %(default)s)")
+
+
 def _add_weights(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="<action>", required=True)
     fetch = actions.add_parser("fetch", help="download an expert at a pinned revision, for nodes without internet")
@@ -312,6 +349,22 @@ def _dispatch(options: argparse.Namespace, overrides: list[str], given: list[str
 
         asked = (options.vocabulary, options.prefix, options.sides, options.workers)
         print(write_findings(options.source, options.out, *asked))
+    elif options.command == "predict":
+        from ctx_distill.inference.batch import predict_scans
+
+        told, unreadable = predict_scans(
+            options.checkpoint, options.given, options.out, options.saliency, options.report, options.device,
+            options.vocabulary,
+        )  # fmt: skip
+        print(told)
+        return 1 if unreadable else 0
+    elif options.command == "export":
+        _export(options)
+    elif options.command == "probe":
+        from ctx_distill.inference.probing import probe
+
+        out = options.out or options.checkpoint / "probe"
+        print(probe(options.checkpoint, options.manifest, out, options.shots, options.seeds, options.device))
     elif options.command == "weights":
         _weights(options)
     elif options.command == "zero-shot" and _asks_checkpoint(options):
@@ -351,6 +404,22 @@ def _submit(options: argparse.Namespace, overrides: list[str]) -> None:
     asked = JobOptions(**{field.name: getattr(options, field.name) for field in fields(JobOptions)})
     run = RunOptions(options.data, options.run, options.preset, options.expert_source, overrides)
     print(submit(options.target, run, asked, options.dry_run))
+
+
+def _export(options: argparse.Namespace) -> None:
+    from ctx_distill.inference.card import CardFacts
+    from ctx_distill.inference.export import export_model, push_to_hub
+
+    given = {name: getattr(options, name) for name in ("name", "license", "data_license")}
+    facts = CardFacts(**{name: value for name, value in given.items() if value is not None})
+    told = export_model(options.checkpoint, options.out, facts)
+    for name, difference in told["largest_difference"].items():
+        print(f"{name}: largest difference from the model {difference:.2g}")
+    for name, reason in told["not_exported"].items():
+        print(f"{name}: not exported ({reason})")
+    print(options.out)
+    if options.push:
+        print(push_to_hub(options.out, options.push))
 
 
 def _weights(options: argparse.Namespace) -> None:

@@ -11,9 +11,10 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "ctx_distill"
 LAYERS = [
-    {"cli"},
+    {"cli", "__init__"},
     {"ablation"},
     {"pipeline"},
+    {"inference"},
     {"tasks"},
     {"callbacks", "page"},
     {"metrics", "retrieval", "losses", "models", "data", "sources", "text", "phantom"},

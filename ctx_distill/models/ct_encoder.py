@@ -7,6 +7,7 @@ import inspect
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -16,6 +17,21 @@ from torch.utils.checkpoint import checkpoint
 
 from ctx_distill.models.compute import ComputeSettings
 from ctx_distill.types import EncoderOutput, InputError
+
+
+@dataclass(frozen=True)
+class TokenGrid:
+    """How the tokens of a volume lie in it: token (i, j, k) is centred on voxel offset + step * (i, j, k).
+
+    Attributes:
+        shape: tokens along D, H, W.
+        step: voxels between neighbours.
+        offset: voxel of the first.
+    """
+
+    shape: tuple[int, int, int]
+    step: tuple[int, int, int]
+    offset: tuple[float, float, float]
 
 
 class CTEncoder(nn.Module, ABC):
@@ -73,6 +89,11 @@ class CTEncoder(nn.Module, ABC):
     def layers(self) -> list[list[nn.Module]]:
         """The modules by depth, the input's first: what layer-wise learning-rate decay goes by."""
         return [[self]]
+
+    def token_grid(self, shape: tuple[int, int, int]) -> TokenGrid | None:
+        """Where the tokens of a volume of (D, H, W) voxels lie; None where the pooled feature is not their mean."""
+        del shape
+        return None
 
     def config(self) -> dict[str, Any]:
         """`class_path` and `init_args` as plain JSON values, for `build_ct_encoder`."""
@@ -205,6 +226,13 @@ class ResNet3D(CTEncoder):
         tokens = x.flatten(2).transpose(1, 2)
         return EncoderOutput(pooled=tokens.mean(dim=1), tokens=tokens)
 
+    def token_grid(self, shape: tuple[int, int, int]) -> TokenGrid:
+        """Every convolution and pool is padded by half its kernel: its first output lies on the first voxel."""
+        pool = 2 if self.init_args["max_pool"] else 1
+        step = self.init_args["stem_stride"] * pool * 4 * self.init_args["last_stride"]
+        d, h, w = (-(-n // step) for n in shape)
+        return TokenGrid((d, h, w), (step, step, step), (0.0, 0.0, 0.0))
+
     def layers(self) -> list[list[nn.Module]]:
         """Stem, then each residual block."""
         stages: list[Any] = list(self.stages)
@@ -300,6 +328,15 @@ class ViT3D(CTEncoder):
             x = self._through(block, x)
         tokens = self.norm(x)
         return EncoderOutput(pooled=tokens.mean(dim=1), tokens=tokens)
+
+    def token_grid(self, shape: tuple[int, int, int]) -> TokenGrid:
+        """A token is centred on its patch."""
+        p0, p1, p2 = (int(n) for n in self.init_args["patch_size"])
+        return TokenGrid(
+            (shape[0] // p0, shape[1] // p1, shape[2] // p2),
+            (p0, p1, p2),
+            ((p0 - 1) / 2, (p1 - 1) / 2, (p2 - 1) / 2),
+        )
 
     def layers(self) -> list[list[nn.Module]]:
         """Patch embedding, then each block, the final norm with the last."""

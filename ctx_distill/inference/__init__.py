@@ -1,0 +1,1 @@
+"""Using what was trained: a scan in, findings, embedding, saliency, report out."""

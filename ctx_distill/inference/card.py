@@ -1,0 +1,132 @@
+"""The model card of an export: what it is, of what data and licences, how well it does, what it is not for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ctx_distill.inference.parts import Parts
+from ctx_distill.models.dual_encoder import PRIOR_FOLDER
+from ctx_distill.models.weights import read_license
+
+UNKNOWN = "unknown: find out before you pass this model on"
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What only the person who exports knows.
+
+    Attributes:
+        license: of the exported weights, as the hub names it; they take over the data's and the expert's conditions.
+        data_license: of the CT and X-ray data.
+        name: of the model.
+    """
+
+    license: str = "other"
+    data_license: str = UNKNOWN
+    name: str = "ctx-distill model"
+
+
+def model_card(parts: Parts, facts: CardFacts) -> str:
+    """Markdown with YAML in front, as the hub reads it; no path of this machine, no patient data."""
+    run = _read(parts.source / "run.json")
+    metrics = _read(parts.source / "metrics.json")
+    spec = parts.spec
+    front = f"---\nlicense: {facts.license}\nlibrary_name: ctx-distill\ntags: [chest-ct, radiology, research]\n---\n"
+    lines = [
+        f"# {facts.name}",
+        "> **A research tool, not a medical device.** Nothing that it says is a diagnosis; it has not been evaluated for"
+        " clinical use.",
+        "A chest-CT model distilled from a chest X-ray expert with [BIUD](https://arxiv.org/abs/2404.04936)'s method as"
+        " ctx-distill implements it.",
+        "## What it does",
+        *_abilities(parts),
+        f"It reads volumes of {' x '.join(map(str, spec.shape))} voxels (z, y, x) of"
+        f" {' x '.join(f'{mm:g}' for mm in spec.spacing)} mm, HU from {spec.window[0]:g} to {spec.window[1]:g};"
+        " `ctx_distill.load` brings scans to that.",
+        "```python\nimport ctx_distill\n\nmodel = ctx_distill.load(FOLDER)\nprint(model.predict('scan.nii.gz').probabilities)\n```",
+        "## Data",
+        *_data(run, facts),
+        "## Licences",
+        "| part | licence |\n| --- | --- |\n" + "\n".join(f"| {part} | {name} |" for part, name in _licences(parts, run, facts)),
+        "## Metrics",
+        _metrics(metrics),
+        "## Intended use",
+        "Research on chest CT: retrieval, labelling of cohorts for research, a baseline to compare with. By people who check"
+        " what it says.",
+        "## Limits",
+        "- Not for diagnosis, triage or any decision about a patient.\n"
+        "- Of populations, scanners, contrast phases and reconstructions other than those of its data nothing is known;"
+        " probabilities are not calibrated for them.\n"
+        "- It sees nothing outside its field of view and nothing finer than its voxels.\n"
+        "- Saliency shows what the model used, not where disease is. A draft report repeats phrases of its training reports"
+        " and may be wrong throughout.\n"
+        "- Findings that it was not asked for are not reported: silence is no normal study.",
+    ]  # fmt: skip
+    return front + "\n" + "\n\n".join(lines) + "\n"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+
+
+def _abilities(parts: Parts) -> list[str]:
+    lines = []
+    if parts.dual is not None:
+        lines.append("- zero-shot findings and an embedding shared with reports: " + ", ".join(parts.asked.findings))
+    if parts.classifier is not None:
+        lines.append("- a classifier trained on labels: " + ", ".join(parts.classifier.findings))
+    if parts.decoder is not None:
+        lines.append("- draft reports")
+    return ["\n".join(lines)]
+
+
+def _data(run: Mapping[str, Any], facts: CardFacts) -> list[str]:
+    rows = []
+    for kind, title in (("ct", "chest CT"), ("xray", "chest X-ray")):
+        one = run.get(kind)
+        if one:
+            splits = ", ".join(f"{name} {count}" for name, count in one["splits"].items())
+            rows.append(
+                f"- {title}: {one['studies']} studies of {one['patients']} patients ({splits}), manifest {one['fingerprint'][:12]}"
+            )
+    return ["\n".join(rows) or "The run's record does not stand with this model.", f"Licence: {facts.data_license}."]
+
+
+def _licences(parts: Parts, run: Mapping[str, Any], facts: CardFacts) -> list[tuple[str, str]]:
+    expert = run.get("expert") or {}
+    licence = expert.get("license", "unknown")
+    if licence == "unknown" and parts.dual_artefact is not None:
+        licence = read_license(parts.dual_artefact.folder / PRIOR_FOLDER)
+    where = str(expert.get("source", ""))
+    named = f"X-ray expert ({where})" if where.startswith("hf-hub:") else "X-ray expert"
+    found = [
+        ("code (ctx-distill)", "apache-2.0"),
+        ("these weights", facts.license),
+        (named, UNKNOWN if licence == "unknown" else licence),
+        ("data", facts.data_license),
+    ]
+    if parts.decoder is not None:
+        found.append(("report decoder", "as these weights; of a pretrained language model, its own besides"))
+    return found
+
+
+def _metrics(metrics: Mapping[str, Any]) -> str:
+    rows = []
+    for stage, title in (("zero_shot", "zero-shot"), ("classifier", "classifier")):
+        found = metrics.get(stage) or {}
+        named = {"macro AUROC": found.get("macro_auroc"), **(found.get("per_finding") or {})}
+        rows += [f"| {title} | {name} | {_value(value)} |" for name, value in named.items() if value is not None]
+    if not rows:
+        return "None stand with this model."
+    head = "On the `test` split, 95 % bootstrap intervals over patients.\n\n| how | AUROC of | value |\n| --- | --- | --- |\n"
+    return head + "\n".join(rows)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
+    return f"{value:.3f}"

@@ -1,0 +1,89 @@
+"""Where a finding's logit comes from, on the model's grid.
+
+`grad-cam`, where the encoder says how its tokens lie in the volume: HiResCAM (Draelos and Carin 2020), proposed for chest CT,
+
+    S(t) = max(0, sum_c (dL/dA_tc) A_tc),
+
+A the tokens (T, D_c), L the finding's logit, linearly spread over the voxels. Unlike Grad-CAM it does not average the
+gradient over places, so it shows nowhere what the model did not use.
+
+`gradient`: S(v) = max(0, (dL/dV_v) (V_v - V_air)), gradient times input against air (Shrikumar et al. 2017): a voxel each,
+for encoders without such tokens.
+
+The prior of a dual encoder (the scan's own projection through the X-ray expert) has no depth and takes no part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ctx_distill.models.ct_encoder import CTEncoder, TokenGrid
+
+Method = Literal["grad-cam", "gradient"]
+
+
+def method_for(encoder: CTEncoder, shape: tuple[int, int, int]) -> Method:
+    """`grad-cam` where the encoder's tokens have known places, else `gradient`."""
+    return "gradient" if encoder.token_grid(shape) is None else "grad-cam"
+
+
+def saliency_maps(
+    encoder: CTEncoder,
+    volume: Tensor,
+    logits: Callable[[Tensor], Tensor],
+    columns: list[int],
+    air: float,
+) -> tuple[Method, list[NDArray[np.float32]]]:
+    """Saliency of findings in one volume.
+
+    Args:
+        encoder: in eval mode.
+        volume: (1, 1, D, H, W).
+        logits: pooled features (1, D_c) to logits (1, F), differentiable.
+        columns: the findings wanted.
+        air: the volume's value of air.
+
+    Returns:
+        The method, and a (D, H, W) float32 array a finding.
+    """
+    shape = (int(volume.shape[2]), int(volume.shape[3]), int(volume.shape[4]))
+    grid = encoder.token_grid(shape)
+    with torch.enable_grad():
+        if grid is None:
+            voxels = volume.detach().clone().requires_grad_(True)
+            found = logits(encoder(voxels).pooled)[0]
+            gradients = [torch.autograd.grad(found[c], voxels, retain_graph=True)[0][0, 0] for c in columns]
+            return "gradient", [_array((g * (volume[0, 0] - air)).clamp_min(0)) for g in gradients]
+        tokens = encoder(volume.detach()).tokens.detach().requires_grad_(True)
+        found = logits(tokens.mean(dim=1))[0]
+        maps = []
+        for column in columns:
+            gradient = torch.autograd.grad(found[column], tokens, retain_graph=True)[0]
+            places = (gradient * tokens.detach()).sum(dim=-1).clamp_min(0).reshape(grid.shape)
+            maps.append(_spread(places, grid, shape))
+    return "grad-cam", maps
+
+
+def _spread(places: Tensor, grid: TokenGrid, shape: tuple[int, int, int]) -> NDArray[np.float32]:
+    """Token values (d, h, w) on the voxels between them, linearly; beyond the outer tokens their value is held."""
+    out = places.detach().float().cpu()
+    for axis in range(3):
+        position = (torch.arange(shape[axis]) - grid.offset[axis]) / grid.step[axis]
+        position = position.clamp(0, grid.shape[axis] - 1)
+        lower = position.floor().long()
+        upper = (lower + 1).clamp_max(grid.shape[axis] - 1)
+        view = [-1 if a == axis else 1 for a in range(3)]
+        weight = (position - lower).reshape(view)
+        out = out.index_select(axis, lower) * (1 - weight) + out.index_select(axis, upper) * weight
+    return _array(out)
+
+
+def _array(values: Tensor) -> NDArray[np.float32]:
+    array: NDArray[np.float32] = values.detach().float().cpu().contiguous().numpy()
+    return array

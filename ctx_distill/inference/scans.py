@@ -1,0 +1,112 @@
+"""The scans that a command is given: a file, a folder of DICOM, a folder of either, or a manifest."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from rich.progress import track
+
+from ctx_distill import signals
+from ctx_distill.data.manifest import read_manifest
+from ctx_distill.data.scan_file import ScanFile
+from ctx_distill.data.volume import SUFFIXES
+from ctx_distill.errors import InputError
+
+T = TypeVar("T")
+SAID_EVERY_S = 15.0
+TABLES = (".csv", ".parquet")
+
+
+@dataclass(frozen=True)
+class Scan:
+    """One scan of what was given.
+
+    Attributes:
+        name: unique among them: the manifest's image_id, else the path below the folder given.
+        study: the manifest's study_id, else "".
+        file: where it lies, with what the manifest says of it.
+    """
+
+    name: str
+    study: str
+    file: ScanFile
+
+    @property
+    def slug(self) -> str:
+        """The name as one part of a path."""
+        return re.sub(r"[^\w.-]+", "_", self.name).strip(".") or "scan"
+
+
+def find_scans(given: Path) -> list[Scan]:
+    """All scans of a file, folder or manifest, in order of name (of a manifest: in its order).
+
+    Whether a scan can be read is not looked at, nor whether a manifest's images are there.
+
+    Raises:
+        InputError: nothing is there, a folder without scans, or a manifest that is none.
+    """
+    if given.suffix.lower() in TABLES and given.is_file():
+        manifest = read_manifest(given, check_images=False)
+        frame = manifest.frame
+        return [
+            Scan(str(frame.at[row, "image_id"]), str(frame.at[row, "study_id"]), manifest.scan_file(row))
+            for row in frame.index
+        ]
+    if given.is_dir() and not _is_dicom_folder(given):
+        found = [Scan(path.relative_to(given).as_posix(), "", ScanFile(path)) for path in sorted(_below(given))]
+        if not found:
+            raise InputError(
+                f"{given}: no scans in this folder. Expected {', '.join(SUFFIXES)} files, or folders of DICOM slices."
+            )
+        return found
+    if not given.exists():
+        raise InputError(f"{given}: no such file or folder. Expected a scan, a folder of DICOM slices, or a manifest.")
+    return [Scan(given.name or given.resolve().name, "", ScanFile(given))]
+
+
+def shown(items: Sequence[T]) -> Iterator[T]:
+    """The items, with a bar on a terminal and a line now and then in a log.
+
+    Raises:
+        StopRequested: a signal asks to stop; between two items.
+    """
+    terminal, said = sys.stdout.isatty(), time.monotonic()
+    for number, item in enumerate(track(items, description="  scans", disable=not terminal), 1):
+        if signals.requested() is not None:
+            raise signals.StopRequested("between scans")
+        yield item
+        if not terminal and time.monotonic() - said >= SAID_EVERY_S:
+            print(f"  scans {number}/{len(items)}", flush=True)
+            said = time.monotonic()
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    for path in folder.iterdir():
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            if _is_dicom_folder(path):
+                yield path
+            else:
+                yield from _below(path)
+        elif path.name.lower().endswith(SUFFIXES):
+            yield path
+
+
+def _is_dicom_folder(folder: Path) -> bool:
+    """Whether a file directly in it begins as DICOM does (128 bytes, then DICM), or is named so."""
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and not path.name.startswith("."):
+            if path.suffix.lower() in (".dcm", ".ima"):
+                return True
+            if not path.name.lower().endswith(SUFFIXES):
+                with path.open("rb") as file:
+                    if file.read(132)[128:] == b"DICM":
+                        return True
+    return False

@@ -1,0 +1,159 @@
+"""An export says what the model says, stands by itself, and is not left where it would not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import ctx_distill
+from ctx_distill.cli import main
+from ctx_distill.data.transforms import load_ct
+from ctx_distill.errors import InputError
+from ctx_distill.inference import export as exporting
+from ctx_distill.inference.export import export_model, push_to_hub
+from ctx_distill.inference.model import CTModel
+from ctx_distill.inference.towers import TextTower
+from ctx_distill.models.dual_encoder import DualEncoder
+from ctx_distill.models.text_encoder import BertTextEncoder
+
+
+@pytest.fixture(scope="module")
+def exported(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("export") / "model"
+    arguments = ["--license", "cc-by-nc-sa-4.0", "--data-license", "synthetic", "--name", "tiny"]
+    assert main(["export", str(finished_run), str(out), *arguments]) == 0
+    return out
+
+
+def test_it_predicts_the_same(exported: Path, finished_run: Path, cohort: Path) -> None:
+    scan = sorted(cohort.glob("ct/*.nii.gz"))[0]
+    own, copy = ctx_distill.load(finished_run), CTModel.from_pretrained(exported)
+    assert copy.fingerprint == own.fingerprint
+    a, b = (model.predict(scan, report=True) for model in (own, copy))
+    assert (a.probabilities, a.zero_shot, a.report) == (b.probabilities, b.zero_shot, b.report)
+    assert (a.embedding == b.embedding).all()
+
+
+def test_programs_on_a_scan(exported: Path, finished_run: Path, cohort: Path) -> None:
+    own = ctx_distill.load(finished_run)
+    volume = load_ct(sorted(cohort.glob("ct/*.nii.gz"))[0], own.volume_spec)[None]
+    dual, _ = DualEncoder.load(finished_run / "align" / "artefact")
+    program = torch.export.load(exported / "image_tower.pt2").module()
+    with torch.no_grad():
+        found = program(volume)
+        torch.testing.assert_close(found["embedding"], dual.encode_alone(volume)[0], atol=1e-5, rtol=0)
+    said = own.predict(sorted(cohort.glob("ct/*.nii.gz"))[0]).probabilities
+    torch.testing.assert_close(found["logits"].sigmoid()[0], torch.tensor(list(said.values())), atol=1e-5, rtol=0)
+    texts = ["Clear lungs.", "Large pneumothorax on the right."]
+    text = torch.export.load(exported / "text_tower.pt2").module()(*TextTower(dual).tokens(texts))
+    torch.testing.assert_close(text, dual.encode_text(texts), atol=1e-5, rtol=0)
+
+
+def test_text_tower_of_bert() -> None:
+    from ctx_distill.models.ct_encoder import ResNet3D
+
+    class Words:
+        """The encoder's part of it: a tokenizer of single letters."""
+
+        pad_token_id = 0
+        mask_token_id = 29
+
+        def __call__(self, texts: Any, **options: Any) -> dict[str, Any]:
+            texts = [texts] if isinstance(texts, str) else texts
+            rows = [[1 + ord(letter) % 20 for letter in text] for text in texts]
+            if not options.get("return_tensors"):
+                return {"input_ids": rows[0]}
+            longest = max(map(len, rows))
+            ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+            offsets = torch.zeros(*ids.shape, 2, dtype=torch.long)
+            mask = (ids > 0).long()
+            return {
+                "input_ids": ids,
+                "attention_mask": mask,
+                "special_tokens_mask": 1 - mask,
+                "offset_mapping": offsets,
+            }
+
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    bert = BertModel(
+        BertConfig(vocab_size=30, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32),
+        add_pooling_layer=False,
+    )
+    encoder = BertTextEncoder(bert, Words(), context_length=24)
+    dual = DualEncoder(ResNet3D("small", base_width=8), encoder, projection_dim=16).eval()
+    tower = TextTower(dual).eval()
+    texts = ["a few", "letters of words"]
+    torch.testing.assert_close(tower(*tower.tokens(texts)), dual.encode_text(texts), atol=1e-6, rtol=1e-5)
+
+
+def test_card(exported: Path, finished_run: Path) -> None:
+    card = (exported / "README.md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["license"] == "cc-by-nc-sa-4.0"
+    for part in ("not a medical device", "## Data", "## Licences", "## Metrics", "## Intended use", "## Limits"):
+        assert part in card
+    auroc = json.loads((finished_run / "metrics.json").read_text())["classifier"]["macro_auroc"]
+    assert f"| classifier | macro AUROC | {auroc['value']:.3f} [{auroc['low']:.3f}, {auroc['high']:.3f}] |" in card
+    for path in exported.rglob("*"):
+        if path.suffix in (".md", ".json", ".csv"):
+            assert str(finished_run) not in path.read_text(), path
+
+
+def test_only_safe_files(exported: Path) -> None:
+    kinds = {path.suffix for path in exported.rglob("*") if path.is_file()}
+    assert kinds <= {".json", ".safetensors", ".md", ".pt2", ".txt"}
+
+
+def test_a_wrong_export_is_not_left(finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = exporting.export_module
+
+    class Off(torch.nn.Module):
+        """A tower that says something else."""
+
+        def __init__(self, tower: torch.nn.Module) -> None:
+            super().__init__()
+            self.tower = tower
+
+        def forward(self, volume: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {name: value + 1e-3 for name, value in self.tower(volume).items()}
+
+    monkeypatch.setattr(exporting, "export_module", lambda module, inputs, path: real(Off(module), inputs, path))
+    with pytest.raises(InputError, match=r"image_tower\.pt2 gives another"):
+        export_model(finished_run, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_files_are_not_overwritten(finished_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(InputError, match="holds files that are no export"):
+        export_model(finished_run, tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+def test_pushing(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    done: list[tuple[str, Any]] = []
+
+    class Hub:
+        def create_repo(self, name: str, private: bool, exist_ok: bool) -> None:
+            done.append(("create", (name, private, exist_ok)))
+
+        def upload_folder(self, repo_id: str, folder_path: str, commit_message: str) -> Any:
+            done.append(("upload", (repo_id, folder_path)))
+            return type("Commit", (), {"commit_url": "https://hub/commit"})
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    assert push_to_hub(exported, "lab/tiny") == "https://hub/commit"
+    assert done == [("create", ("lab/tiny", True, True)), ("upload", ("lab/tiny", str(exported)))]
+    with pytest.raises(InputError, match="no export"):
+        push_to_hub(tmp_path, "lab/tiny")
+    with pytest.raises(InputError, match="not pinned"):
+        CTModel.from_pretrained("hf-hub:lab/tiny")
