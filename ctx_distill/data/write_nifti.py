@@ -16,14 +16,15 @@ _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
 def write_nifti(path: Path, voxels: NDArray[Any], affine_lps: NDArray[np.float64]) -> None:
-    """Write a .nii.gz, whole or not at all.
+    """Write a .nii.gz or .nii, whole or not at all.
 
     Args:
-        path: ending in .nii.gz.
+        path: ending in .gz where it is to be compressed.
         voxels: (k0, k1, k2) in HU.
         affine_lps: (4, 4), index (k0, k1, k2) to LPS mm, as `Volume` has it.
     """
     ras = (_LPS_TO_RAS @ affine_lps)[:, [2, 1, 0, 3]]
     image = nib.Nifti1Image(np.ascontiguousarray(voxels).T, ras, dtype=voxels.dtype)
     image.header.set_xyzt_units("mm")
-    write_bytes(path, gzip.compress(image.to_bytes(), compresslevel=3, mtime=0))
+    content = image.to_bytes()
+    write_bytes(path, gzip.compress(content, compresslevel=3, mtime=0) if path.suffix == ".gz" else content)

@@ -165,8 +165,15 @@ class CTModel:
         return [self.predict_volume(ScanFile(Path(p)).read(), saliency=names, report=report) for p in paths]
 
     @torch.no_grad()
-    def predict_volume(self, scan: Volume, *, saliency: Sequence[str] = (), report: bool = False) -> Prediction:
-        """`predict` of a scan that was read already."""
+    def predict_volume(
+        self,
+        scan: Volume,
+        *,
+        saliency: Sequence[str] = (),
+        report: bool = False,
+        before_saliency: Callable[[], object] = lambda: None,
+    ) -> Prediction:
+        """`predict` of a scan that was read already; `before_saliency` is called when the maps begin."""
         parts = self.parts
         volume = prepare_volume(scan, parts.spec)[None].to(self._device)
         grid = ScanGrid(_triple(scan.voxels.shape), scan.affine_lps)
@@ -189,6 +196,7 @@ class CTModel:
             assert tokens is not None
             decoder = parts.decoder
             (text,) = decoder.model.generate(tokens, decoder.max_length, decoder.beams, decoder.no_repeat)
+        before_saliency()
         return Prediction(
             path=scan.path,
             probabilities=probabilities,

@@ -1,0 +1,1 @@
+"""The explorer: a local web page where a person drops a scan and sees what a model makes of it."""

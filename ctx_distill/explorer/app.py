@@ -1,0 +1,212 @@
+"""The explorer's pages and its interface for them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Iterable
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, PlainTextResponse, Response
+
+from ctx_distill.explorer.guard import Guard
+from ctx_distill.explorer.limits import MB, Limits
+from ctx_distill.explorer.results import RESULT, SCAN
+from ctx_distill.explorer.sessions import Session, Sessions, TooMany
+from ctx_distill.explorer.uploads import clean_name
+from ctx_distill.explorer.viewer import licences, niivue
+from ctx_distill.explorer.worker import Job, Refused, Worker
+from ctx_distill.page.page import TEMPLATES
+
+STATIC = Path(__file__).parent / "static"
+
+
+def build_app(worker: Worker, sessions: Sessions, limits: Limits, host: str, names: Iterable[str] = ()) -> Guard:
+    """The app, guarded. The worker has started."""
+    scratch = _Scratch(worker, sessions, limits)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        del app
+        sweeping = asyncio.create_task(scratch.sweep())
+        try:
+            yield
+        finally:
+            sweeping.cancel()
+            # The worker first, so that nothing writes into folders that go.
+            worker.close()
+            sessions.close()
+
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
+    _add_pages(app, worker, limits)
+    _add_sessions(app, scratch, sessions)
+    return Guard(app, host, names)
+
+
+def _add_pages(app: FastAPI, worker: Worker, limits: Limits) -> None:
+    @app.get("/")
+    def index() -> HTMLResponse:
+        return HTMLResponse((STATIC / "index.html").read_text(encoding="utf-8"))
+
+    @app.get("/style.css")
+    def style() -> Response:
+        sheets = (TEMPLATES / "style.css", STATIC / "explorer.css")
+        return Response("\n".join(sheet.read_text(encoding="utf-8") for sheet in sheets), media_type="text/css")
+
+    @app.get("/explorer.js")
+    def script() -> FileResponse:
+        return FileResponse(STATIC / "explorer.js", media_type="text/javascript")
+
+    @app.get("/viewer.js")
+    def viewer_script() -> FileResponse:
+        return FileResponse(STATIC / "viewer.js", media_type="text/javascript")
+
+    @app.get("/niivue.js")
+    def viewer() -> FileResponse:
+        return FileResponse(niivue(), media_type="text/javascript")
+
+    @app.get("/licences.txt")
+    def licence_texts() -> PlainTextResponse:
+        return PlainTextResponse(licences())
+
+    @app.get("/favicon.ico", status_code=204)
+    def icon() -> Response:
+        return Response(status_code=204)
+
+    @app.get("/api/about")
+    def about() -> dict[str, Any]:
+        told = worker.about
+        return {
+            "facts": told.facts,
+            "nearest": told.nearest,
+            "shows_pool": told.shows_pool,
+            "upload_mb": limits.upload_mb,
+            "idle_minutes": limits.idle_minutes,
+        }
+
+
+def _add_sessions(app: FastAPI, scratch: _Scratch, sessions: Sessions) -> None:
+    def known(key: str) -> Session:
+        session = sessions.get(key)
+        if session is None:
+            raise HTTPException(404, "this session has ended and its scan is deleted; drop the scan again")
+        return session
+
+    @app.post("/api/sessions", status_code=201)
+    def new() -> dict[str, str]:
+        try:
+            return {"session": sessions.new().key}
+        except TooMany:
+            raise HTTPException(429, "too many sessions are open; end one, or wait until an idle one ends") from None
+
+    @app.put("/api/sessions/{key}/scan", status_code=202)
+    async def put_scan(key: str, request: Request, name: str = "upload") -> dict[str, str]:
+        await scratch.receive(known(key), request, clean_name(name))
+        return {"state": "waiting"}
+
+    @app.get("/api/sessions/{key}")
+    def state(key: str) -> dict[str, str]:
+        session = known(key)
+        return {"state": session.state, "message": session.message}
+
+    @app.post("/api/sessions/{key}/end", status_code=204)
+    def end(key: str) -> Response:
+        session = sessions.get(key)
+        if session is not None:
+            sessions.end(session)
+        return Response(status_code=204)
+
+    @app.get("/api/sessions/{key}/result")
+    def result(key: str) -> Response:
+        return _file(known(key), RESULT, "application/json")
+
+    @app.get("/api/sessions/{key}/scan.nii")
+    def scan(key: str) -> Response:
+        return _file(known(key), SCAN, "application/octet-stream")
+
+    @app.get("/api/sessions/{key}/saliency/{number}.nii")
+    def saliency(key: str, number: int) -> Response:
+        return _file(known(key), f"saliency-{number}.nii", "application/octet-stream")
+
+    @app.get("/api/sessions/{key}/xray/{number}.png")
+    def xray(key: str, number: int) -> Response:
+        return _file(known(key), f"xray-{number}.png", "image/png")
+
+
+def _file(session: Session, name: str, kind: str) -> Response:
+    path = session.folder / name
+    if session.state != "done" or not path.is_file():
+        return JSONResponse({"detail": "there is no such result"}, 404)
+    return FileResponse(path, media_type=kind)
+
+
+class _Scratch:
+    """Uploads on their way to the worker."""
+
+    def __init__(self, worker: Worker, sessions: Sessions, limits: Limits) -> None:
+        self._worker, self._sessions, self._limits = worker, sessions, limits
+        self._running: set[asyncio.Task[None]] = set()
+
+    async def receive(self, session: Session, request: Request, name: str) -> None:
+        """Writes the body into the session's folder and starts the job.
+
+        Raises:
+            HTTPException: 409 a scan is there already, 408 it takes too long, 413 it is too large.
+        """
+        if session.state != "new":
+            raise HTTPException(409, "this session has its scan; open another for the next")
+        session.state = "receiving"
+        path = session.folder / "received"
+        try:
+            declared = int(request.headers.get("content-length") or 0)
+            if declared > self._limits.upload_mb * MB:
+                raise self._too_large()
+            with path.open("xb") as file:
+                async with asyncio.timeout(self._limits.seconds):
+                    size = 0
+                    async for piece in request.stream():
+                        size += len(piece)
+                        if size > self._limits.upload_mb * MB:
+                            raise self._too_large()
+                        await asyncio.to_thread(file.write, piece)
+        except TimeoutError:
+            self._sessions.end(session)
+            raise HTTPException(
+                408, f"the upload took longer than {self._limits.seconds:g} seconds; start with a larger --max-seconds"
+            ) from None
+        except BaseException:
+            self._sessions.end(session)
+            raise
+        session.state = "waiting"
+        task = asyncio.create_task(self._work(session, Job(session.folder, path, name)))
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+
+    def _too_large(self) -> HTTPException:
+        return HTTPException(
+            413, f"larger than {self._limits.upload_mb:,.0f} MB; start the explorer with a larger --max-upload"
+        )
+
+    async def _work(self, session: Session, job: Job) -> None:
+        def tell(step: str) -> None:
+            session.state = step
+
+        try:
+            await asyncio.to_thread(self._worker.run, job, tell)
+            session.state = "done"
+        except Refused as refusal:
+            session.state, session.message = "refused", str(refusal)
+        finally:
+            with contextlib.suppress(OSError):
+                job.received.unlink(missing_ok=True)
+            self._sessions.get(session.key)  # idle from now on
+            if session.ended:
+                self._sessions.end(session)
+
+    async def sweep(self) -> None:
+        """Ends idle sessions, for ever."""
+        while True:
+            await asyncio.sleep(min(5.0, self._limits.idle_minutes * 15))
+            await asyncio.to_thread(self._sessions.sweep)

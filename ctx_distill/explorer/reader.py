@@ -1,0 +1,123 @@
+"""The model behind the explorer: `ctx_distill.load`, and what the page says of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import ctx_distill
+from ctx_distill.data.volume import Volume
+from ctx_distill.explorer.answers import About, Answer, FindingAnswer, Saliency, Tell
+from ctx_distill.explorer.nearest import NearestXrays, open_nearest
+from ctx_distill.inference.model import CTModel
+
+_LUNG_HU = -500
+_MARGIN = 1.05
+
+
+@dataclass(frozen=True)
+class ReaderSettings:
+    """Attributes:
+    checkpoint: a run folder, or the artefact of a dual encoder or classifier.
+    index: the folder of a stage-1 artefact; None: the run's own, where there is one.
+    show_reports: whether reports and pictures of the pool are shown.
+    vocabulary: findings to ask for where the run names none; None for ct-rate.
+    neighbours: X-rays shown.
+    device: cpu, cuda, or auto.
+    """
+
+    checkpoint: Path
+    index: Path | None = None
+    show_reports: bool = False
+    vocabulary: str | None = None
+    neighbours: int = 6
+    device: str = "auto"
+
+
+def open_reader(settings: ReaderSettings) -> ModelReader:
+    """The opener of `serve`.
+
+    Raises:
+        InputError: the checkpoint or the index is missing, damaged, or they do not belong together.
+    """
+    return ModelReader(settings)
+
+
+class ModelReader:
+    """See `Reader`."""
+
+    def __init__(self, settings: ReaderSettings) -> None:
+        found = "cuda" if torch.cuda.is_available() else "cpu"
+        device = found if settings.device == "auto" else settings.device
+        self.model: CTModel = ctx_distill.load(
+            settings.checkpoint, index=settings.index, vocabulary=settings.vocabulary
+        ).to(device)
+        self._settings = settings
+        self.nearest, why_not = open_nearest(self.model.parts, settings)
+        self.about = About(
+            self._facts(device, self.nearest, why_not),
+            nearest="" if self.nearest is None else self.nearest.told,
+            shows_pool=settings.show_reports,
+        )
+
+    def _facts(self, device: str, nearest: NearestXrays | None, why_not: str) -> dict[str, str]:
+        parts, spec = self.model.parts, self.model.volume_spec
+        artefacts = [
+            f"{name} {artefact.fingerprint[:12]}"
+            for name, artefact in (
+                ("CT and report encoder", parts.dual_artefact),
+                ("classifier", None if parts.classifier is None else parts.classifier.artefact),
+            )
+            if artefact is not None
+        ]
+        asked = (
+            "by the classifier, trained on labels"
+            if parts.classifier is not None
+            else "asked for with sentences (zero-shot); no label of theirs was trained on"
+        )
+        facts = {
+            "Model": f"{self._settings.checkpoint}: {', '.join(artefacts)}",
+            "Findings": f"{len(self.model.findings)}, {asked}",
+            "The model sees": f"{' × '.join(map(str, spec.shape))} voxels of {' × '.join(f'{s:g}' for s in spec.spacing)} mm "
+            f"(slices, rows, columns) about the middle of the scan, {spec.window[0]:g} to {spec.window[1]:g} HU",
+            "Draft report": "by the run's report decoder" if self.model.writes_reports else "none: no report decoder",
+            "X-ray index": why_not if nearest is None else f"{nearest.folder}, {len(nearest.store):,} X-rays",
+            "Computed on": device,
+        }
+        if parts.expert is not None and parts.classifier is None:
+            facts["Where"] = "what the scan's own projection adds to a score has no place in the scan"
+        return facts
+
+    def __call__(self, scan: Volume, tell: Tell) -> Answer:
+        """See `Reader`."""
+        tell("encoding")
+        said = self.model.predict_volume(
+            scan,
+            saliency=self.model.findings,
+            report=self.model.writes_reports,
+            before_saliency=lambda: tell("saliency"),
+        )
+        findings = [
+            FindingAnswer(name, value, Saliency(said.saliency[name].values, said.saliency[name].affine_lps))
+            for name, value in said.probabilities.items()
+        ]
+        neighbours = None if self.nearest is None else self.nearest(self.model, said)
+        return Answer(findings, said.report, neighbours, self._notes(scan))
+
+    def _notes(self, scan: Volume) -> list[str]:
+        notes = []
+        if float(scan.voxels.min()) > _LUNG_HU:
+            notes.append("Nothing in this scan is as dark as lung. Is it a chest CT in HU?")
+        spec = self.model.volume_spec
+        seen = np.array(spec.shape) * np.array(spec.spacing)
+        size = (np.abs(scan.affine_lps[:3, :3]) @ np.array(scan.voxels.shape))[::-1]  # along z, y, x
+        if (size > seen * _MARGIN).any():
+            told = [" × ".join(f"{mm:.0f}" for mm in box) for box in (size, seen)]
+            notes.append(
+                f"The scan is larger than what the model sees of it: {told[0]} mm against {told[1]} mm "
+                "(slices, rows, columns). Its edges are left out of every score."
+            )
+        return notes

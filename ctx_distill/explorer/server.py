@@ -1,0 +1,107 @@
+"""`ctx-distill serve`: the worker, the sessions and the server, and their end."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ctx_distill import signals
+from ctx_distill.errors import InputError
+from ctx_distill.explorer.guard import is_loopback
+from ctx_distill.explorer.limits import Limits
+
+_CLOSING_SECONDS = 3
+
+
+@dataclass(frozen=True)
+class Address:
+    """Attributes:
+    host: to listen on.
+    port: 0 for a free one.
+    names: further names by which the server may be asked.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8787
+    names: Sequence[str] = ()
+
+
+def serve(opener: Callable[[Any], Any], settings: Any, limits: Limits, address: Address) -> None:
+    """Serves until SIGTERM or Ctrl-C; then nothing of any session is left.
+
+    Args:
+        opener: makes the `Reader` of `settings`, in the worker process.
+        settings: of the model.
+        limits: of uploads and sessions.
+        address: to listen on.
+
+    Raises:
+        InputError: the model cannot be opened, the viewer is missing, or the address cannot be had.
+    """
+    try:
+        import uvicorn
+
+        from ctx_distill.explorer.app import build_app
+    except ModuleNotFoundError as error:
+        raise InputError(f"serve: {error.name} is not installed; run pip install 'ctx-distill[serve]'") from error
+    from ctx_distill.explorer.sessions import Sessions
+    from ctx_distill.explorer.viewer import niivue
+    from ctx_distill.explorer.worker import Worker
+
+    niivue()
+    listening = _listen(address)
+    root = Path(tempfile.mkdtemp(prefix="ctx-distill-explorer-"))
+    worker = Worker(opener, settings, limits, root)
+    try:
+        print("opening the model", flush=True)
+        worker.start(stop=signals.requested)
+        if signals.requested():
+            return
+        host, port = listening.getsockname()[:2]
+        shown = f"[{host}]" if ":" in host else host
+        print(f"explorer: http://{shown}:{port}/  (Ctrl-C ends it and deletes every scan)", flush=True)
+        if not is_loopback(address.host):
+            print(
+                f"It listens on {address.host}: whoever reaches this machine can use it, unencrypted and without a "
+                "password. Do so on a network that you trust.",
+                file=sys.stderr,
+                flush=True,
+            )
+        app = build_app(worker, Sessions(root, limits), limits, address.host, address.names)
+        config = uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,  # it would hold the sessions' keys
+            server_header=False,
+            proxy_headers=False,
+            timeout_graceful_shutdown=_CLOSING_SECONDS,
+        )
+        uvicorn.Server(config).run(sockets=[listening])
+    except KeyboardInterrupt:
+        pass  # the usual end
+    finally:
+        worker.close()
+        listening.close()
+        shutil.rmtree(root, ignore_errors=True)
+
+
+def _listen(address: Address) -> socket.socket:
+    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+    listening = socket.socket(family)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((address.host, address.port))
+        listening.listen(64)
+    except OSError as error:
+        listening.close()
+        raise InputError(
+            f"serve: {address.host} port {address.port} cannot be listened on ({error.strerror or error}); expected an "
+            "address of this machine and a free port, give others with --host and --port (0: any free one)"
+        ) from error
+    return listening

@@ -1,0 +1,236 @@
+"""From what was dropped to what `read_volume` takes. Nothing in an upload is believed: not its name, not its sizes.
+
+Names inside a zip are never used as paths: entries are written as 000000, 000001, ... into one folder. Names that climb
+and links are refused all the same, since no scanner writes them. Sizes count as they come out, not as they are declared.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+import stat
+import zipfile
+import zlib
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path, PurePosixPath
+
+import nibabel as nib
+import pydicom
+from nibabel.spatialimages import HeaderDataError
+
+from ctx_distill.errors import InputError
+from ctx_distill.explorer.limits import MB, Limits
+
+TAKEN = "a CT as .nii.gz or .nii, or a .zip of one series of DICOM slices"
+_CHUNK = 1 << 20
+_HEADER = 540
+# What file managers leave in archives.
+_LITTER = re.compile(r"(^|/)(__MACOSX/|\.DS_Store$|Thumbs\.db$|desktop\.ini$|\._)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A checked upload.
+
+    Attributes:
+        path: the file or folder of slices, for `read_volume`.
+        kind: in words.
+        names: what the user calls the files, by the names that they have here.
+    """
+
+    path: Path
+    kind: str
+    names: dict[str, str] = field(default_factory=dict)
+
+    def in_users_words(self, message: str) -> str:
+        """A message of a reader with the user's names for files and without this machine's folders."""
+        message = message.replace(f"{self.path.parent}/", "").replace(str(self.path), self.path.name)
+        for own in sorted(self.names, key=len, reverse=True):
+            message = message.replace(own, self.names[own])
+        return message
+
+
+def accept(received: Path, name: str, folder: Path, limits: Limits) -> Upload:
+    """Checks a received file and unpacks it where it is a zip.
+
+    Args:
+        received: the bytes, under any name.
+        name: what the user calls the file; shown, and never used as a path.
+        folder: an empty folder to unpack into.
+        limits: of size and number.
+
+    Raises:
+        InputError: it is no scan, too large, an archive that climbs out, holds links, other archives, too much, several
+            scans or none.
+    """
+    shown = clean_name(name)
+    start = received.open("rb").read(_HEADER)
+    if start[:4] in (b"PK\x03\x04", b"PK\x05\x06"):
+        return _from_zip(received, shown, folder, limits)
+    if start[128:132] == b"DICM":
+        raise InputError(f"{shown}: a single DICOM file; expected {TAKEN}, zip the folder of the series")
+    packed = start[:2] == b"\x1f\x8b"
+    path = folder / ("scan.nii.gz" if packed else "scan.nii")
+    check_nifti(received, shown, limits)
+    received.replace(path)
+    return Upload(path, "NIfTI", {path.name: shown})
+
+
+def clean_name(name: str) -> str:
+    """A file's name without folders and control characters, at most 120 characters."""
+    base = re.split(r"[/\\]", name)[-1]
+    return "".join(c for c in base if c.isprintable())[:120] or "upload"
+
+
+def check_nifti(path: Path, shown: str, limits: Limits) -> None:
+    """Refuses what is no NIfTI, and one whose header claims more than the limit, before more than a header is unpacked."""
+    with path.open("rb") as file:
+        start = file.read(1 << 16)
+    if start[:2] == b"\x1f\x8b":
+        try:
+            start = zlib.decompressobj(wbits=31).decompress(start, _HEADER)
+        except zlib.error as error:
+            raise InputError(
+                f"{shown}: the gzip data are damaged ({error}); expected {TAKEN}, copy it again"
+            ) from error
+    size = int.from_bytes(start[:4], "little")
+    swapped = int.from_bytes(start[:4], "big")
+    kind = {348: nib.Nifti1Header, 540: nib.Nifti2Header}.get(size if size in (348, 540) else swapped)
+    if kind is None or len(start) < 348:
+        raise InputError(f"{shown}: no scan that can be read here; expected {TAKEN}")
+    try:
+        header = kind.from_fileobj(BytesIO(start), check=False)
+        shape = [int(n) for n in header.get_data_shape()]
+        item = int(header.get_data_dtype().itemsize)
+    except (ValueError, KeyError, TypeError, OverflowError, HeaderDataError) as error:
+        raise InputError(f"{shown}: the NIfTI header cannot be read ({error}); export the scan again") from error
+    if not shape or min(shape) < 1:
+        raise InputError(f"{shown}: the header claims {' x '.join(map(str, shape))} voxels; export the scan again")
+    _check_claim(shown, math.prod(shape) * item, " x ".join(map(str, shape)), limits)
+
+
+def check_dicom(folder: Path, upload: Upload, limits: Limits) -> None:
+    """Refuses slices whose headers together claim more pixels than the limit, and a folder without any slice."""
+    claimed, slices = 0, 0
+    for path in sorted(folder.iterdir()):
+        try:
+            header = pydicom.dcmread(
+                path, stop_before_pixels=True, specific_tags=["Rows", "Columns", "BitsAllocated", "NumberOfFrames"]
+            )
+            rows, columns = int(header.get("Rows") or 0), int(header.get("Columns") or 0)
+            frames = int(header.get("NumberOfFrames") or 1)
+            bits = int(header.get("BitsAllocated") or 16)
+        except pydicom.errors.InvalidDicomError:
+            continue
+        except Exception as error:  # pydicom ends in any of a dozen types on a damaged file
+            raise InputError(
+                f"{upload.names.get(path.name, path.name)}: the DICOM header is damaged ({error}); copy the file again"
+            ) from error
+        slices += bool(rows and columns)
+        claimed += rows * columns * frames * math.ceil(bits / 8)
+    if not slices:
+        raise InputError(f"no DICOM slices among the {len(upload.names)} files of the zip; expected {TAKEN}")
+    _check_claim("the zip", claimed, f"{slices} slices", limits)
+
+
+def _check_claim(shown: str, claimed: int, told: str, limits: Limits) -> None:
+    if claimed > limits.unpacked_mb * MB:
+        raise InputError(
+            f"{shown}: claims {told} = {claimed / MB:,.0f} MB of voxels; expected at most {limits.unpacked_mb:,.0f} MB, "
+            "send a smaller scan or start the explorer with a larger --max-unpacked"
+        )
+
+
+def _from_zip(received: Path, shown: str, folder: Path, limits: Limits) -> Upload:
+    try:
+        with zipfile.ZipFile(received) as archive:
+            entries = _checked_entries(archive, shown, limits)
+            slices = folder / "slices"
+            slices.mkdir()
+            names = {}
+            left = int(limits.unpacked_mb * MB)
+            for number, entry in enumerate(entries):
+                own = f"{number:06d}"
+                names[own] = PurePosixPath(entry.filename).name
+                left -= _unpack(archive, entry, slices / own, left, shown, limits)
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{shown}: the zip is damaged or of a kind not known ({error}); zip it again") from error
+    received.unlink()
+    return _one_scan(slices, shown, folder, names, limits)
+
+
+def _checked_entries(archive: zipfile.ZipFile, shown: str, limits: Limits) -> list[zipfile.ZipInfo]:
+    infos = archive.infolist()
+    if len(infos) > limits.files:
+        raise InputError(
+            f"{shown}: {len(infos):,} entries; expected at most {limits.files:,}, zip one series alone or start the "
+            "explorer with a larger --max-files"
+        )
+    for info in infos:
+        name = info.orig_filename.replace("\\", "/")
+        if name.startswith("/") or ".." in name.split("/") or re.match(r"[A-Za-z]:", name) or "\0" in name:
+            raise InputError(f"{shown}: an entry's path leads out of the archive ({name[:80]!r}); zip the folder again")
+        kind = stat.S_IFMT(info.external_attr >> 16)
+        if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+            raise InputError(
+                f"{shown}: {name[:80]!r} is a link or a device; expected files alone, zip them without links"
+            )
+        if info.flag_bits & 1:
+            raise InputError(f"{shown}: the zip is encrypted; expected one without a password")
+    declared = sum(info.file_size for info in infos)
+    if declared > limits.unpacked_mb * MB:
+        raise _too_much(shown, limits, f"declares {declared / MB:,.0f} MB unpacked")
+    entries = [info for info in infos if not info.is_dir() and not _LITTER.search(info.filename)]
+    if not entries:
+        raise InputError(f"{shown}: an empty zip; expected {TAKEN}")
+    return entries
+
+
+def _unpack(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, path: Path, left: int, shown: str, limits: Limits) -> int:
+    written = 0
+    with archive.open(entry) as packed, path.open("xb") as out:
+        while piece := packed.read(_CHUNK):
+            written += len(piece)
+            if written > left:
+                raise _too_much(shown, limits, f"unpacks to more than {limits.unpacked_mb:,.0f} MB")
+            out.write(piece)
+    return written
+
+
+def _too_much(shown: str, limits: Limits, told: str) -> InputError:
+    return InputError(
+        f"{shown}: {told}; expected at most {limits.unpacked_mb:,.0f} MB, zip one series alone or start the explorer with "
+        "a larger --max-unpacked"
+    )
+
+
+def _one_scan(slices: Path, shown: str, folder: Path, names: dict[str, str], limits: Limits) -> Upload:
+    niftis, archives = [], []
+    for own, name in names.items():
+        with (slices / own).open("rb") as file:
+            magic = file.read(4)
+        if magic in (b"PK\x03\x04", b"PK\x05\x06"):
+            archives.append(name)
+        elif name.lower().endswith((".nii", ".nii.gz")):
+            niftis.append(own)
+    if archives:
+        raise InputError(
+            f"{shown}: holds another archive ({archives[0][:80]}); expected slices, unpack that one and zip again"
+        )
+    if not niftis:
+        upload = Upload(slices, "DICOM", {**names, slices.name: shown})
+        check_dicom(slices, upload, limits)
+        return upload
+    if len(niftis) > 1 or len(names) > 1:
+        raise InputError(f"{shown}: holds {len(names)} files, {len(niftis)} of them NIfTI; expected one scan")
+    own = niftis[0]
+    check_nifti(slices / own, names[own], limits)
+    packed = (slices / own).open("rb").read(2) == b"\x1f\x8b"
+    path = folder / ("scan.nii.gz" if packed else "scan.nii")
+    (slices / own).replace(path)
+    shutil.rmtree(slices)
+    return Upload(path, "NIfTI", {path.name: names[own]})

@@ -1,0 +1,207 @@
+"""The process that reads scans and runs the model, apart from the server.
+
+What a hostile file breaks, hangs or bloats is this process alone: it is ended when its time is up, and started again. When
+the server is gone, however it ended, the worker removes the scratch folder and ends too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from ctx_distill.errors import InputError
+from ctx_distill.explorer.limits import Limits
+
+log = logging.getLogger(__name__)
+
+_GRACE_SECONDS = 5
+
+
+@dataclass(frozen=True)
+class Job:
+    """Attributes:
+    folder: of the session; results go here.
+    received: the uploaded bytes.
+    name: what the user calls them.
+    """
+
+    folder: Path
+    received: Path
+    name: str
+
+
+class Refused(Exception):
+    """The scan is not taken, or could not be read; the text is for the user."""
+
+
+class Worker:
+    """The parent's side.
+
+    Args:
+        opener: makes the `Reader`, in the worker; importable by name.
+        settings: its argument.
+        limits: of a job.
+        root: scratch folder of all sessions.
+    """
+
+    def __init__(self, opener: Callable[[Any], Any], settings: Any, limits: Limits, root: Path) -> None:
+        self._make = (opener, settings, limits, root)
+        self._limits = limits
+        self._lock = threading.Lock()
+        self._closed = False
+        self.about: Any = None
+        self._process: Any = None
+        self._pipe: Connection | None = None
+
+    def start(self, stop: Callable[[], object] = lambda: None) -> None:
+        """Starts the process and waits until the model stands, or `stop()` is true.
+
+        Raises:
+            InputError: the model cannot be opened.
+        """
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_main, args=(theirs, os.getpid(), *self._make), daemon=True)
+        process.start()
+        theirs.close()
+        self._process, self._pipe = process, ours
+        while not stop() and not self._closed:
+            if not ours.poll(0.2):
+                continue
+            try:
+                kind, value = ours.recv()
+            except EOFError:
+                kind, value = "failed", "the worker ended while it opened the model; its message stands above"
+            if kind == "ready":
+                self.about = value
+                return
+            self._end()
+            raise InputError(value)
+
+    def run(self, job: Job, tell: Callable[[str], None]) -> None:
+        """Runs a job; one at a time, others wait. Blocks, so call it in a thread.
+
+        Args:
+            job: what to do.
+            tell: called with the name of each step.
+
+        Raises:
+            Refused: the scan is not taken, took too long or broke the worker.
+        """
+        with self._lock:
+            if self._closed:
+                raise Refused("the explorer is closing")
+            if self._process is None or not self._process.is_alive():
+                self.start()
+            assert self._pipe is not None
+            end = time.monotonic() + self._limits.seconds
+            try:
+                self._pipe.send(job)
+                while True:
+                    if self._closed:
+                        raise Refused("the explorer is closing")
+                    if time.monotonic() > end:
+                        self._end()
+                        raise Refused(
+                            f"reading and computing took longer than {self._limits.seconds:g} seconds and was stopped; "
+                            "send a smaller scan or start the explorer with a larger --max-seconds"
+                        )
+                    if not self._pipe.poll(0.1):
+                        continue
+                    kind, value = self._pipe.recv()
+                    if kind == "done":
+                        return
+                    if kind == "refused":
+                        raise Refused(value)
+                    tell(value)
+            except (EOFError, OSError) as error:
+                self._end()
+                raise Refused(
+                    "the reader broke down on this file; it is damaged, or too large for this machine"
+                ) from error
+
+    def close(self) -> None:
+        """Ends the process at once."""
+        self._closed = True
+        self._end()
+
+    def _end(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.join(_GRACE_SECONDS)
+        if self._pipe is not None:
+            with contextlib.suppress(OSError):
+                self._pipe.close()
+        self._process = self._pipe = None
+
+
+def _main(
+    pipe: Connection, parent: int, opener: Callable[[Any], Any], settings: Any, limits: Limits, root: Path
+) -> None:
+    # Ctrl-C reaches the whole group; the server says when this process ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _watch(parent, root)
+    try:
+        reader = opener(settings)
+    except InputError as error:
+        pipe.send(("failed", str(error)))
+        return
+    pipe.send(("ready", reader.about))
+    while True:
+        try:
+            job = pipe.recv()
+        except EOFError:  # the server is gone
+            shutil.rmtree(root, ignore_errors=True)
+            return
+        try:
+            _work(job, reader, limits, lambda step: pipe.send(("step", step)))
+        except InputError as error:
+            pipe.send(("refused", str(error)))
+        except Exception:
+            log.exception("a scan could not be read")
+            pipe.send(("refused", "this scan could not be read: an error of the program, its log says more"))
+        else:
+            pipe.send(("done", None))
+
+
+def _watch(parent: int, root: Path) -> None:
+    """Removes the scratch folder and ends this process once the server is gone (killed, even)."""
+
+    def look() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        shutil.rmtree(root, ignore_errors=True)
+        os._exit(0)
+
+    threading.Thread(target=look, daemon=True).start()
+
+
+def _work(job: Job, reader: Any, limits: Limits, tell: Callable[[str], None]) -> None:
+    from ctx_distill.data.volume import read_volume
+    from ctx_distill.explorer.results import write_answer, write_scan
+    from ctx_distill.explorer.uploads import accept
+
+    tell("reading")
+    unpacked = job.folder / "unpacked"
+    unpacked.mkdir()
+    upload = accept(job.received, job.name, unpacked, limits)
+    try:
+        scan = read_volume(upload.path)
+        facts = write_scan(job.folder, scan, limits.display_mvoxels) | {"name": job.name, "kind": upload.kind}
+        answer = reader(scan, tell)
+    except InputError as error:
+        raise InputError(upload.in_users_words(str(error))) from error
+    finally:
+        shutil.rmtree(unpacked, ignore_errors=True)
+    write_answer(job.folder, scan, answer, facts)
