@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, PlainTextResponse, Response
 
+from ctx_distill.errors import InputError
 from ctx_distill.explorer.guard import Guard
 from ctx_distill.explorer.limits import MB, Limits
 from ctx_distill.explorer.results import RESULT, SCAN
@@ -148,6 +150,7 @@ class _Scratch:
     def __init__(self, worker: Worker, sessions: Sessions, limits: Limits) -> None:
         self._worker, self._sessions, self._limits = worker, sessions, limits
         self._running: set[asyncio.Task[None]] = set()
+        self._one = ThreadPoolExecutor(max_workers=1)  # jobs wait here and not in the pool that answers requests
 
     async def receive(self, session: Session, request: Request, name: str) -> None:
         """Writes the body into the session's folder and starts the job.
@@ -170,12 +173,15 @@ class _Scratch:
                         size += len(piece)
                         if size > self._limits.upload_mb * MB:
                             raise self._too_large()
-                        await asyncio.to_thread(file.write, piece)
+                        file.write(piece)
         except TimeoutError:
             self._sessions.end(session)
             raise HTTPException(
                 408, f"the upload took longer than {self._limits.seconds:g} seconds; start with a larger --max-seconds"
             ) from None
+        except OSError as error:
+            self._sessions.end(session)
+            raise HTTPException(507, f"the scan cannot be kept ({error.strerror}); free room on the disk") from error
         except BaseException:
             self._sessions.end(session)
             raise
@@ -194,10 +200,13 @@ class _Scratch:
             session.state = step
 
         try:
-            await asyncio.to_thread(self._worker.run, job, tell)
+            await asyncio.get_running_loop().run_in_executor(self._one, self._worker.run, job, tell)
             session.state = "done"
-        except Refused as refusal:
+        except (Refused, InputError) as refusal:
             session.state, session.message = "refused", str(refusal)
+        except BaseException:
+            session.state, session.message = "refused", "an error of the program, its log says more"
+            raise
         finally:
             with contextlib.suppress(OSError):
                 job.received.unlink(missing_ok=True)

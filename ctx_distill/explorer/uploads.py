@@ -26,6 +26,9 @@ from ctx_distill.explorer.limits import MB, Limits
 TAKEN = "a CT as .nii.gz or .nii, or a .zip of one series of DICOM slices"
 _CHUNK = 1 << 20
 _HEADER = 540
+# The end record of a zip with the longest comment, and zip64's before it; bytes of an entry with a long name.
+_TAIL = 22 + 65535 + 76
+_ENTRY = 2048
 # What file managers leave in archives.
 _LITTER = re.compile(r"(^|/)(__MACOSX/|\.DS_Store$|Thumbs\.db$|desktop\.ini$|\._)", re.IGNORECASE)
 
@@ -145,6 +148,7 @@ def _check_claim(shown: str, claimed: int, told: str, limits: Limits) -> None:
 
 def _from_zip(received: Path, shown: str, folder: Path, limits: Limits) -> Upload:
     try:
+        _check_directory(received, shown, limits)
         with zipfile.ZipFile(received) as archive:
             entries = _checked_entries(archive, shown, limits)
             slices = folder / "slices"
@@ -155,21 +159,47 @@ def _from_zip(received: Path, shown: str, folder: Path, limits: Limits) -> Uploa
                 own = f"{number:06d}"
                 names[own] = PurePosixPath(entry.filename).name
                 left -= _unpack(archive, entry, slices / own, left, shown, limits)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
+    except InputError:
+        raise
+    except OSError as error:
+        raise InputError(
+            f"{shown}: cannot be unpacked here ({error.strerror or error}); free room on the disk"
+        ) from error
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
         raise InputError(f"{shown}: the zip is damaged or of a kind not known ({error}); zip it again") from error
     received.unlink()
     return _one_scan(slices, shown, folder, names, limits)
 
 
+def _check_directory(received: Path, shown: str, limits: Limits) -> None:
+    """Refuses a directory of entries that is too long, since `zipfile` takes memory for all of it."""
+    with received.open("rb") as file:
+        file.seek(max(0, received.stat().st_size - _TAIL))
+        tail = file.read()
+    end = tail.rfind(b"PK\x05\x06")
+    if end < 0 or len(tail) < end + 22:
+        raise zipfile.BadZipFile("no end record")
+    size = int.from_bytes(tail[end + 12 : end + 16], "little")
+    if tail[max(0, end - 20) : end].startswith(b"PK\x06\x07"):  # zip64: its record stands before its locator
+        record = tail[max(0, end - 76) : end - 20]
+        if not record.startswith(b"PK\x06\x06"):
+            raise zipfile.BadZipFile("the zip64 record is not at its place")
+        size = max(int.from_bytes(record[40:48], "little"), size if size != 0xFFFFFFFF else 0)
+    if size > limits.files * _ENTRY:
+        raise _too_many(shown, limits, f"a directory of {size / MB:,.0f} MB")
+
+
+def _too_many(shown: str, limits: Limits, told: str) -> InputError:
+    return InputError(
+        f"{shown}: {told}; expected at most {limits.files:,} entries, zip one series alone or start the explorer with a "
+        "larger --max-files"
+    )
+
+
 def _checked_entries(archive: zipfile.ZipFile, shown: str, limits: Limits) -> list[zipfile.ZipInfo]:
     infos = archive.infolist()
     if len(infos) > limits.files:
-        raise InputError(
-            f"{shown}: {len(infos):,} entries; expected at most {limits.files:,}, zip one series alone or start the "
-            "explorer with a larger --max-files"
-        )
+        raise _too_many(shown, limits, f"{len(infos):,} entries")
     for info in infos:
         name = info.orig_filename.replace("\\", "/")
         if name.startswith("/") or ".." in name.split("/") or re.match(r"[A-Za-z]:", name) or "\0" in name:

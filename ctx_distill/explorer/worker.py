@@ -100,14 +100,10 @@ class Worker:
             Refused: the scan is not taken, took too long or broke the worker.
         """
         with self._lock:
-            if self._closed:
-                raise Refused("the explorer is closing")
-            if self._process is None or not self._process.is_alive():
-                self.start()
-            assert self._pipe is not None
+            pipe = self._ready(job)
             end = time.monotonic() + self._limits.seconds
             try:
-                self._pipe.send(job)
+                pipe.send(job)
                 while True:
                     if self._closed:
                         raise Refused("the explorer is closing")
@@ -117,9 +113,9 @@ class Worker:
                             f"reading and computing took longer than {self._limits.seconds:g} seconds and was stopped; "
                             "send a smaller scan or start the explorer with a larger --max-seconds"
                         )
-                    if not self._pipe.poll(0.1):
+                    if not pipe.poll(0.1):
                         continue
-                    kind, value = self._pipe.recv()
+                    kind, value = pipe.recv()
                     if kind == "done":
                         return
                     if kind == "refused":
@@ -130,6 +126,17 @@ class Worker:
                 raise Refused(
                     "the reader broke down on this file; it is damaged, or too large for this machine"
                 ) from error
+
+    def _ready(self, job: Job) -> Connection:
+        """The pipe to a process that stands."""
+        if not self._closed and (self._process is None or not self._process.is_alive()):
+            self.start()
+        pipe = self._pipe
+        if self._closed or pipe is None:
+            raise Refused("the explorer is closing")
+        if not job.folder.is_dir():
+            raise Refused("the session has ended")
+        return pipe
 
     def close(self) -> None:
         """Ends the process at once."""
@@ -169,7 +176,8 @@ def _main(
         except InputError as error:
             pipe.send(("refused", str(error)))
         except Exception:
-            log.exception("a scan could not be read")
+            if job.folder.is_dir():  # else the session has ended meanwhile
+                log.exception("a scan could not be read")
             pipe.send(("refused", "this scan could not be read: an error of the program, its log says more"))
         else:
             pipe.send(("done", None))

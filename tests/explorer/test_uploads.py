@@ -126,9 +126,31 @@ def test_junk_is_refused_in_words(tmp_path: Path, content: bytes, name: str, tol
 
 
 def test_too_many_entries_are_refused_before_one_is_unpacked(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="30 entries; expected at most 20"):
+    with pytest.raises(InputError, match="30 entries; expected at most 20 entries"):
         take(tmp_path, zipped({f"{n}.dcm": b"x" for n in range(30)}), "x.zip", files=20)
     assert not list((tmp_path / "session").iterdir())
+
+
+def test_a_long_directory_is_refused_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    many = zipped({f"{n:05d}.dcm": b"" for n in range(3000)})
+    monkeypatch.setattr(zipfile, "ZipFile", None)  # would fail otherwise than by a refusal
+    with pytest.raises(InputError, match="a directory of 0 MB; expected at most 20 entries"):
+        take(tmp_path, many, "x.zip", files=20)
+
+
+def test_a_zip64_is_taken_as_another(tmp_path: Path) -> None:
+    out = io.BytesIO()
+    voxels = np.zeros((4, 5, 6), np.int16)
+    with zipfile.ZipFile(out, "w") as archive, archive.open("a.nii.gz", "w", force_zip64=True) as entry:
+        entry.write(nifti_bytes(voxels))
+    plain = out.getvalue()
+    end = plain.rfind(b"PK\x05\x06")
+    size, start = struct.unpack("<LL", plain[end + 12 : end + 20])
+    record = struct.pack("<4sQ2H2L4Q", b"PK\x06\x06", 44, 45, 45, 0, 0, 1, 1, size, start)
+    locator = struct.pack("<4sLQL", b"PK\x06\x07", 0, end, 1)
+    last = struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, 0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0)
+    upload = take(tmp_path, plain[:end] + record + locator + last, "x.zip")
+    np.testing.assert_array_equal(read_volume(upload.path).voxels, voxels)  # type: ignore[attr-defined]
 
 
 def test_names_are_shown_and_never_paths() -> None:

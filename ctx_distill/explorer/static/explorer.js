@@ -38,7 +38,8 @@ function step(name) {
   for (const item of $("steps").children) {
     const place = STEPS.indexOf(item.dataset.step);
     item.className = place < at ? "past" : place === at ? "now" : "";
-    item.toggleAttribute("aria-current", place === at);
+    if (place === at) item.setAttribute("aria-current", "step");
+    else item.removeAttribute("aria-current");
   }
   const now = $("steps").children[at];
   if (now && $("status").textContent !== now.textContent) $("status").textContent = now.textContent;
@@ -46,16 +47,17 @@ function step(name) {
 
 async function open(file) {
   if (!file || session) return;
+  let own;
   try {
-    session = (await ask("/api/sessions", { method: "POST" })).session;
+    own = session = (await ask("/api/sessions", { method: "POST" })).session;
     show("progress");
     step("receiving");
     await send(file);
-    await wait();
-    await results();
+    await wait(own);
+    if (own === session) await results();
   } catch (error) {
-    if (!session && !$("start").hidden) { refuse(error.message); return; }
-    if (session) await end(error.message);
+    if (own === undefined) refuse(error.message);
+    else if (own === session) await end(error.message);
   }
 }
 
@@ -78,9 +80,9 @@ function send(file) {
 
 const megabytes = (bytes) => bytes < 1e6 ? `${Math.ceil(bytes / 1e3)} kB` : `${(bytes / 2 ** 20).toFixed(0)} MB`;
 
-async function wait() {
-  for (;;) {
-    const now = await ask(`/api/sessions/${session}`);
+async function wait(own) {
+  while (own === session) {
+    const now = await ask(`/api/sessions/${own}`);
     if (now.state === "refused") throw new Error(now.message);
     if (now.state === "done") return;
     step(now.state);
