@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "ctx_distill"
 LAYERS = [
     {"cli", "__init__"},
-    {"ablation", "explorer"},
+    {"arguments", "ablation", "explorer"},
     {"pipeline"},
     {"inference"},
     {"tasks"},

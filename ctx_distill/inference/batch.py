@@ -5,26 +5,21 @@ from __future__ import annotations
 import csv
 import io
 import json
-import sys
-import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.progress import track
 from safetensors.numpy import save
 
-from ctx_distill import signals
 from ctx_distill.errors import InputError
 from ctx_distill.files import hash_json, write_bytes, write_json, write_text
 from ctx_distill.inference.model import CTModel
 from ctx_distill.inference.parts import open_parts
-from ctx_distill.inference.scans import Scan, find_scans
+from ctx_distill.inference.scans import Scan, find_scans, shown
 
 PARTS = "parts"
-SAID_EVERY_S = 15.0
 MOST_PROBABLE = 3
 
 
@@ -67,24 +62,9 @@ def predict_scans(
         raise InputError(f"{checkpoint}: --report, but no report decoder is there. Run the report stage.")
     asked = hash_json([model.fingerprint, saliency, report, vocabulary])
     records = []
-    for scan in _shown(scans):
-        if signals.requested() is not None:
-            raise signals.StopRequested("while predicting")
+    for scan in shown(scans):
         records.append(_one(model, scan, out, asked, saliency, report))
     return _write(out, scans, records, model, report)
-
-
-def _shown(scans: list[Scan]) -> Iterator[Scan]:
-    """The scans, with a bar on a terminal and a line now and then in a log."""
-    if sys.stdout.isatty():
-        yield from track(scans, description="  predicting")
-        return
-    said = time.monotonic()
-    for number, scan in enumerate(scans, 1):
-        yield scan
-        if time.monotonic() - said >= SAID_EVERY_S:
-            print(f"  predicting {number}/{len(scans)}", flush=True)
-            said = time.monotonic()
 
 
 def _one(

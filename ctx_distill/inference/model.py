@@ -8,8 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ctx_distill.data.projection import square_projection
@@ -83,6 +85,24 @@ class CTModel:
         used = [] if parts.dual_artefact is None else [parts.dual_artefact.fingerprint]
         used += [one.artefact.fingerprint for one in (parts.classifier, parts.decoder) if one is not None]
         return hash_json([used, asdict(parts.asked)])
+
+    @property
+    def encoder_fingerprint(self) -> str:
+        """The fingerprint of the artefact whose encoder `pooled` runs."""
+        classifier, dual = self.parts.classifier, self.parts.dual_artefact
+        artefact = dual if dual is not None else classifier.artefact if classifier is not None else None
+        assert artefact is not None
+        return artefact.fingerprint
+
+    @torch.no_grad()
+    def pooled(self, scan: Volume) -> NDArray[np.float32]:
+        """(D_c,), the CT encoder's feature of a scan: what a linear probe is fitted on."""
+        dual, classifier = self.parts.dual, self.parts.classifier
+        encoder = dual.ct_encoder if dual is not None else classifier.encoder if classifier is not None else None
+        assert encoder is not None
+        volume = prepare_volume(scan, self.parts.spec)[None].to(self._device)
+        feature: NDArray[np.float32] = encoder(volume).pooled[0].float().cpu().numpy()
+        return feature
 
     @property
     def volume_spec(self) -> VolumeSpec:

@@ -258,7 +258,7 @@ def _classifier(folder: Path, dual_artefact: Artefact | None, dual: DualEncoder 
         raise InputError(f"{folder}: a linear probe without the dual encoder that it was trained on. {AGAIN}")
     width = encoder.embed_dim if encoder is not None else dual.ct_encoder.embed_dim if dual is not None else 0
     names: Sequence[str] = config["findings"]
-    head = FindingsHead(width, len(names))
+    head = FindingsHead(width, len(names), bool(config.get("norm", True)))
     load_weights(head, tensors, "head.", str(folder))
     return Classifier(tuple(names), head.eval().requires_grad_(False), encoder, artefact)
 

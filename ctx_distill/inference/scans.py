@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+import sys
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
+from rich.progress import track
+
+from ctx_distill import signals
 from ctx_distill.data.manifest import read_manifest
 from ctx_distill.data.scan_file import ScanFile
 from ctx_distill.data.volume import SUFFIXES
 from ctx_distill.errors import InputError
 
+T = TypeVar("T")
+SAID_EVERY_S = 15.0
 TABLES = (".csv", ".parquet")
 
 
@@ -60,6 +68,22 @@ def find_scans(given: Path) -> list[Scan]:
     if not given.exists():
         raise InputError(f"{given}: no such file or folder. Expected a scan, a folder of DICOM slices, or a manifest.")
     return [Scan(given.name or given.resolve().name, "", ScanFile(given))]
+
+
+def shown(items: Sequence[T]) -> Iterator[T]:
+    """The items, with a bar on a terminal and a line now and then in a log.
+
+    Raises:
+        StopRequested: a signal asks to stop; between two items.
+    """
+    terminal, said = sys.stdout.isatty(), time.monotonic()
+    for number, item in enumerate(track(items, description="  scans", disable=not terminal), 1):
+        if signals.requested() is not None:
+            raise signals.StopRequested("between scans")
+        yield item
+        if not terminal and time.monotonic() - said >= SAID_EVERY_S:
+            print(f"  scans {number}/{len(items)}", flush=True)
+            said = time.monotonic()
 
 
 def _below(folder: Path) -> Iterator[Path]:

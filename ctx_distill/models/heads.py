@@ -45,15 +45,16 @@ class ProjectionHead(nn.Module):
 class FindingsHead(nn.Module):
     """Layer norm and one linear layer to a logit a finding: the linear probe and the head of fine-tuning."""
 
-    def __init__(self, in_dim: int, num_findings: int) -> None:
+    def __init__(self, in_dim: int, num_findings: int, norm: bool = True) -> None:
         """Build it.
 
         Args:
             in_dim: D_c.
             num_findings: F.
+            norm: whether there is a layer norm; a logistic regression has none.
         """
         super().__init__()
-        self.norm = nn.LayerNorm(in_dim)
+        self.norm: nn.Module = nn.LayerNorm(in_dim) if norm else nn.Identity()
         self.linear = nn.Linear(in_dim, num_findings)
         nn.init.zeros_(self.linear.bias)
         nn.init.normal_(self.linear.weight, std=0.01)

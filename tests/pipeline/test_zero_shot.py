@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from ctx_distill.cli import PROTOCOLS as CLI_PROTOCOLS
+from ctx_distill.arguments import PROTOCOLS as CLI_PROTOCOLS
 from ctx_distill.cli import _join_values, main
 from ctx_distill.errors import InputError
 from ctx_distill.metrics.protocols import CT_RATE_18, PROTOCOLS, comparability

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from ctx_distill.cli import SOURCES, main
+from ctx_distill.arguments import SOURCES
+from ctx_distill.cli import main
 from ctx_distill.sources.build import BUILDERS
 from ctx_distill.sources.rows import Built, Row, hashed_split, one_split_a_patient
 

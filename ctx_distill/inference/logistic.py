@@ -1,0 +1,106 @@
+"""Logistic regression on frozen features, a finding at a time, its regularisation chosen on `val`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
+
+from ctx_distill.errors import InputError
+from ctx_distill.metrics.classification import macro_auroc
+
+Floats = NDArray[np.float64]
+
+STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+"""scikit-learn's C that are tried: the loss is C * sum of cross-entropies + |w|^2 / 2, on standardised features."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Probes of F findings.
+
+    Attributes:
+        weight: (F, D); NaN in the row of a finding that could not be fitted.
+        bias: (F,), likewise.
+        strength: the C that was chosen.
+        val_macro_auroc: with it.
+    """
+
+    weight: Floats
+    bias: Floats
+    strength: float
+    val_macro_auroc: float
+
+    def probabilities(self, features: Floats) -> Floats:
+        """(N, D) features to (N, F); NaN for findings that could not be fitted."""
+        found: Floats = 1 / (1 + np.exp(-(features @ self.weight.T + self.bias)))
+        return found
+
+    @property
+    def fitted(self) -> NDArray[np.bool_]:
+        """(F,): the findings that have a probe."""
+        return ~np.isnan(self.bias)
+
+
+def fit_probes(
+    train: tuple[Floats, Floats],
+    val: tuple[Floats, Floats],
+    strengths: tuple[float, ...] = STRENGTHS,
+    rows: list[NDArray[np.intp]] | None = None,
+) -> Fit:
+    """Fit every finding for each C, and keep the C of the highest macro AUROC on `val`, the smaller of equal ones.
+
+    Features are standardised by the mean and deviation of `train`. Labels other than 1 and 0 are left out.
+
+    Args:
+        train: (N, D) features and (N, F) labels.
+        val: the same; it chooses, and is not trained on.
+        strengths: the C to try, growing.
+        rows: for each finding the rows to train on; None for all.
+
+    Raises:
+        InputError: no finding has both classes in `train` and in `val`.
+    """
+    x, y = train
+    mean, deviation = x.mean(axis=0), x.std(axis=0)
+    deviation = np.where(deviation > 1e-8 * (1 + np.abs(mean)), deviation, 1.0)
+    scaled = (x - mean) / deviation
+    best: Fit | None = None
+    for strength in strengths:
+        weight, bias = np.full((y.shape[1], x.shape[1]), np.nan), np.full(y.shape[1], np.nan)
+        for f in range(y.shape[1]):
+            own = np.flatnonzero((y[:, f] == 0) | (y[:, f] == 1)) if rows is None else rows[f]
+            if len(np.unique(y[own, f])) == 2:
+                model = LogisticRegression(C=strength, max_iter=2000).fit(scaled[own], y[own, f])
+                weight[f] = model.coef_[0] / deviation
+                bias[f] = model.intercept_[0] - weight[f] @ mean
+        fit = Fit(weight, bias, strength, float("nan"))
+        kept = fit.fitted
+        reached = macro_auroc(val[1][:, kept], fit.probabilities(val[0])[:, kept]) if kept.any() else None
+        if reached is not None and (best is None or reached > best.val_macro_auroc):
+            best = Fit(weight, bias, strength, reached)
+    if best is None:
+        raise InputError(
+            "probe: no finding has both a positive and a negative in `train` and in `val`, so there is nothing to fit or to"
+            " choose by. Give a manifest with more labelled studies in both splits."
+        )
+    return best
+
+
+def draw_shots(labels: Floats, shots: int, seed: int) -> list[NDArray[np.intp]]:
+    """For each finding `shots` positives and as many negatives, drawn without replacement; none where there are fewer.
+
+    Args:
+        labels: (N, F).
+        shots: k.
+        seed: draws of one seed are nested: those of a smaller k are among those of a larger.
+    """
+    order = np.random.default_rng(seed).permutation(len(labels))
+    drawn = []
+    for column in labels.T:
+        sides = [order[column[order] == value][:shots] for value in (1, 0)]
+        enough = all(len(side) == shots for side in sides)
+        drawn.append(np.sort(np.concatenate(sides)) if enough else np.array([], dtype=np.intp))
+    return drawn

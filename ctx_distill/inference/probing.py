@@ -1,0 +1,178 @@
+"""`ctx-distill probe`: a linear probe on features computed once, and its curve over few examples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from ctx_distill.checkpoint import write_artefact
+from ctx_distill.data.manifest import Manifest, read_manifest
+from ctx_distill.errors import InputError
+from ctx_distill.files import hash_json, write_bytes, write_json, write_text
+from ctx_distill.inference.logistic import Fit, Floats, draw_shots, fit_probes
+from ctx_distill.inference.model import CTModel
+from ctx_distill.inference.parts import ARTEFACT, open_parts
+from ctx_distill.inference.scans import shown
+from ctx_distill.metrics.bootstrap import interval, resample_counts
+from ctx_distill.metrics.classification import classification_report, macro_auroc_replicates
+from ctx_distill.models.heads import FindingsHead
+from ctx_distill.tasks.predict import study_means, write_predictions
+
+FEATURES = "features.safetensors"
+
+
+def probe(
+    checkpoint: Path, manifest_path: Path, out: Path, shots: Sequence[int] = (), seeds: int = 5, device: str = "cpu"
+) -> str:
+    """Fit and score a linear probe of the CT encoder's pooled features, and few-shot curves.
+
+    OUT holds `features.safetensors` (pooled (N, D_c) of the manifest's rows, used again), `metrics.json`
+    (`classification_report` of `test`, `strength`, `val_macro_auroc`, `left_out`), `predictions.csv`,
+    `unreadable.csv`, with a dual encoder `artefact` (a classifier: `ctx_distill.load` opens it in RUN/probe), and
+    with `shots` `few_shot.csv`.
+
+    Args:
+        checkpoint: run folder or artefact.
+        manifest_path: with label columns.
+        out: folder to write.
+        shots: k positives and k negatives a finding, for each k.
+        seeds: draws of them.
+        device: to compute features on.
+
+    Returns:
+        What to print.
+
+    Raises:
+        InputError: no labels, nothing to fit, or an empty split.
+    """
+    manifest = read_manifest(manifest_path, check_images=False)
+    if not manifest.finding_names:
+        raise InputError(f"{manifest_path}: has no label:<finding> columns; a probe needs them.")
+    if any(k < 1 for k in shots) or seeds < 1:
+        raise InputError(f"probe: shots are {list(shots)} and seeds {seeds}; expected whole numbers from 1.")
+    model = CTModel(open_parts(checkpoint)).to(device)
+    features, unreadable = _features(model, manifest, out)
+    readable = manifest.where(~manifest.frame.index.isin(list(unreadable)))
+    parts = {name: readable.split(name) for name in ("train", "val", "test")}
+    empty = [name for name, part in parts.items() if not len(part)]
+    if empty:
+        raise InputError(f"{manifest_path}: no readable studies in {empty[0]}; a probe is fitted, chosen and scored.")
+    data = {name: (features[part.frame.index], part.labels().astype(np.float64)) for name, part in parts.items()}
+    fit = fit_probes(data["train"], data["val"])
+    metrics = _score(fit, parts["test"], data["test"], out)
+    metrics |= {"strength": fit.strength, "val_macro_auroc": fit.val_macro_auroc, "unreadable": len(unreadable)}
+    lost = pd.DataFrame([[manifest.frame.at[r, "image_id"], why] for r, why in unreadable.items()], columns=["scan", "reason"])  # fmt: skip
+    write_text(out / "unreadable.csv", lost.to_csv(index=False, lineterminator="\n"))
+    _write_head(model, fit, manifest.finding_names, out)
+    told = [f"linear probe, test macro AUROC {_told(metrics['macro_auroc'])}, C = {fit.strength:g}, chosen on val"]
+    if shots:
+        table = _curve(data, parts["test"], shots, seeds)
+        write_text(out / "few_shot.csv", table.to_csv(index=False, lineterminator="\n"))
+        told.append(table.to_string(index=False, float_format=lambda x: f"{x:.3f}"))
+    write_json(out / "metrics.json", metrics)
+    return "\n".join([*told, f"{len(unreadable)} scans unreadable", str(out)])
+
+
+def _told(value: dict[str, float] | None) -> str:
+    return "not defined" if value is None else f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
+
+
+def _features(model: CTModel, manifest: Manifest, out: Path) -> tuple[Floats, dict[int, str]]:
+    """(N, D_c) by manifest row, NaN where a scan cannot be read, and why; out of OUT where they stand."""
+    key = hash_json([model.encoder_fingerprint, manifest.fingerprint])
+    path = out / FEATURES
+    if path.is_file():
+        try:
+            with safe_open(path, framework="np") as handle:
+                told = handle.metadata() or {}
+                if told.get("key") == key:
+                    return handle.get_tensor("pooled").astype(np.float64), {}
+        except (SafetensorError, OSError):
+            path.unlink()
+    unreadable: dict[int, str] = {}
+    rows: dict[int, Any] = {}
+    for row in shown(list(manifest.frame.index)):
+        try:
+            rows[row] = model.pooled(manifest.scan_file(row).read())
+        except InputError as error:
+            unreadable[row] = str(error)
+    if not rows:
+        raise InputError(f"{manifest.path}: none of {len(manifest)} scans can be read; first: {next(iter(unreadable.values()))}")  # fmt: skip
+    features = np.full((len(manifest), len(next(iter(rows.values())))), np.nan, dtype=np.float32)
+    for row, value in rows.items():
+        features[row] = value
+    if not unreadable:  # a scan that is mended meanwhile is to be read
+        write_bytes(path, save({"pooled": features}, metadata={"key": key}))
+    return features.astype(np.float64), unreadable
+
+
+def _score(fit: Fit, test: Manifest, data: tuple[Floats, Floats], out: Path) -> dict[str, Any]:
+    kept = np.flatnonzero(fit.fitted).tolist()
+    names = [test.finding_names[f] for f in kept]
+    studies, means = study_means(test, fit.probabilities(data[0])[:, kept])
+    write_predictions(out / "predictions.csv", studies, {name: means[:, i] for i, name in enumerate(names)})
+    labels = studies[[f"label:{name}" for name in names]].to_numpy()
+    report = classification_report(labels, means, names, studies["patient_id"].tolist())
+    return report | {"left_out": [name for name in test.finding_names if name not in names]}
+
+
+def _curve(data: dict[str, tuple[Floats, Floats]], test: Manifest, shots: Sequence[int], seeds: int) -> pd.DataFrame:
+    """A row a k: the mean over seeds of the test macro AUROC, its interval over patients, and the seeds' range.
+
+    The mean of all seeds is taken within each bootstrap replicate. A finding with fewer than k positives or negatives in
+    `train` is left out at that k, `findings` counts the others; C is chosen on the whole `val`.
+    """
+    rows: list[dict[str, float]] = []
+    for k in sorted(set(shots)):
+        values, replicates, findings = [], [], 0
+        for seed in range(seeds):
+            drawn = draw_shots(data["train"][1], k, seed)
+            if not any(len(own) for own in drawn):
+                break
+            fit = fit_probes(data["train"], data["val"], rows=drawn)
+            kept = np.flatnonzero(fit.fitted).tolist()
+            studies, means = study_means(test, fit.probabilities(data["test"][0])[:, kept])
+            labels = studies[[f"label:{test.finding_names[f]}" for f in kept]].to_numpy()
+            counts = resample_counts(studies["patient_id"].tolist())
+            each, macro = macro_auroc_replicates(labels, means, counts)
+            if np.isnan(each).all():
+                break
+            values.append(float(np.nanmean(each)))
+            replicates.append(macro)
+            findings = int((~np.isnan(each)).sum())
+        if not values:
+            rows.append({"shots": k, "findings": 0})
+            continue
+        found = interval(float(np.mean(values)), np.mean(replicates, axis=0)).as_json() or {}
+        spread = {"lowest_seed": min(values), "highest_seed": max(values), "seeds": len(values), "findings": findings}
+        rows.append({"shots": k, "macro_auroc": found["value"], "low": found["low"], "high": found["high"]} | spread)
+    columns = ["shots", "findings", "seeds", "macro_auroc", "low", "high", "lowest_seed", "highest_seed"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _write_head(model: CTModel, fit: Fit, names: Sequence[str], out: Path) -> None:
+    """The probe as a classifier artefact; standardisation is in the weights."""
+    parts = model.parts
+    if parts.dual is None or parts.dual_artefact is None:
+        return
+    kept = np.flatnonzero(fit.fitted).tolist()
+    head = FindingsHead(fit.weight.shape[1], len(kept), norm=False)
+    with torch.no_grad():
+        head.linear.weight.copy_(torch.from_numpy(fit.weight[kept]))
+        head.linear.bias.copy_(torch.from_numpy(fit.bias[kept]))
+    config = {
+        "findings": [names[f] for f in kept],
+        "mode": "linear",
+        "norm": False,
+        "volume_spec": parts.spec.to_config(),
+        "encoder": parts.dual.ct_encoder.config(),
+    }
+    upstream = {"dual-encoder": parts.dual_artefact.fingerprint}
+    write_artefact(out / ARTEFACT, "classifier", config, head.state_dict(prefix="head."), upstream)
