@@ -97,8 +97,9 @@ class NearestXrays:
     def _described(self, image_id: str, similarity: float) -> Neighbour:
         place, findings = self._places[image_id], None
         if self.store.findings is not None:
-            present = (self.store.findings[place] == 1).tolist()
-            findings = [name for name, is_there in zip(self.store.finding_names, present, strict=True) if is_there]
+            found = dict(zip(self.store.finding_names, self.store.findings[place].tolist(), strict=True))
+            findings = [name for name, value in found.items() if value == 1]
+            findings += [f"{name} (uncertain)" for name, value in found.items() if value == -1]
         if not self._shown:
             return Neighbour(similarity, findings)
         item = self.store.items.iloc[place]
