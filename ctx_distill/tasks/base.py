@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 import math
 import os
@@ -18,7 +16,6 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
 from ctx_distill import signals
@@ -29,9 +26,10 @@ from ctx_distill.callbacks.watchdog import Watchdog
 from ctx_distill.checkpoint import Artefact, hash_json, require_same
 from ctx_distill.data.datamodules import CTDataModule
 from ctx_distill.distributed import any_rank, first_rows, gather_objects, gather_with_gradient, rank
-from ctx_distill.files import write_bytes, write_json
+from ctx_distill.files import write_json
 from ctx_distill.models.compute import ComputeSettings, check_compiler
 from ctx_distill.models.ct_encoder import CTEncoder
+from ctx_distill.tasks.curves import cut_logs, join_history
 from ctx_distill.tasks.epoch_means import EpochMeans
 from ctx_distill.tasks.sharding import Shards, by_layout, shard_for_training
 from ctx_distill.tasks.survival import SurvivalSettings
@@ -309,60 +307,6 @@ def decay_groups(module: nn.Module, without: Iterable[Tensor] = ()) -> list[dict
     matrices, vectors = list(pick(True)), list(pick(False))
     groups: list[dict[str, Any]] = [{"params": matrices}] if matrices else []
     return groups + ([{"params": vectors, "weight_decay": 0.0}] if vectors else [])
-
-
-def cut_logs(trainer: L.Trainer, curves: Path, step: int) -> Path:
-    """Cut the logs back to the restored step; what was logged before it is put aside until the rest is there.
-
-    Lightning's CSV logger begins a new file in a run that is resumed; TensorBoard is told to forget what comes later.
-
-    Args:
-        trainer: with its loggers.
-        curves: the CSV logger's table.
-        step: number of optimiser steps that are kept.
-
-    Returns:
-        Where the kept rows lie, for `join_history`.
-    """
-    history = curves.with_name("metrics.before.csv")
-    for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger) and step:
-            logger._kwargs["purge_step"] = step
-    if rank() != 0 or not (curves.is_file() or history.is_file()):
-        return history
-    join_history(history, curves)
-    kept = [row for row in _logged_rows(curves) if int(row["step"]) < step]
-    if kept:
-        _write_rows(history, kept)
-    curves.unlink()
-    return history
-
-
-def join_history(history: Path, curves: Path) -> None:
-    """Put the kept rows of before a resume in front of those since, less the steps that were run again."""
-    if not history.is_file():
-        return
-    before, since = _logged_rows(history), _logged_rows(curves)
-    first = min((int(row["step"]) for row in since), default=math.inf)
-    _write_rows(curves, [row for row in before if int(row["step"]) < first] + since)
-    history.unlink()
-
-
-def _logged_rows(path: Path) -> list[dict[str, str]]:
-    """Rows of a table of the CSV logger, as they are written; of no file none."""
-    if not path.is_file():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def _write_rows(path: Path, rows: list[dict[str, str]]) -> None:
-    """Write rows as the CSV logger does: columns sorted."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, sorted({name for row in rows for name in row}))
-    writer.writeheader()
-    writer.writerows(rows)
-    write_bytes(path, text.getvalue().encode())
 
 
 def stop_if_asked(where: str) -> None:

@@ -1,0 +1,68 @@
+"""Curves of a run that was stopped and goes on: rows of the CSV log and events of TensorBoard, each step once."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from pathlib import Path
+
+import lightning as L
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from ctx_distill.distributed import rank
+from ctx_distill.files import write_bytes
+
+
+def cut_logs(trainer: L.Trainer, curves: Path, step: int) -> Path:
+    """Cut the logs back to the restored step; what was logged before it is put aside until the rest is there.
+
+    Lightning's CSV logger begins a new file in a run that is resumed; TensorBoard is told to forget what comes later.
+
+    Args:
+        trainer: with its loggers.
+        curves: the CSV logger's table.
+        step: number of optimiser steps that are kept.
+
+    Returns:
+        Where the kept rows lie, for `join_history`.
+    """
+    history = curves.with_name("metrics.before.csv")
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger) and step:
+            logger._kwargs["purge_step"] = step
+    if rank() != 0 or not (curves.is_file() or history.is_file()):
+        return history
+    join_history(history, curves)
+    kept = [row for row in _logged_rows(curves) if int(row["step"]) < step]
+    if kept:
+        _write_rows(history, kept)
+    curves.unlink()
+    return history
+
+
+def join_history(history: Path, curves: Path) -> None:
+    """Put the kept rows of before a resume in front of those since, less the steps that were run again."""
+    if not history.is_file():
+        return
+    before, since = _logged_rows(history), _logged_rows(curves)
+    first = min((int(row["step"]) for row in since), default=math.inf)
+    _write_rows(curves, [row for row in before if int(row["step"]) < first] + since)
+    history.unlink()
+
+
+def _logged_rows(path: Path) -> list[dict[str, str]]:
+    """Rows of a table of the CSV logger, as they are written; of no file none."""
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def _write_rows(path: Path, rows: list[dict[str, str]]) -> None:
+    """Write rows as the CSV logger does: columns sorted."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, sorted({name for row in rows for name in row}))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_bytes(path, text.getvalue().encode())
