@@ -180,7 +180,7 @@ def in_its_own_process(name: str, path: Path, repeats: int) -> dict[str, Any]:
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         if name.startswith(("monai", "torchio", "simpleitk")):
-            return {"error": "cannot read it: " + done.stderr.strip().splitlines()[-1][:100]}
+            return {"error": "cannot read it: " + done.stderr.strip().splitlines()[-1].partition(" <")[0][:100]}
         raise SystemExit(f"{name}: {done.stderr}")
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
