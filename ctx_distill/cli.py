@@ -13,19 +13,27 @@ from ctx_distill.errors import InputError
 from ctx_distill.pipeline.plan import STAGES, Stage
 
 
-def _join_values(given: list[str]) -> list[str]:
-    """`--trainer.devices 2` as `--trainer.devices=2`, so that the value of an override is not taken for CHECKPOINT."""
+def _part_overrides(given: list[str]) -> tuple[list[str], list[str]]:
+    """Take the overrides out of `zero-shot`'s arguments, `--trainer.devices 2` as `--trainer.devices=2`.
+
+    argparse would take the value of the one, and the whole of another that has a space in it, for CHECKPOINT.
+    """
     own = {"--protocol", "--vocabulary", "--templates", "--split", "--out", "--data", "--run", "--preset", "--expert"}
-    flags = {"--no-synonyms", "--force"}
-    joined: list[str] = []
+    own |= {"--no-synonyms", "--force", "--help"}
+    kept: list[str] = []
+    overrides: list[str] = []
+    waits = False
     for argument in given:
-        last = joined[-1] if joined else ""
-        waits = last.startswith("-") and "=" not in last and last not in own | flags and last not in ("-h", "--help")
-        if waits and not (argument.startswith("--") or argument == "-h"):
-            joined[-1] = f"{last}={argument}"
+        if argument.startswith("--") and argument.partition("=")[0] not in own:
+            overrides.append(argument)
+            waits = "=" not in argument
+        elif waits and not argument.startswith("-"):
+            overrides[-1] += f"={argument}"
+            waits = False
         else:
-            joined.append(argument)
-    return joined
+            kept.append(argument)
+            waits = False
+    return kept, overrides
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,10 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _main(arguments: Sequence[str] | None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if given[:1] == ["zero-shot"]:
-        given = _join_values(given)
     parser = build_parser()
-    options, overrides = parser.parse_known_args(given)
+    asked, held = _part_overrides(given) if given[:1] == ["zero-shot"] else (given, [])
+    options, overrides = parser.parse_known_args(asked)
+    overrides += held
     if overrides and not hasattr(options, "preset"):
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
     try:

@@ -12,7 +12,7 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from ctx_distill.arguments import PROTOCOLS as CLI_PROTOCOLS
-from ctx_distill.cli import _join_values, main
+from ctx_distill.cli import _part_overrides, main
 from ctx_distill.errors import InputError
 from ctx_distill.metrics.protocols import CT_RATE_18, PROTOCOLS, comparability
 from ctx_distill.text.findings import load_vocabulary
@@ -49,11 +49,28 @@ def test_only_a_whole_protocol_on_as_many_studies_counts_as_comparable() -> None
         assert "NOT COMPARABLE" in comparability(whole | change)
 
 
-def test_values_of_overrides_are_not_taken_for_a_checkpoint() -> None:
-    given = ["zero-shot", "--run", "R", "--model.init_args.templates", "default", "--seed_everything", "1", "--force"]
-    joined = ["zero-shot", "--run", "R", "--model.init_args.templates=default", "--seed_everything=1", "--force"]
-    assert _join_values(given) == joined
-    assert _join_values(["zero-shot", "--no-synonyms", "a", "b"]) == ["zero-shot", "--no-synonyms", "a", "b"]
+def test_overrides_are_not_taken_for_a_checkpoint() -> None:
+    given = [
+        "zero-shot",
+        "--run",
+        "a run",
+        "--trainer.devices",
+        "2",
+        "--data.init_args.prepared=/a run/prepared",
+        "--split",
+    ]
+    overrides = ["--trainer.devices=2", "--data.init_args.prepared=/a run/prepared"]
+    assert _part_overrides([*given, "val"]) == (["zero-shot", "--run", "a run", "--split", "val"], overrides)
+    assert _part_overrides(["zero-shot", "--no-synonyms", "a", "b"]) == (["zero-shot", "--no-synonyms", "a", "b"], [])
+
+
+def test_the_stage_takes_an_override_with_a_space(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder named so is taken for CHECKPOINT by argparse; the message would then be of options that say nothing."""
+    given = ["zero-shot", "--data", str(tmp_path / "none"), "--run", str(tmp_path / "a run")]
+    assert main([*given, f"--data.init_args.prepared={tmp_path}/a run/prepared"]) == 2
+    told = capsys.readouterr().err
+    assert "CHECKPOINT" not in told
+    assert str(tmp_path / "none") in told
 
 
 def test_templates_of_one_s_own(tmp_path: Path) -> None:
