@@ -81,7 +81,7 @@ class About:
 
     Attributes:
         facts: name and value, in the order shown: the model, its data, the index.
-            nearest: what "nearest" means here, in a sentence; "" without an index.
+    nearest: what "nearest" means here, in a sentence; "" without an index.
         shows_pool: whether reports and pictures of the pool are shown.
     """
 
