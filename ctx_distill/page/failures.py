@@ -133,7 +133,7 @@ def _not_scored(metrics: dict[str, Any], done: bool) -> Iterator[Told]:
         yield f"Left out: {metrics['left_out']}.", [], ""
     unlabelled = metrics.get("not_scored")
     if isinstance(unlabelled, list) and unlabelled:
-        yield "Asked, but without a label column to score them by:", [", ".join(map(str, unlabelled))], ""
+        yield "Asked, but without a label column to score them by.", [", ".join(map(str, unlabelled))], ""
     positives, negatives = mapping(metrics.get("positives")), mapping(metrics.get("negatives"))
     undefined = []
     for name, value in sorted(mapping(metrics.get("per_finding")).items()) if done else ():
@@ -143,14 +143,14 @@ def _not_scored(metrics: dict[str, Any], done: bool) -> Iterator[Told]:
             have, lack = ("?" if count is None else f"{int(count)}" for count in counts)
             undefined.append(f"{name}: {have} studies with and {lack} without it")
     if undefined:
-        yield "Findings without a score, for want of both classes among the studies scored:", undefined, ""
+        yield "Findings without a score, for want of both classes among the studies scored.", undefined, ""
     reasons = [
         f"{name}: {own['threshold_reason']}"
         for name, value in sorted(mapping(metrics.get("findings")).items())
         if (own := mapping(value)).get("threshold_reason")
     ]
     if reasons:
-        yield "Findings without a threshold, so without false positives and negatives:", reasons, ""
+        yield "Findings without a threshold, so without false positives and negatives.", reasons, ""
 
 
 def _reports(metrics: dict[str, Any]) -> Iterator[Told]:

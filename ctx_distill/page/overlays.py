@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ctx_distill.data.coarse import Box
+from ctx_distill.data.coarse import Box, body_mask, coarse_grid, sample
 from ctx_distill.data.volume import Volume, read_volume
 from ctx_distill.files import hash_json
 from ctx_distill.page.pictures import LUNG_WINDOW, SOFT_WINDOW, Picture, Plane, find_lungs, sample_plane, slice_picture
@@ -40,7 +40,7 @@ class Shown:
     Attributes:
         pictures: (title, picture) each.
         method: `grad-cam` or `gradient`; "" where there is no map and the slices go through the lungs.
-        problem: why there are no pictures, or no map; "" where there are both.
+        problem: why there are no pictures, or no map, or what is odd about it; else "".
     """
 
     pictures: tuple[tuple[str, Picture], ...]
@@ -100,9 +100,15 @@ def show_finding(
             found, trouble = None, f"The saliency map could not be read: {error}"
     if found is None:
         return Shown(tuple(_pictures(scan, None, planes, point, body, soft)), "", trouble)
-    point = peak(found)
+    point, note = peak(found), ""
+    if not within_body(scan, point):
+        inner = peak_in_body(scan, found)
+        note = "The map's largest value lies outside of the body" + (
+            "; the slices go through its largest inside." if inner else "."
+        )
+        point = inner or point
     body = _holding(body, point)
-    return Shown(tuple(_pictures(scan, found, planes, point, body, soft)), str((one or {}).get("method", "")))
+    return Shown(tuple(_pictures(scan, found, planes, point, body, soft)), str((one or {}).get("method", "")), note)
 
 
 def _holding(box: Box, point: tuple[float, float, float]) -> Box:
@@ -117,6 +123,34 @@ def peak(found: Volume) -> tuple[float, float, float]:
     best = np.flatnonzero(found.voxels == found.voxels.max())
     index = np.unravel_index(int(best[len(best) // 2]), found.voxels.shape)
     left, posterior, superior = (found.affine_lps @ np.array([*index, 1.0]))[:3]
+    return float(left), float(posterior), float(superior)
+
+
+def _inside(scan: Volume) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
+    """The body with what it encloses, on a coarse grid (z, y, x), and its points (3, z, y, x) in LPS mm."""
+    from scipy import ndimage
+
+    hu, (superior, posterior, left) = coarse_grid(scan)
+    body = np.stack([ndimage.binary_fill_holes(plane) for plane in body_mask(hu)])
+    return body, np.stack(np.meshgrid(superior, posterior, left, indexing="ij"))[::-1]
+
+
+def within_body(scan: Volume, point: tuple[float, float, float]) -> bool:
+    """Whether the coarse voxel nearest to a point (LPS mm) is of the body or enclosed by it; True where there is no body."""
+    body, points = _inside(scan)
+    if not body.any():
+        return True
+    distance = ((points - np.array(point).reshape(3, 1, 1, 1)) ** 2).sum(axis=0)
+    return bool(body.ravel()[int(distance.argmin())])
+
+
+def peak_in_body(scan: Volume, found: Volume) -> tuple[float, float, float] | None:
+    """Where in the body, every 4 mm, a map is largest; None where it is 0 throughout."""
+    body, points = _inside(scan)
+    values = np.where(body, sample(found, points, outside=0.0), 0.0)
+    if not values.max() > 0:
+        return None
+    left, posterior, superior = points.reshape(3, -1)[:, int(values.argmax())]
     return float(left), float(posterior), float(superior)
 
 
