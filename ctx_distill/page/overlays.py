@@ -49,13 +49,13 @@ class Shown:
 
 
 def map_file(model: str, study: str, finding: str) -> str:
-    """Where a map lies below `RUN/saliency/`; two names never give one file."""
+    """Where a map lies below `RUN/saliency/`: two studies, or findings that differ in a letter, never share a file."""
 
     def part(name: str) -> str:
         slug = re.sub(r"[^\w.-]", "_", name).strip(".")
-        return slug if slug == name.replace(" ", "_") else f"{slug}-{hash_json(name)[:8]}"
+        return slug if slug == name else f"{slug}-{hash_json(name)[:8]}"
 
-    return f"{model}/{part(study)}/{part(finding)}.nii.gz"
+    return f"{model}/{part(study)}/{part(finding.replace(' ', '_'))}.nii.gz"
 
 
 def read_record(run: Path) -> dict[Key, dict[str, Any]]:
