@@ -36,8 +36,8 @@ def scan_box(volume: Volume) -> Box:
     return Box((float(low[0]), float(low[1]), float(low[2])), (float(high[0]), float(high[1]), float(high[2])))
 
 
-def sample(volume: Volume, points: NDArray[np.float64]) -> NDArray[np.float32]:
-    """HU at `points` (3, ...), the patient's Left, Posterior, Superior in mm; air outside the scan."""
+def sample(volume: Volume, points: NDArray[np.float64], outside: float = AIR) -> NDArray[np.float32]:
+    """Values at `points` (3, ...), the patient's Left, Posterior, Superior in mm; `outside` beyond the scan."""
     from scipy import ndimage
 
     inverse = np.linalg.inv(volume.affine_lps)
@@ -47,7 +47,7 @@ def sample(volume: Volume, points: NDArray[np.float64]) -> NDArray[np.float32]:
         inside = (flat[axis] > -0.5 - 1e-6) & (flat[axis] < size - 0.5 + 1e-6)
         flat[axis] = np.where(inside, flat[axis].clip(0, size - 1), flat[axis])
     values = ndimage.map_coordinates(
-        volume.voxels, flat, output=np.float32, order=1, mode="constant", cval=AIR, prefilter=False
+        volume.voxels, flat, output=np.float32, order=1, mode="constant", cval=outside, prefilter=False
     )
     return np.asarray(values, dtype=np.float32).reshape(points.shape[1:])
 

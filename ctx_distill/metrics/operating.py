@@ -18,6 +18,10 @@ Floats = NDArray[np.float64]
 Scores = dict[str, tuple[Floats, Floats]]
 """Measure -> (values (F,), replicates (R, F)), NaN where not defined."""
 BINS = 10
+THRESHOLD_RULE = (
+    "the val probability whose ROC point is nearest to (0, 1), present at or above it; chosen on val alone, never on the "
+    "studies that are scored"
+)
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
 from ctx_distill.files import write_text
 from ctx_distill.page import plots
-from ctx_distill.page.gather import STAGES, Metric, Run, gather, mapping, to_number
+from ctx_distill.page.errors import model_errors
+from ctx_distill.page.failures import failures
+from ctx_distill.page.gather import STAGES, Metric, Run, gather, to_number
+from ctx_distill.page.made import how_made
+from ctx_distill.page.overlays import RAMP
 from ctx_distill.page.results import (
     all_metrics,
     has_labels,
@@ -18,19 +22,25 @@ from ctx_distill.page.results import (
     per_finding,
     report_baselines,
     result_rows,
-    stage_states,
     tiles,
 )
+from ctx_distill.page.stages import SECTIONS, STUDY_PARTS_OF, of_stage, stage_facts
 from ctx_distill.page.studies import label_table, studies
+from ctx_distill.page.wanted import study_maps
 from ctx_distill.page.zero_shot import zero_shot_part
+
+if TYPE_CHECKING:
+    from ctx_distill.data.manifest import Manifest
 
 TEMPLATES = Path(__file__).parent / "templates"
 SHOWN_CURVES = 4
+FINDING_SERIES = {"Zero-shot": "zero_shot", "Classifier": "classifier"}
+STUDY_PARTS = ("xray", "findings", "report")
 CURVE_STAGES = ("expert", "distill", "align", "classifier", "report")
 
 
 def build_page(run: Path) -> Path:
-    """Write `RUN/index.html`: one self-contained file about a run, finished or not.
+    """Write `RUN/index.html`, one self-contained file about a run, finished or not, and `RUN/<stage>/index.html`.
 
     Reads the run folder and the manifests that its run.json names, nothing else. What is missing is left out, and the
     page says so.
@@ -39,19 +49,24 @@ def build_page(run: Path) -> Path:
         run: the run folder.
 
     Returns:
-        The page's path.
+        The run page's path.
 
     Raises:
         InputError: where the run folder does not exist.
     """
     run = Path(run)
     path = run / "index.html"
-    write_text(path, render(gather(run)))
+    gathered = gather(run)
+    told = contents(gathered)
+    for folder, _, _ in STAGES:
+        if (run / folder).is_dir():
+            write_text(run / folder / "index.html", render(told | stage_contents(gathered, folder, told)))
+    write_text(path, render(told))
     return path
 
 
-def render(run: Run) -> str:
-    """The page's HTML."""
+def render(told: dict[str, Any]) -> str:
+    """The HTML of `contents`."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -68,11 +83,17 @@ def render(run: Run) -> str:
         "duration": duration,
         "percent": percent,
     }
+    return environment.get_template("page.html.j2").render(told)
+
+
+def contents(run: Run) -> dict[str, Any]:
+    """What the template of the run page shows, by its names."""
     style = Markup((TEMPLATES / "style.css").read_text(encoding="utf-8"))
     models = [
         name for name, table in (("Zero-shot", run.zero_shot), ("Classifier", run.classifier)) if table is not None
     ]
-    return environment.get_template("page.html.j2").render(
+    chosen = studies(run)
+    return dict(  # noqa: C408  # names of the template, one a line
         style=style,
         name=run.folder.resolve().name,
         run=run,
@@ -83,14 +104,45 @@ def render(run: Run) -> str:
         beside=report_baselines(run),
         measured=all_metrics(run),
         missing=missing_parts(run),
-        findings=_per_finding(run),
+        findings=_per_finding(run, FINDING_SERIES),
         asked=zero_shot_part(run),
         curves=_curves(run),
         rocs=_rocs(run),
         models=models,
-        studies=studies(run),
-        made=_how_made(run),
+        studies=chosen,
+        study_parts=STUDY_PARTS,
+        salient=study_maps(run, [study.study_id for study in chosen]),
+        failed=failures(run),
+        errors=model_errors(run),
+        ramp=RAMP,
+        stage=None,
+        linked={name: f"{folder}/index.html" for folder, _, name in STAGES if (run.folder / folder).is_dir()},
+        made=how_made(run),
     )
+
+
+def stage_contents(run: Run, folder: str, told: dict[str, Any]) -> dict[str, Any]:
+    """What the page of one stage shows in place of `told`, the run page's."""
+    kept, own = SECTIONS.get(folder, ()), of_stage(run, folder)
+    name = next(name for place, _, name in STAGES if place == folder)
+    series = {"X-ray expert": "expert"} if folder == "expert" else FINDING_SERIES
+    always = ("style", "name", "stages", "has_labels", "made", "ramp", "models", "salient")
+    shown = {key: value if key in (*always, *kept) else None for key, value in told.items()}
+    up = {each: f"../{place}" for each, place in told["linked"].items()}
+    return shown | {
+        "run": own,
+        "rows": result_rows(own),
+        "measured": all_metrics(own),
+        "findings": _per_finding(own, series),
+        "curves": _curves(own),
+        "rocs": _rocs(own),
+        "missing": list(run.notes),
+        "failed": [one for one in told["failed"] if one.stage == folder],
+        "errors": [one for one in told["errors"] if one.key == folder],
+        "study_parts": STUDY_PARTS_OF.get(folder, ()),
+        "linked": up,
+        "stage": stage_facts(run, folder, name),
+    }
 
 
 def number(value: object) -> str:
@@ -134,9 +186,9 @@ def duration(value: object) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
 
 
-def _per_finding(run: Run) -> dict[str, Any] | None:
-    """Plot and table of AUROC by finding: zero-shot, and the classifier beside it where it was scored."""
-    series = {name: per_finding(run, key) for name, key in (("Zero-shot", "zero_shot"), ("Classifier", "classifier"))}
+def _per_finding(run: Run, wanted: Mapping[str, str]) -> dict[str, Any] | None:
+    """Plot and table of AUROC by finding, the `wanted` stages (name: key of its metrics) that were scored beside each other."""
+    series = {name: per_finding(run, key) for name, key in wanted.items()}
     series = {name: values for name, values in series.items() if values}
     if not series:
         return None
@@ -144,7 +196,7 @@ def _per_finding(run: Run) -> dict[str, Any] | None:
     names = sorted({name for values in series.values() for name in values})
     none = Metric(None)
     names.sort(key=lambda name: -(first.get(name, none).value or -1.0))
-    counts = _counts(run)
+    counts = _counts(run.xray if "expert" in wanted.values() else run.ct)
     rows = [(name, [values.get(name) for values in series.values()]) for name in names]
     drawn = [(name, metrics) for name, metrics in rows if any(m and m.value is not None for m in metrics)]
     return {
@@ -154,27 +206,31 @@ def _per_finding(run: Run) -> dict[str, Any] | None:
     }
 
 
-def _counts(run: Run) -> dict[str, tuple[int, int]]:
+def _counts(manifest: Manifest | None) -> dict[str, tuple[int, int]]:
     """Test studies with and without each finding."""
-    if run.ct is None or not run.ct.finding_names:
+    if manifest is None or not manifest.finding_names:
         return {}
-    labels = label_table(run.ct.split("test"))
+    labels = label_table(manifest.split("test"))
     return {str(name): (int((labels[name] == 1).sum()), int((labels[name] == 0).sum())) for name in labels.columns}
 
 
 def _curves(run: Run) -> list[dict[str, Any]]:
-    """Learning curves by stage: the first few terms, and the rest."""
+    """Learning curves by stage: the first few terms, the rest, and in words those that never change."""
     titles = {folder: name for folder, _, name in STAGES}
     found = []
     for folder in CURVE_STAGES:
         if folder not in run.logs:
             continue
+        curves = plots.learning_curves(run.logs[folder])
+        flat = [f"{curve.term} ({plots.curve_words(curve)})" for curve in curves if curve.is_flat]
         drawn = [
             (curve.term, plots.curve_words(curve), Markup(plots.curve_plot(curve)))
-            for curve in plots.learning_curves(run.logs[folder])
+            for curve in curves
+            if not curve.is_flat
         ]
-        if drawn:
-            found.append({"stage": titles[folder], "first": drawn[:SHOWN_CURVES], "rest": drawn[SHOWN_CURVES:]})
+        if curves:
+            parts = {"first": drawn[:SHOWN_CURVES], "rest": drawn[SHOWN_CURVES:], "flat": flat}
+            found.append({"stage": titles[folder], **parts})
     return found
 
 
@@ -200,56 +256,3 @@ def _rocs(run: Run) -> dict[str, Any] | None:
         picture = Markup(plots.roc_plot(str(finding), curves, list(held)))
         drawn.append((str(finding), areas, known[0].positives, known[0].negatives, picture))
     return {"series": list(held), "drawn": drawn, "left_out": left_out}
-
-
-def _how_made(run: Run) -> dict[str, Any]:
-    """The facts of run.json, whichever of them are there, in words."""
-    info = run.info
-    expert, spec = mapping(info.get("expert")), mapping(info.get("volume_spec"))
-    facts = [
-        ("Run folder", str(run.folder)),
-        ("Started", info.get("created")),
-        ("Command", info.get("command")),
-        ("Preset", info.get("preset")),
-        ("ctx-distill", info.get("version")),
-        ("X-ray expert", expert.get("name") or (info.get("expert") if isinstance(info.get("expert"), str) else None)),
-        ("Expert's licence", expert.get("license") or expert.get("licence")),
-        ("Expert's fingerprint", expert.get("fingerprint")),
-        ("Volume", _spec_words(spec)),
-    ]
-    states = stage_states(run)
-    recorded = mapping(info.get("stages"))
-    return {
-        "facts": [(name, str(value)) for name, value in facts if value],
-        "data": [_data_row(name, info.get(key)) for name, key in (("CT", "ct"), ("X-ray", "xray")) if info.get(key)],
-        "stages": [
-            (
-                name,
-                states[folder],
-                {"seconds": None, "fingerprint": None, **mapping(recorded.get(folder))},
-            )
-            for folder, _, name in STAGES
-        ],
-        "left_out": sorted(mapping(run.metrics.get("retrieval", {}).get("left_out")).items()),
-    }
-
-
-def _spec_words(spec: Mapping[str, Any]) -> str | None:
-    """The volume spec in one line."""
-    told = []
-    for key, joint, unit in (("spacing", " × ", "mm"), ("shape", " × ", "voxels (z, y, x)"), ("window", " to ", "HU")):
-        value = spec.get(key)
-        if isinstance(value, list | tuple):
-            told.append(f"{joint.join(f'{v:g}' if isinstance(v, int | float) else str(v) for v in value)} {unit}")
-    return "; ".join(told) or None
-
-
-def _data_row(name: str, value: object) -> dict[str, Any]:
-    """One manifest as run.json tells it."""
-    held = mapping(value) or {"path": value}
-    splits = ", ".join(f"{split} {count}" for split, count in mapping(held.get("splits")).items())
-    return {
-        "name": name,
-        "splits": splits,
-        **{key: held.get(key) for key in ("path", "images", "studies", "patients", "fingerprint")},
-    }

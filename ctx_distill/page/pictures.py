@@ -49,6 +49,7 @@ class Picture:
         height: pixels.
         letters: patient directions at its left, right, top and bottom edge; "" for radiographs.
         crossings: where the other planes cut it, as shares of its (width, height); None for radiographs.
+        heat: `data:` URI of a saliency map over the same extent; "" without one.
     """
 
     uri: str
@@ -56,6 +57,7 @@ class Picture:
     height: int
     letters: str = ""
     crossings: tuple[float, float] | None = None
+    heat: str = ""
 
 
 @dataclass(frozen=True)
@@ -73,10 +75,10 @@ def ct_pictures(volume: Volume) -> CTPictures:
     body, point = find_lungs(volume)
     planes: dict[Plane, Floats] = {plane: sample_plane(volume, plane, point, body) for plane in _LAYOUT}
     return CTPictures(
-        axial=_slice_picture(planes["axial"], LUNG_WINDOW, "axial", point, body),
-        axial_soft=_slice_picture(planes["axial"], SOFT_WINDOW, "axial", point, body),
-        coronal=_slice_picture(planes["coronal"], LUNG_WINDOW, "coronal", point, body),
-        sagittal=_slice_picture(planes["sagittal"], LUNG_WINDOW, "sagittal", point, body),
+        axial=slice_picture(planes["axial"], LUNG_WINDOW, "axial", point, body),
+        axial_soft=slice_picture(planes["axial"], SOFT_WINDOW, "axial", point, body),
+        coronal=slice_picture(planes["coronal"], LUNG_WINDOW, "coronal", point, body),
+        sagittal=slice_picture(planes["sagittal"], LUNG_WINDOW, "sagittal", point, body),
     )
 
 
@@ -118,7 +120,9 @@ def _bounds(mask: NDArray[np.bool_], axes: tuple[NDArray[np.float64], ...], exte
     return Box((low[0], low[1], low[2]), (high[0], high[1], high[2]))
 
 
-def sample_plane(volume: Volume, plane: Plane, point: tuple[float, float, float], box: Box) -> Floats:
+def sample_plane(
+    volume: Volume, plane: Plane, point: tuple[float, float, float], box: Box, outside: float = AIR
+) -> Floats:
     """A plane through `point` as it is shown: row 0 on top, column 0 on the picture's left, square pixels, HU.
 
     Axial: the patient's right on the left and anterior on top. Coronal: right on the left, superior on top. Sagittal:
@@ -132,7 +136,7 @@ def sample_plane(volume: Volume, plane: Plane, point: tuple[float, float, float]
     points[:] = np.array(point).reshape(3, 1, 1)
     points[column_axis] = columns[None, :]
     points[row_axis] = rows[:, None]
-    return sample(volume, points)
+    return sample(volume, points, outside)
 
 
 def _line(box: Box, axis: int, sign: int, pixel: float) -> NDArray[np.float64]:
@@ -143,9 +147,15 @@ def _line(box: Box, axis: int, sign: int, pixel: float) -> NDArray[np.float64]:
     return centres[::sign]
 
 
-def _slice_picture(
-    hu: Floats, window: tuple[float, float], plane: Plane, point: tuple[float, float, float], box: Box
+def slice_picture(
+    hu: Floats,
+    window: tuple[float, float],
+    plane: Plane,
+    point: tuple[float, float, float],
+    box: Box,
+    heat: str = "",
 ) -> Picture:
+    """A plane of `sample_plane` in a window; `heat` is a data URI of the same extent to lay over it."""
     grey = np.clip((hu - window[0]) / (window[1] - window[0]), 0.0, 1.0)
     (column_axis, column_sign), (row_axis, row_sign), letters = _LAYOUT[plane]
 
@@ -154,7 +164,7 @@ def _slice_picture(
         return value if sign > 0 else 1 - value
 
     crossings = (share(column_axis, column_sign), share(row_axis, row_sign))
-    return Picture(encode(grey), hu.shape[1], hu.shape[0], letters, crossings)
+    return Picture(encode(grey), hu.shape[1], hu.shape[0], letters, crossings, heat)
 
 
 def xray_picture(path: Path, inverted: bool = False) -> Picture:

@@ -24,6 +24,12 @@ class Curve:
     train: tuple[tuple[float, float], ...]
     val: tuple[tuple[float, float], ...]
 
+    @property
+    def is_flat(self) -> bool:
+        """Whether it has several points and each series keeps one value."""
+        several = len(self.train) > 1 or len(self.val) > 1
+        return several and all(len({y for _, y in series}) <= 1 for series in (self.train, self.val))
+
 
 @dataclass(frozen=True)
 class Roc:

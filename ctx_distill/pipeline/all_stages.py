@@ -80,5 +80,7 @@ def _run_alone(stage: Stage, options: argparse.Namespace, overrides: list[str]) 
 
 def _write_page(run: Path) -> Path:
     from ctx_distill.page.page import build_page
+    from ctx_distill.pipeline.saliency import write_saliency
 
+    write_saliency(run)
     return build_page(run)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -19,7 +20,8 @@ from ctx_distill.data.datamodules import CTDataModule
 from ctx_distill.distributed import global_ratio, own_first_rows, rank
 from ctx_distill.errors import InputError
 from ctx_distill.losses.findings import LossSettings, findings_terms, mixup
-from ctx_distill.metrics.classification import classification_report
+from ctx_distill.metrics.findings_report import findings_report
+from ctx_distill.metrics.operating import THRESHOLD_RULE, choose_thresholds
 from ctx_distill.models.ct_encoder import CTEncoder
 from ctx_distill.models.dual_encoder import DualEncoder
 from ctx_distill.models.heads import FindingsHead
@@ -198,7 +200,7 @@ class ClassifierTask(TrainedTask):
         return super().run(trainer, datamodule, folder)
 
     def finish(self, trainer: L.Trainer, datamodule: L.LightningDataModule, folder: Path) -> dict[str, Any]:
-        """Write the head and its predictions; score `test`."""
+        """Write the head and its predictions; score `test`, at thresholds chosen on `val`."""
         assert isinstance(datamodule, CTDataModule)
         assert self.head is not None
         names = list(datamodule.manifest.finding_names)
@@ -219,5 +221,13 @@ class ClassifierTask(TrainedTask):
         if rank() == 0:
             columns = {name: means[:, column] for column, name in enumerate(names)}
             write_predictions(folder / "predictions.csv", studies, columns)
-        labels = studies[[f"label:{name}" for name in names]].to_numpy()
-        return metrics | classification_report(labels, means, names, studies["patient_id"].tolist())
+        labelled = [f"label:{name}" for name in names]
+        val = datamodule.manifest.split("val")
+        own = np.zeros((0, len(names)))
+        if len(val):
+            own = predict_rows(trainer, self, datamodule.loader(val), list(val.frame.index))["probability"].numpy()
+        known, val_means = study_means(val, own)
+        thresholds = choose_thresholds(known[labelled].to_numpy(), val_means)
+        labels, patients = studies[labelled].to_numpy(), studies["patient_id"].tolist()
+        scored = findings_report(labels, means, names, patients, thresholds)
+        return metrics | scored | {"threshold_rule": THRESHOLD_RULE}

@@ -20,7 +20,7 @@ from ctx_distill.distributed import rank
 from ctx_distill.files import write_text
 from ctx_distill.metrics.classification import macro_auroc
 from ctx_distill.metrics.findings_report import findings_report
-from ctx_distill.metrics.operating import Threshold, choose_thresholds
+from ctx_distill.metrics.operating import THRESHOLD_RULE, Threshold, choose_thresholds
 from ctx_distill.metrics.protocols import PROTOCOLS, protocol_findings
 from ctx_distill.metrics.report_retrieval import DIRECTIONS, report_retrieval
 from ctx_distill.models.dual_encoder import DualEncoder
@@ -32,10 +32,6 @@ from ctx_distill.text.findings import load_vocabulary
 from ctx_distill.text.prompts import load_templates
 from ctx_distill.types import CTBatch
 
-THRESHOLD_RULE = (
-    "the val probability whose ROC point is nearest to (0, 1), present at or above it; chosen on val alone, never on the "
-    "studies that are scored"
-)
 RETRIEVAL_RULE = (
     "one row a study (image features of its reconstructions averaged, its report once); studies with the same report text "
     "are right answers for each other; strict_*: the own study alone, ties against it"
