@@ -15,7 +15,7 @@ from ctx_distill.text.phrases import PhraseIndex
 from ctx_distill.text.sides import side_of
 
 _SENTENCE_CACHE = 65536
-_UNPAIRED = frozenset(["heart", "pericardium", "vessels", "diaphragm", "mediastinum", "thorax"])
+_UNPAIRED = frozenset(["heart", "pericardium", "vessels", "diaphragm", "mediastinum", "whole chest"])
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ class Vocabulary:
             if kind == "synonym" and assertion is not None:
                 side = ""
                 if assertion == PRESENT and self.findings[number].region not in _UNPAIRED:
-                    others = [(m.start, m.end) for m in matches if m.phrase.number != number]
+                    others = [(m.start, m.end) for m in matches if m.start >= match.end or m.end <= match.start]
                     side = side_of(parsed, match.start, match.end, others)
                 result.append(Reading(number, assertion, side))
             elif (kind == "denied" and assertion == ABSENT) or (kind == "normal" and assertion == PRESENT):
