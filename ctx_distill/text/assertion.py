@@ -196,7 +196,7 @@ class Sentence:
         complete = False  # the cue's own statement has had its verb: "No nodule was detected, ..."
         for i in range(start, end):
             token = self.tokens[i]
-            if token in self._detection:
+            if token in self._detection and i > start:  # "no visible pneumothorax" has had none
                 complete = True
             if token not in (",", "and", ")"):
                 continue
