@@ -18,7 +18,7 @@ from ctx_distill.text.phrases import BREAKS, PhraseIndex, stem, words
 
 PRESENT, ABSENT, UNCERTAIN = 1, 0, -1
 
-_DENIED_WORDS = 4
+_DENIED_WORDS = 8
 _COPULAS = frozenset(
     ["is", "are", "was", "were", "has", "have", "had", "show", "appear", "remain", "demonstrate", "contain"]
 )

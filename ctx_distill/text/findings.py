@@ -154,7 +154,9 @@ def _load(path: Path) -> Vocabulary:
     for name, count in Counter(finding.name.lower() for finding in findings).items():
         if count > 1:
             raise InputError(f"{path}: finding {name!r} stands {count} times (case does not count); keep one of them.")
-    spared = {str(name): body.get("not_contrary") or () for name, body in raw["findings"].items() if isinstance(body, dict)}
+    spared = {
+        str(name): body.get("not_contrary") or () for name, body in raw["findings"].items() if isinstance(body, dict)
+    }
     findings = tuple(_with_siblings(path, f, findings, spared.get(f.name, ())) if f.contrary else f for f in findings)
     return Vocabulary(str(raw.get("name", path.stem)), findings)
 
@@ -167,7 +169,9 @@ def _with_siblings(path: Path, finding: Finding, all_of_file: Sequence[Finding],
         )
     others = [other for other in all_of_file if other is not finding and other.name not in spared]
     contrary = [
-        phrase for o in others for phrase in (*o.synonyms, *o.denied, *(term for rule in o.located for term in rule.terms))
+        phrase
+        for o in others
+        for phrase in (*o.synonyms, *o.denied, *(term for rule in o.located for term in rule.terms))
     ]
     return replace(
         finding,

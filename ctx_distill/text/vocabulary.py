@@ -206,6 +206,9 @@ class Vocabulary:
                 result.append(Reading(number, PRESENT if assertion == ABSENT else ABSENT, ""))
             elif kind == "supporting" and assertion == PRESENT:
                 result.append(Reading(number, PRESENT, ""))
+            elif kind == "synonym" and number in self.rest:
+                if assertion == PRESENT:  # "no effusion, no finding ..." denies nothing by its second half
+                    result.append(Reading(number, PRESENT, ""))
             elif kind == "synonym" and assertion is not None:
                 side = ""
                 if assertion == PRESENT and self.findings[number].region not in _UNPAIRED:
