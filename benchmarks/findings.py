@@ -56,7 +56,7 @@ DEFINITION = {
         r"$^",
     ),
     "Cardiomegaly": (r"Cardiac Shadow/enlarged", r"Cardiomegaly/borderline"),
-    "Lung Lesion": (r"(Opacity|Density)/.*round|Calcified Granuloma", r"Granulomatous Disease"),
+    "Lung Lesion": (r"(Opacity|Density)/.*round|Calcified Granuloma", r"Granuloma"),
     "Pneumonia": (r"Infiltrate|Opacity|Airspace Disease|Consolidation", r"$^"),
     "Pleural Effusion": (r"$^", r"Costophrenic Angle"),
 }
