@@ -64,6 +64,15 @@ def _check_header(path: Path, header: list[str]) -> None:
         raise InputError(f"{path}: column {shorten(doubled[0])} stands twice in the header; rename or drop one of them")
 
 
+def _check_separator(path: Path, header: list[str]) -> None:
+    other = next((mark for mark in (";", "\t", "|") if len(header) == 1 and mark in header[0]), None)
+    if other:
+        raise InputError(
+            f"{path}: found the header {shorten(header[0])}, one column parted by {other!r}; expected commas: save it as CSV"
+            f" with commas, for example: pandas.read_csv(path, sep={other!r}, dtype=str).to_csv(path, index=False)"
+        )
+
+
 def _read_csv(path: Path) -> Table:
     try:
         # "utf-8-sig" because spreadsheet programs put a byte-order mark in front of the first column's name.
@@ -106,6 +115,7 @@ def _parse_csv(path: Path, reader: Any) -> Table:
             if header is None:
                 header = [name.strip() for name in record]
                 _check_header(path, header)
+                _check_separator(path, header)
                 continue
             if not record:  # an empty line, as editors leave at the end
                 continue

@@ -5,13 +5,17 @@ from __future__ import annotations
 import csv
 import functools
 import io
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from ctx_distill.data.tables import Table, read_table
 from ctx_distill.errors import InputError
 from ctx_distill.files import write_bytes, write_text
 from ctx_distill.parallel import in_processes, usable_cores
+from ctx_distill.pipeline.findings_parts import parts_folder, request_hash, standing_parts, write_part
+from ctx_distill.text.contradictions import compare, label_value
+from ctx_distill.text.familiarity import is_foreign
 from ctx_distill.text.findings import extract, extract_sides, load_vocabulary
 from ctx_distill.text.report import join_sections
 from ctx_distill.text.sections import cut_report
@@ -20,8 +24,12 @@ _PART = 500
 _FEW = 4000
 """Fewer reports than this are read before a second process would have started."""
 
+_ID_COLUMNS = ("study_id", "image_id", "VolumeName", "id", "uid", "patient_id")
+_FOREIGN_SHARE = 0.1
+
 _Part = tuple[int, tuple[str, ...]]
-_Row = tuple[list[str], list[str]]
+_Row = tuple[dict[str, int], dict[str, str], bool]
+"""What a report asserts, its sides, and whether it seems to be in another language."""
 
 
 def report_texts(table: Table) -> tuple[list[str], str]:
@@ -38,7 +46,7 @@ def report_texts(table: Table) -> tuple[list[str], str]:
     read = [name for name in ("findings", "impression") if name in columns]
     if not read:
         raise InputError(
-            f"{table.path}: found the columns {', '.join(columns) or 'none'}; expected report_text, or findings and "
+            f"{table.path}: found the header {', '.join(columns) or 'none'}; expected report_text, or findings and "
             "impression: rename the column that holds the reports"
         )
     blank = [""] * len(table.rows)
@@ -51,6 +59,10 @@ def write_findings(
 ) -> str:
     """Write `source` with a column a finding: 1 present, 0 absent, -1 uncertain, blank where it is not mentioned.
 
+    A stop leaves no half table; of many reports the parts that were read stand beside it, and the same call goes on
+    with the others. Where `source` holds labels of the vocabulary (a column named as a finding, or `label:<finding>`), those that the text contradicts are
+    listed in `<out's stem>.contradictions.csv`.
+
     Args:
         source: CSV (UTF-8) or Parquet with `report_text`, or `findings` and `impression`.
         out: the table to write, .csv or .parquet; whole, or not at all.
@@ -60,10 +72,12 @@ def write_findings(
         workers: processes; None takes one a core.
 
     Returns:
-        What was done, for the terminal.
+        What was done, for the terminal, warnings included.
 
     Raises:
-        InputError: an unreadable table, missing columns, a column of a finding's name, an unknown vocabulary or suffix.
+        InputError: an unreadable table, missing columns, a column of a finding's name, a label that is none, an unknown
+            vocabulary or suffix.
+        StopRequested: a signal asked for it.
     """
     names = load_vocabulary(vocabulary).names
     if out.suffix.lower() not in (".csv", ".parquet"):
@@ -76,39 +90,81 @@ def write_findings(
     if doubled:
         raise InputError(f"{source}: holds a column {doubled[0]!r} already; give another --prefix, such as 'found:'")
     texts, read = report_texts(table)
-    rows = _read_all(texts, vocabulary, workers)
+    labels = _labels(table, names)
+    folder = parts_folder(out)
+    rows = _read_all(texts, vocabulary, workers, folder, source)
     columns = dict(table.columns)
-    for i, name in enumerate(names):
-        columns[prefix + name] = [values[i] for values, _ in rows]
+    for name in names:
+        columns[prefix + name] = [str(found.get(name, "")) for found, _, _ in rows]
     if sides:
-        for i, name in enumerate(names):
-            columns[f"side:{name}"] = [told[i] for _, told in rows]
+        for name in names:
+            columns[f"side:{name}"] = [told.get(name, "") for _, told, _ in rows]
+    told = [_told_labels(table, out, labels, rows)] if labels else []
     (_write_parquet if out.suffix.lower() == ".parquet" else _write_csv)(out, columns)
+    shutil.rmtree(folder, ignore_errors=True)
     empty = sum(not text for text in texts)
     blank = f"; {empty:,} without text" if empty else ""
-    return f"{out}: {len(rows):,} reports ({read}), {len(names)} findings of {vocabulary}{blank}"
+    head = f"{out}: {len(rows):,} reports ({read}), {len(names)} findings of {vocabulary}{blank}"
+    return "\n".join([head, *told, *_told_foreign(table, rows, len(rows) - empty)])
 
 
-def _read_all(texts: Sequence[str], vocabulary: str, workers: int | None) -> list[_Row]:
+def _labels(table: Table, names: Sequence[str]) -> dict[str, list[float | None]]:
+    """The label columns of the vocabulary's findings that a table holds."""
+    labels = {}
+    for name in names:
+        column = next((c for c in (f"label:{name}", name) if c in table.columns), None)
+        if column is not None:
+            where = f"{table.path}, column {column!r}, row"
+            labels[name] = [
+                label_value(f"{where} {row}", cell) for row, cell in zip(table.rows, table.columns[column], strict=True)
+            ]
+    return labels
+
+
+def _told_labels(table: Table, out: Path, labels: dict[str, list[float | None]], rows: Sequence[_Row]) -> str:
+    """Write the list of contradictions beside `out`, and say how many there are."""
+    found = compare(labels, [report for report, _, _ in rows])
+    key = next((name for name in _ID_COLUMNS if name in table.columns), None)
+    ids = table.columns[key] if key else [""] * len(table.rows)
+    path = out.with_name(f"{out.stem}.contradictions.csv")
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["row", key or "id", "finding", "label", "text"])
+    writer.writerows((table.rows[c.place], ids[c.place], c.finding, c.label, c.text) for c in found.contradictions)
+    write_text(path, text.getvalue())
+    studies = len({c.place for c in found.contradictions})
+    return (
+        f"labels of {len(labels)} findings: {len(found.contradictions):,} of {found.compared:,} contradict the text, in {studies:,}"
+        f" reports ({path}); {found.unmentioned:,} of 1 are not mentioned in it"
+    )
+
+
+def _told_foreign(table: Table, rows: Sequence[_Row], with_text: int) -> list[str]:
+    foreign = [row for row, (_, _, odd) in zip(table.rows, rows, strict=True) if odd]
+    if len(foreign) <= _FOREIGN_SHARE * with_text:
+        return []
+    return [
+        f"warning: {len(foreign):,} of {with_text:,} reports hold hardly any word that the extractor knows (first: row {foreign[0]});"
+        " it reads English only, and their blanks mean nothing: translate them first"
+    ]
+
+
+def _read_all(texts: Sequence[str], vocabulary: str, workers: int | None, folder: Path, source: Path) -> list[_Row]:
     read = functools.partial(_read_part, vocabulary=vocabulary)
+    if len(texts) < _FEW:
+        return read((0, tuple(texts)))
     parts: list[_Part] = [(i, tuple(texts[i : i + _PART])) for i in range(0, len(texts), _PART)]
-    workers = workers or usable_cores()
-    done: Iterator[tuple[_Part, list[_Row]]]
-    if len(texts) < _FEW or workers == 1:
-        done = ((part, read(part)) for part in parts)
-    else:
-        done = in_processes("findings", read, parts, len(parts), workers)
-    by_place = {part[0]: rows for part, rows in done}
+    by_place = standing_parts(folder, request_hash(source, vocabulary, _PART))
+    waiting = [part for part in parts if part[0] not in by_place]
+    for part, rows in in_processes("findings", read, waiting, len(waiting), workers or usable_cores()):
+        write_part(folder, part[0], rows)
+        by_place[part[0]] = rows
     return [row for place in sorted(by_place) for row in by_place[place]]
 
 
 def _read_part(part: _Part, vocabulary: str) -> list[_Row]:
-    words = load_vocabulary(vocabulary)
-    rows = []
-    for text in part[1]:
-        found, sides = extract(text, words), extract_sides(text, words)
-        rows.append(([str(found.get(n, "")) for n in words.names], [sides.get(n, "") for n in words.names]))
-    return rows
+    known = load_vocabulary(vocabulary)
+    return [(extract(text, known), extract_sides(text, known), is_foreign(text)) for text in part[1]]
 
 
 def _write_csv(out: Path, columns: dict[str, list[str]]) -> None:

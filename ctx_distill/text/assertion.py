@@ -18,7 +18,7 @@ from ctx_distill.text.phrases import BREAKS, PhraseIndex, stem, words
 
 PRESENT, ABSENT, UNCERTAIN = 1, 0, -1
 
-_DENIED_WORDS = 4
+_DENIED_WORDS = 8
 _COPULAS = frozenset(
     ["is", "are", "was", "were", "has", "have", "had", "show", "appear", "remain", "demonstrate", "contain"]
 )
@@ -70,13 +70,16 @@ class Sentence:
 
         A cue behind the mention ("... is not seen") outranks one before it ("no ..."); of several, the nearest.
         """
+        closed = len(self.tokens)  # a cue of both kinds ("absent") looks back before it closes
         for cue in self._cues:
             if cue.kind == "pseudo" and cue.start < start < cue.end:
                 return ABSENT  # "no increase in wall thickness", where the increase is the finding
             if cue.start < end:
                 continue
-            if cue.kind in ("scope_end", "negation_before", "hypothetical"):
+            if cue.start > closed:
                 break
+            if cue.kind in ("scope_end", "negation_before", "hypothetical"):
+                closed = cue.start
             if cue.kind.endswith("_after") and self._reaches_back(cue, start, end):
                 return ABSENT if cue.kind == "negation_after" else UNCERTAIN
         for cue in reversed(self._cues):
@@ -170,7 +173,8 @@ class Sentence:
     def _reaches_back(self, cue: _Cue, start: int, end: int) -> bool:
         """Whether a cue behind a mention speaks of it, and not only of a later one in the same clause."""
         between = _without_relative(self.tokens[end : cue.start])
-        if self.tokens[cue.start] == "?":  # "nodule (metastasis?)": the doubt is the bracket's
+        # "nodule (metastasis?)", "opacity, atelectasis vs. pneumonia": the doubt is of the word beside it
+        if self.tokens[cue.start] in ("?", "v", "vs", "versus"):
             return not any(token in BREAKS for token in between)
         if "(" in between and ")" not in between:
             return False
@@ -192,7 +196,7 @@ class Sentence:
         complete = False  # the cue's own statement has had its verb: "No nodule was detected, ..."
         for i in range(start, end):
             token = self.tokens[i]
-            if token in self._detection:
+            if token in self._detection and i > start:  # "no visible pneumothorax" has had none
                 complete = True
             if token not in (",", "and", ")"):
                 continue

@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 _FOLDER = Path(__file__).with_name("vocabularies")
-_LISTS = ("synonyms", "normal", "exclude", "denied")
+_LISTS = ("synonyms", "normal", "exclude", "denied", "contrary", "not_contrary")
 _PLACES = ("terms", "sites", "elsewhere", "against")
 _NO_VOCABULARIES = ("attributes", "cues")
 
@@ -44,11 +44,14 @@ _RANK = {PRESENT: 2, UNCERTAIN: 1, ABSENT: 0}
 
 def _extract(text: str, vocabulary: Vocabulary) -> dict[int, int]:
     found: dict[int, int] = {}
+    contradicted: set[int] = set()
     for sentence in split_sentences(text):
         for number, assertion, _ in vocabulary.read(sentence):
-            if number not in found or _RANK[assertion] > _RANK[found[number]]:
+            if number in vocabulary.rest and assertion != PRESENT:
+                contradicted.add(number)
+            elif number not in found or _RANK[assertion] > _RANK[found[number]]:
                 found[number] = assertion
-    return found
+    return {number: assertion for number, assertion in found.items() if number not in contradicted}
 
 
 def extract(text: str, vocabulary: Vocabulary) -> dict[str, int]:
@@ -60,7 +63,9 @@ def extract(text: str, vocabulary: Vocabulary) -> dict[str, int]:
 
     Returns:
         finding -> 1 present, 0 absent, -1 uncertain; a finding that is not mentioned has no key. Where mentions
-        disagree, present outranks uncertain, and uncertain absent, whatever their order (as CheXpert's labeler does).
+        disagree, present outranks uncertain, and uncertain absent, whatever their order (as CheXpert's labeler does). A
+        finding with `contrary` phrases ("No Finding") is 1 or has no key: as with that labeler, whatever else is asserted or in
+        doubt takes it away, but unlike there it needs a sentence that is understood (a report in Turkish is not normal).
     """
     found = _extract(text, vocabulary)
     return {finding.name: found[i] for i, finding in enumerate(vocabulary.findings) if i in found}
@@ -113,7 +118,8 @@ def load_vocabulary(name_or_path: str | Path) -> Vocabulary:
     """A shipped vocabulary by name ("ct-rate", "chexpert", "phantom") or one of the user's from a YAML file.
 
     The file holds `name` and `findings`: a mapping from a finding to `synonyms` (its name is always one), and optionally
-    `normal`, `exclude`, `denied`, `located`, `region` and `visible_on_xray`; see `Finding`.
+    `normal`, `exclude`, `denied`, `located`, `region` and `visible_on_xray`; see `Finding`. With `contrary`, the file's other
+    findings but those named in `not_contrary` count as contrary too.
 
     Raises:
         InputError: no such vocabulary, an unreadable file, or one that does not have this form.
@@ -148,7 +154,30 @@ def _load(path: Path) -> Vocabulary:
     for name, count in Counter(finding.name.lower() for finding in findings).items():
         if count > 1:
             raise InputError(f"{path}: finding {name!r} stands {count} times (case does not count); keep one of them.")
+    spared = {
+        str(name): body.get("not_contrary") or () for name, body in raw["findings"].items() if isinstance(body, dict)
+    }
+    findings = tuple(_with_siblings(path, f, findings, spared.get(f.name, ())) if f.contrary else f for f in findings)
     return Vocabulary(str(raw.get("name", path.stem)), findings)
+
+
+def _with_siblings(path: Path, finding: Finding, all_of_file: Sequence[Finding], spared: Sequence[str]) -> Finding:
+    unknown = sorted(set(spared) - {other.name for other in all_of_file})
+    if unknown:
+        raise InputError(
+            f"{path}: finding {finding.name!r}, not_contrary: {unknown[0]!r} is none of the file's findings; mend the name."
+        )
+    others = [other for other in all_of_file if other is not finding and other.name not in spared]
+    contrary = [
+        phrase
+        for o in others
+        for phrase in (*o.synonyms, *o.denied, *(term for rule in o.located for term in rule.terms))
+    ]
+    return replace(
+        finding,
+        contrary=tuple(dict.fromkeys((*finding.contrary, *contrary))),
+        supporting=tuple(dict.fromkeys(phrase for other in others for phrase in other.normal)),
+    )
 
 
 def _finding(path: Path, name: object, body: Any) -> Finding:
@@ -175,7 +204,10 @@ def _finding(path: Path, name: object, body: Any) -> Finding:
     if visible is not None and not isinstance(visible, bool):
         raise InputError(f"{where}, visible_on_xray: found {visible!r}, expected true or false.")
     synonyms = tuple(dict.fromkeys((*lists["synonyms"], name.replace("_", " "))))
-    return Finding(name, synonyms, lists["normal"], lists["exclude"], region, visible, lists["denied"], located)
+    return Finding(
+        name, synonyms, lists["normal"], lists["exclude"], region, visible, lists["denied"], located,
+        lists["contrary"],
+    )  # fmt: skip
 
 
 def _phrases(where: str, phrases: Any) -> tuple[str, ...]:

@@ -6,20 +6,23 @@ import functools
 from collections.abc import Iterable, Sequence
 
 from ctx_distill.text.assertion import Sentence
-from ctx_distill.text.phrases import PhraseIndex
+from ctx_distill.text.phrases import PhraseIndex, words
 
 _WORDS: dict[str, tuple[str, ...]] = {
-    "left": ("left", "left sided", "left side", "left hemithorax"),
-    "right": ("right", "right sided", "right side", "right hemithorax"),
-    "both": ("both", "bilateral", "bilaterally", "both sides", "each lung", "right and left", "left and right"),
-}
+    "left": ("left", "left sided", "left side", "left hemithorax", "lingula", "lingular"),
+    "right": ("right", "right sided", "right side", "right hemithorax", "middle lobe"),
+    "both": (
+        "both", "bilateral", "bilaterally", "both sides", "each lung", "right and left", "left and right", "bibasilar",
+        "bibasal", "biapical", "bihilar",
+    ),
+}  # fmt: skip
 # A side of something else than the lung, the pleura or the chest wall.
 _NO_SIDE = (
     "left ventricle", "right ventricle", "left ventricular", "right ventricular", "left atrium", "right atrium",
     "left atrial", "right atrial", "left heart", "right heart", "left facing", "right facing", "left anterior descending",
     "left coronary", "right coronary", "left main coronary", "left lobe of the liver", "right lobe of the liver",
 )  # fmt: skip
-_JOINTS = frozenset([",", "and", "with", "or", "by"])
+_JOINTS = frozenset([",", "and", "with", "or", "by", "without", "no"])
 
 
 def side_of(sentence: Sentence, start: int, end: int, others: Sequence[tuple[int, int]]) -> str:
@@ -33,7 +36,7 @@ def side_of(sentence: Sentence, start: int, end: int, others: Sequence[tuple[int
         sentence: the words.
         start: first word of the mention.
         end: one behind its last word.
-        others: the places of the mentions of other findings.
+        others: the places of the sentence's other mentions.
 
     Returns:
         "left", "right", "both", or "" where no side is told.
@@ -59,7 +62,7 @@ def joined(sides: Sequence[str]) -> str:
 
 
 def _found(sentence: Sentence) -> list[tuple[int, str]]:
-    if not {"left", "right", "both", "bilateral", "bilaterally", "each"}.intersection(sentence.tokens):
+    if _first_words().isdisjoint(sentence.tokens):
         return []
     return [(place, side) for place, _, _, side in _index().find(sentence.tokens)]
 
@@ -69,6 +72,11 @@ def _sum(sides: Iterable[str]) -> str:
     if "both" in names or {"left", "right"} <= names:
         return "both"
     return str(next(iter(names), ""))
+
+
+@functools.cache
+def _first_words() -> frozenset[str]:
+    return frozenset(words(phrase)[0] for phrases in _WORDS.values() for phrase in phrases)
 
 
 @functools.cache

@@ -15,7 +15,7 @@ from ctx_distill.text.phrases import PhraseIndex
 from ctx_distill.text.sides import side_of
 
 _SENTENCE_CACHE = 65536
-_UNPAIRED = frozenset(["heart", "pericardium", "vessels", "diaphragm", "mediastinum", "thorax"])
+_UNPAIRED = frozenset(["heart", "pericardium", "vessels", "diaphragm", "mediastinum", "whole chest"])
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,9 @@ class Finding:
         visible_on_xray: whether a radiograph shows it; None where not given.
         denied: phrases whose denial denies the finding and whose presence does not assert it ("infiltrative lesion").
         located: terms that need a place.
+        contrary: phrases whose assertion, or doubt, takes the finding away, so that it means "nothing of these" ("No Finding").
+        supporting: phrases that, asserted, speak for such a finding as its own synonyms do ("the lungs are clear"); so does the
+            denial of a contrary phrase.
     """
 
     name: str
@@ -62,6 +65,8 @@ class Finding:
     visible_on_xray: bool | None = None
     denied: tuple[str, ...] = ()
     located: tuple[Located, ...] = ()
+    contrary: tuple[str, ...] = ()
+    supporting: tuple[str, ...] = ()
 
 
 _Place = Literal["site", "elsewhere", "against"]
@@ -77,7 +82,7 @@ class Reading(NamedTuple):
 
 class _Phrase(NamedTuple):
     number: int
-    kind: Literal["synonym", "normal", "denied"]
+    kind: Literal["synonym", "normal", "denied", "contrary", "supporting"]
     rule: tuple[int, int] | None = None
     required: bool = False
 
@@ -123,6 +128,10 @@ class Vocabulary:
                 index.add(phrase, _Phrase(number, "normal"))
             for phrase in finding.denied:
                 index.add(phrase, _Phrase(number, "denied"))
+            for phrase in finding.contrary:
+                index.add(phrase, _Phrase(number, "contrary"))
+            for phrase in finding.supporting:
+                index.add(phrase, _Phrase(number, "supporting"))
             for i, rule in enumerate(finding.located):
                 for phrase in rule.terms:
                     index.add(phrase, _Phrase(number, "synonym", (number, i), rule.required))
@@ -131,6 +140,11 @@ class Vocabulary:
         for phrase in self.masks:
             index.add(phrase, None)
         return index
+
+    @functools.cached_property
+    def rest(self) -> frozenset[int]:
+        """Numbers of the findings that mean "nothing of these": those with `contrary` phrases."""
+        return frozenset(i for i, finding in enumerate(self.findings) if finding.contrary)
 
     @functools.cached_property
     def _places(self) -> PhraseIndex[tuple[int, int, _Place]]:
@@ -171,7 +185,11 @@ class Vocabulary:
 
         All phrases but excluded ones, by place; a phrase with gaps reaches from its first word to its last one.
         """
-        return [(match.start, match.end, self.findings[match.phrase.number].name) for match in self._matches(sentence)]
+        return [
+            (match.start, match.end, self.findings[match.phrase.number].name)
+            for match in self._matches(sentence)
+            if match.phrase.kind not in ("contrary", "supporting")
+        ]
 
     def read(self, sentence: str) -> tuple[Reading, ...]:
         """What a sentence says, mention by mention; remembered, since reports repeat."""
@@ -184,10 +202,22 @@ class Vocabulary:
         for match in matches:
             number, kind, _, _ = match.phrase
             assertion = parsed.assertion(match.start, match.end)
-            if kind == "synonym" and assertion is not None:
+            if kind == "contrary" and assertion is not None:
+                result.append(Reading(number, PRESENT if assertion == ABSENT else ABSENT, ""))
+            elif kind == "supporting" and assertion == PRESENT:
+                result.append(Reading(number, PRESENT, ""))
+            elif kind == "synonym" and number in self.rest:
+                if assertion == PRESENT:  # "no effusion, no finding ..." denies nothing by its second half
+                    result.append(Reading(number, PRESENT, ""))
+            elif kind == "synonym" and assertion is not None:
                 side = ""
                 if assertion == PRESENT and self.findings[number].region not in _UNPAIRED:
-                    others = [(m.start, m.end) for m in matches if m.phrase.number != number]
+                    others = [
+                        (m.start, m.end)
+                        for m in matches
+                        if m.phrase.kind not in ("contrary", "supporting")
+                        and (m.start >= match.end or m.end <= match.start)
+                    ]
                     side = side_of(parsed, match.start, match.end, others)
                 result.append(Reading(number, assertion, side))
             elif (kind == "denied" and assertion == ABSENT) or (kind == "normal" and assertion == PRESENT):
