@@ -258,6 +258,8 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu, cuda, ... (default: %(default)s)")
     parser.add_argument("--vocabulary", default=None, metavar="NAME",
                         help="zero-shot findings, where the run names none (default: ct-rate)")  # fmt: skip
+    parser.add_argument("--workers", type=int, default=None, metavar="N",
+                        help="processes (default: on a CPU one a core for every 16 scans, else 1)")  # fmt: skip
     parser.epilog = (
         "Goes on where it stopped. Exit status: 0 all read, 1 some scans were unreadable, 2 for bad input. " + NOTICE
     )

@@ -109,7 +109,7 @@ def _dispatch(options: argparse.Namespace, overrides: list[str], given: list[str
 
         told, unreadable = predict_scans(
             options.checkpoint, options.given, options.out, options.saliency, options.report, options.device,
-            options.vocabulary,
+            options.vocabulary, options.workers,
         )  # fmt: skip
         print(told)
         return 1 if unreadable else 0
