@@ -278,8 +278,8 @@ def _add_probe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="run folder, or artefact of stage 3 or 4")
     parser.add_argument("manifest", type=Path, metavar="MANIFEST", help="with label columns")
     parser.add_argument("--out", type=Path, default=None, metavar="DIR", help="default: CHECKPOINT/probe")
-    parser.add_argument("--shots", type=int, nargs="*", default=[], metavar="K",
-                        help="also with K positives and K negatives a finding: 1 2 4 8 16")  # fmt: skip
+    parser.add_argument("--shots", nargs="*", default=[], metavar="K",
+                        help="also with K positives and K negatives a finding, or K%% of the training patients: 1 5 10 10%% 50%%")  # fmt: skip
     parser.add_argument("--seeds", type=int, default=5, metavar="N", help="draws of them (default: %(default)s)")
     parser.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu, cuda, ... (default: %(default)s)")
 
