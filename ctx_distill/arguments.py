@@ -272,6 +272,8 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--license", default=None, metavar="NAME", help="of the weights, as the hub names it")
     parser.add_argument("--data-license", default=None, metavar="TEXT", help="of the data that it was trained on")
     parser.add_argument("--push", default=None, metavar="ORG/NAME", help="upload it to the Hugging Face hub, private")
+    parser.add_argument("--accept-unknown-licences", action="store_true",
+                        help="push although nothing tells the licence of a part")  # fmt: skip
 
 
 def _add_probe(parser: argparse.ArgumentParser) -> None:

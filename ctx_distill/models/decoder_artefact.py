@@ -17,7 +17,7 @@ from ctx_distill.types import InputError
 
 DECODER_FOLDER = "decoder"
 BASE_FILE = "base.json"
-"""Beside the configuration of a decoder with LoRA: where its frozen weights came from, which the artefact leaves out."""
+"""Beside the configuration of a decoder made of a pretrained model: source, revision, hash and licence of that."""
 
 
 def save_decoder(model: ReportDecoder, folder: Path, upstream: Mapping[str, str]) -> Artefact:
@@ -45,7 +45,7 @@ def save_decoder(model: ReportDecoder, folder: Path, upstream: Mapping[str, str]
     def write_decoder(place: Path) -> None:
         model_config.save_pretrained(place / DECODER_FOLDER)
         model.tokenizer.save_pretrained(place / DECODER_FOLDER)
-        if model.lora is not None:
+        if model.base:
             write_json(place / DECODER_FOLDER / BASE_FILE, model.base)
 
     return write_artefact(folder, "report-decoder", config, tensors, upstream, extra=write_decoder)

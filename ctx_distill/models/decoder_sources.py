@@ -73,7 +73,7 @@ def pretrained_decoder(
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    from ctx_distill.models.weights import hash_weights, resolve_source
+    from ctx_distill.models.weights import HUB, hash_weights, read_license, resolve_source
     from ctx_distill.models.xray_expert import refuse_remote_code
 
     folder = resolve_source(source, revision)
@@ -97,5 +97,11 @@ def pretrained_decoder(
             f"{folder}: its weights lack {len(missing)} tensors of {type(model).__name__} ({', '.join(missing[:3])})."
             " Use the config.json that they were saved with."
         )
-    base = {"source": source, "revision": revision, "hash": hash_weights(list(folder.glob("*.safetensors")))}
-    return ReportDecoder(model, tokenizer, token_dim, num_tokens, max_length, lora, base if lora else None)
+    needed = lora is not None or source.startswith(HUB)  # to open the artefact; else it only says what it was made of
+    base = {
+        "source": source if needed else Path(source).name,
+        "revision": revision,
+        "hash": hash_weights(list(folder.glob("*.safetensors"))),
+    }
+    base["license"] = read_license(folder)
+    return ReportDecoder(model, tokenizer, token_dim, num_tokens, max_length, lora, base)
