@@ -258,6 +258,8 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu, cuda, ... (default: %(default)s)")
     parser.add_argument("--vocabulary", default=None, metavar="NAME",
                         help="zero-shot findings, where the run names none (default: ct-rate)")  # fmt: skip
+    parser.add_argument("--workers", type=int, default=None, metavar="N",
+                        help="processes (default: on a CPU one a core for every 16 scans, else 1)")  # fmt: skip
     parser.epilog = (
         "Goes on where it stopped. Exit status: 0 all read, 1 some scans were unreadable, 2 for bad input. " + NOTICE
     )
@@ -270,14 +272,16 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--license", default=None, metavar="NAME", help="of the weights, as the hub names it")
     parser.add_argument("--data-license", default=None, metavar="TEXT", help="of the data that it was trained on")
     parser.add_argument("--push", default=None, metavar="ORG/NAME", help="upload it to the Hugging Face hub, private")
+    parser.add_argument("--accept-unknown-licences", action="store_true",
+                        help="push although nothing tells the licence of a part")  # fmt: skip
 
 
 def _add_probe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="run folder, or artefact of stage 3 or 4")
     parser.add_argument("manifest", type=Path, metavar="MANIFEST", help="with label columns")
     parser.add_argument("--out", type=Path, default=None, metavar="DIR", help="default: CHECKPOINT/probe")
-    parser.add_argument("--shots", type=int, nargs="*", default=[], metavar="K",
-                        help="also with K positives and K negatives a finding: 1 2 4 8 16")  # fmt: skip
+    parser.add_argument("--shots", nargs="*", default=[], metavar="K",
+                        help="also with K positives and K negatives a finding, or K%% of the training patients: 1 5 10 10%% 50%%")  # fmt: skip
     parser.add_argument("--seeds", type=int, default=5, metavar="N", help="draws of them (default: %(default)s)")
     parser.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu, cuda, ... (default: %(default)s)")
 

@@ -109,7 +109,7 @@ def _dispatch(options: argparse.Namespace, overrides: list[str], given: list[str
 
         told, unreadable = predict_scans(
             options.checkpoint, options.given, options.out, options.saliency, options.report, options.device,
-            options.vocabulary,
+            options.vocabulary, options.workers,
         )  # fmt: skip
         print(told)
         return 1 if unreadable else 0
@@ -179,8 +179,8 @@ def _serve(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from ctx_distill.inference.card import CardFacts
     from ctx_distill.inference.export import export_model, push_to_hub
+    from ctx_distill.inference.licences import CardFacts
 
     given = {name: getattr(options, name) for name in ("name", "license", "data_license")}
     facts = CardFacts(**{name: value for name, value in given.items() if value is not None})
@@ -191,7 +191,7 @@ def _export(options: argparse.Namespace) -> None:
         print(f"{name}: not exported ({reason})")
     print(options.out)
     if options.push:
-        print(push_to_hub(options.out, options.push))
+        print(push_to_hub(options.out, options.push, accept_unknown_licences=options.accept_unknown_licences))
 
 
 def _weights(options: argparse.Namespace) -> None:

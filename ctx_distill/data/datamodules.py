@@ -292,4 +292,6 @@ def describe_manifest(manifest: Manifest) -> dict[str, Any]:
         "patients": int(frame["patient_id"].nunique()),
         "splits": {split: int((frame["split"] == split).sum()) for split in splits},
         "labels": list(manifest.finding_names),
+        "sources": sorted(set(frame["source"].astype(str)) - {""}) if "source" in frame.columns else [],
+        "synthetic": manifest.synthetic,
     }

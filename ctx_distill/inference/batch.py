@@ -1,4 +1,4 @@
-"""`ctx-distill predict`: many scans, one after the other, in a folder of results that goes on where it stopped."""
+"""`ctx-distill predict`: many scans, by one process or several, in a folder of results that goes on where it stopped."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import csv
 import io
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,29 @@ from ctx_distill.errors import InputError
 from ctx_distill.files import hash_json, write_bytes, write_json, write_text
 from ctx_distill.inference.model import CTModel
 from ctx_distill.inference.parts import open_parts
+from ctx_distill.inference.prediction import Prediction, Saliency
 from ctx_distill.inference.scans import Scan, find_scans, shown
+from ctx_distill.parallel import DIED, in_processes, usable_cores
 
 PARTS = "parts"
 MOST_PROBABLE = 3
+WORTH_A_WORKER = 16
+"""Scans; a worker process takes some ten seconds to import torch and open the model."""
+
+Todo = tuple[Scan, str]
+"""A scan, and the key of what is asked of it."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is asked of every scan; see `predict_scans`."""
+
+    checkpoint: Path
+    out: Path
+    saliency: tuple[str, ...] | None = None
+    report: bool = False
+    device: str = "cpu"
+    vocabulary: str | None = None
 
 
 def predict_scans(
@@ -31,12 +52,15 @@ def predict_scans(
     report: bool = False,
     device: str = "cpu",
     vocabulary: str | None = None,
+    workers: int | None = None,
 ) -> tuple[str, int]:
     """Predict every scan and write what was found.
 
     OUT holds `probabilities.csv` (a row a scan: name, study, path, status `read` or `unreadable`, reason, whose the
     probabilities are, and one a finding), `embeddings.safetensors` (`embeddings` (N, D) float32, in the order of the
-    table's `read` rows), `reports.csv`, `saliency/<scan>/<finding>.nii.gz`, and a part a scan that makes it go on.
+    table's `read` rows), `reports.csv`, `saliency/<scan>/<finding>.nii.gz`, and a part a scan that makes it go on. A scan
+    is computed alone, in whatever process: with the same number of threads its numbers are the same to the bit. In memory
+    are a model and a volume a process, and the embeddings.
 
     Args:
         checkpoint: run folder or artefact.
@@ -46,50 +70,78 @@ def predict_scans(
         report: write draft reports.
         device: to compute on.
         vocabulary: as `ctx_distill.load`.
+        workers: processes, each with a model of its own and one thread; 1 computes in this one; None: on a CPU one a core, as
+            far as each has `WORTH_A_WORKER` scans; else 1.
 
     Returns:
         What to print, and the number of scans that could not be read.
 
     Raises:
-        InputError: no model, no scans, or two names that make one file name.
+        InputError: no model, no scans, two names that make one file name, or workers below 1.
+        StopRequested: a signal asks to stop; the same command goes on.
     """
+    if workers is not None and workers < 1:
+        raise InputError(f"predict: --workers is {workers}; expected 1 or more.")
     scans = find_scans(given)
     twice = [slug for slug, n in Counter(scan.slug for scan in scans).items() if n > 1]
     if twice:
         raise InputError(f"{given}: several scans would be written as {twice[0]!r}. Rename them, or give a manifest.")
+    work = Work(checkpoint, out, None if saliency is None else tuple(saliency), report, device, vocabulary)
     model = CTModel(open_parts(checkpoint, vocabulary)).to(device)
     if report and not model.writes_reports:
         raise InputError(f"{checkpoint}: --report, but no report decoder is there. Run the report stage.")
+    model.saliency_names(saliency or False)  # refuses
     asked = hash_json([model.fingerprint, saliency, report, vocabulary])
-    records = []
-    for scan in shown(scans):
-        records.append(_one(model, scan, out, asked, saliency, report))
-    return _write(out, scans, records, model, report)
+    unreadable: dict[str, str] = {}
+    todo: list[Todo] = []
+    for scan in scans:
+        try:
+            key = hash_json([asked, scan.name, scan.study, str(scan.file.path), scan.file.stamp()])
+        except InputError as error:
+            unreadable[scan.name] = str(error)
+            continue
+        if _part(out, scan, key) is None:
+            todo.append((scan, key))
+    for (scan, _), reason in _each(model, work, todo, workers):
+        if reason is not None:
+            unreadable[scan.name] = reason
+    return _write(out, scans, unreadable, model, report)
 
 
-def _one(
-    model: CTModel, scan: Scan, out: Path, asked: str, saliency: Sequence[str] | None, report: bool
-) -> dict[str, Any]:
-    part = out / PARTS / f"{scan.slug}.json"
+def _each(model: CTModel, work: Work, todo: list[Todo], workers: int | None) -> Iterator[tuple[Todo, str | None]]:
+    """Every scan with the reason why it could not be read; None where its part is written."""
+    if workers is None:
+        workers = min(usable_cores(), len(todo) // WORTH_A_WORKER) if work.device == "cpu" else 1
+    if min(workers, len(todo)) <= 1:
+        return ((item, _one(model, work, item)) for item in shown(todo))
+    return in_processes("  scans", partial(_in_worker, work), todo, len(todo), workers, died=_died)
+
+
+def _died(item: Todo) -> str:
+    return f"{item[0].file.path}: the process that worked on it {DIED}"
+
+
+@cache
+def _opened(work: Work) -> CTModel:
+    """A worker's model, opened once."""
+    return CTModel(open_parts(work.checkpoint, work.vocabulary)).to(work.device)
+
+
+def _in_worker(work: Work, item: Todo) -> str | None:
+    return _one(_opened(work), work, item)
+
+
+def _one(model: CTModel, work: Work, item: Todo) -> str | None:
+    """Write what the model says of a scan; the reason where it cannot be read."""
+    scan, key = item
     try:
-        key = hash_json([asked, scan.name, scan.study, str(scan.file.path), scan.file.stamp()])
-    except InputError as error:
-        return {"reason": str(error)}
-    standing = _standing(part, key)
-    if standing is not None:
-        return standing
-    try:
-        volume = scan.file.read()
+        found, maps = _found(model, work, scan)
     except InputError as error:  # not kept: it is tried again next time
-        return {"reason": str(error)}
-    found = model.predict_volume(volume, saliency=model.saliency_names(saliency or False), report=report)
-    if saliency is not None and not saliency:
-        first = sorted(found.probabilities, key=lambda name: -found.probabilities[name])[:MOST_PROBABLE]
-        maps = model.predict_volume(volume, saliency=first).saliency
-    else:
-        maps = found.saliency
+        return str(error)
+    except Exception as error:  # whatever one scan does to the libraries, the others are read
+        return f"{scan.file.path}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
     for name, one in maps.items():
-        one.write(out / "saliency" / scan.slug / f"{name.replace(' ', '_').replace('/', '_')}.nii.gz")
+        one.write(work.out / "saliency" / scan.slug / f"{name.replace(' ', '_').replace('/', '_')}.nii.gz")
     record = {
         "key": key,
         "asked": found.asked,
@@ -98,45 +150,60 @@ def _one(
         "report": found.report,
         "saliency": list(maps),
     }
-    write_json(part, record)
-    return record
+    write_json(_place(work.out, scan), record)
+    return None
 
 
-def _standing(part: Path, key: str) -> dict[str, Any] | None:
+def _found(model: CTModel, work: Work, scan: Scan) -> tuple[Prediction, dict[str, Saliency]]:
+    volume = scan.file.read()
+    found = model.predict_volume(volume, saliency=model.saliency_names(work.saliency or False), report=work.report)
+    if work.saliency is None or work.saliency:
+        return found, found.saliency
+    first = sorted(found.probabilities, key=lambda name: -found.probabilities[name])[:MOST_PROBABLE]
+    return found, model.predict_volume(volume, saliency=first).saliency
+
+
+def _place(out: Path, scan: Scan) -> Path:
+    return out / PARTS / f"{scan.slug}.json"
+
+
+def _part(out: Path, scan: Scan, key: str | None = None) -> dict[str, Any] | None:
+    """What is written of a scan; None where nothing is, or, with a key, something else was asked."""
     try:
-        record = json.loads(part.read_text())
-    except (OSError, json.JSONDecodeError):
+        record = dict(json.loads(_place(out, scan).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
         return None
-    return dict(record) if record.get("key") == key else None
+    return record if key is None or record.get("key") == key else None
 
 
-def _write(
-    out: Path, scans: list[Scan], records: list[dict[str, Any]], model: CTModel, report: bool
-) -> tuple[str, int]:
-    pairs = list(zip(scans, records, strict=True))
-    read = [(scan, record) for scan, record in pairs if "reason" not in record]
+def _write(out: Path, scans: list[Scan], unreadable: dict[str, str], model: CTModel, report: bool) -> tuple[str, int]:
+    """The tables of all parts, and what to print."""
+    rows, reports, embeddings, names = [], [], [], []
+    for scan in scans:
+        start = [scan.name, scan.study, str(scan.file.url or scan.file.path)]
+        if scan.name in unreadable:
+            rows.append([*start, "unreadable", unreadable[scan.name], "", *[""] * len(model.findings)])
+            continue
+        record = _part(out, scan)
+        if record is None:
+            raise InputError(f"{_place(out, scan)}: went while the tables were written. Run the same command again.")
+        values = [f"{record['probabilities'][name]:.6f}" for name in model.findings]
+        rows.append([*start, "read", "", record["asked"], *values])
+        embeddings.append(np.array(record["embedding"], dtype=np.float32))
+        names.append(scan.name)
+        reports.append([scan.name, record["report"]])
     header = ["scan", "study_id", "path", "status", "reason", "asked", *model.findings]
-    rows = []
-    for scan, record in pairs:
-        lost = "reason" in record
-        start = [scan.name, scan.study, str(scan.file.url or scan.file.path), "unreadable" if lost else "read"]
-        values = [""] * len(model.findings)
-        if not lost:
-            values = [f"{record['probabilities'][name]:.6f}" for name in model.findings]
-        rows.append([*start, record.get("reason", ""), record.get("asked", ""), *values])
     write_text(out / "probabilities.csv", _table(header, rows))
-    embeddings = np.array([record["embedding"] for _, record in read], dtype=np.float32)
-    names = json.dumps([scan.name for scan, _ in read])
-    write_bytes(out / "embeddings.safetensors", save({"embeddings": embeddings}, metadata={"scans": names}))
+    stacked = np.stack(embeddings) if embeddings else np.zeros(0, dtype=np.float32)
+    write_bytes(out / "embeddings.safetensors", save({"embeddings": stacked}, metadata={"scans": json.dumps(names)}))
     if report:
-        write_text(out / "reports.csv", _table(["scan", "report"], [[s.name, r["report"]] for s, r in read]))
-    failed = [(scan, record["reason"]) for scan, record in pairs if "reason" in record]
+        write_text(out / "reports.csv", _table(["scan", "report"], reports))
     told = [
-        f"{len(read)} scans read, {len(failed)} unreadable; {model.notice}",
+        f"{len(names)} scans read, {len(unreadable)} unreadable; {model.notice}",
         f"results: {out / 'probabilities.csv'}",
     ]
-    told += [f"unreadable: {scan.name}: {reason}" for scan, reason in failed]
-    return "\n".join(told), len(failed)
+    told += [f"unreadable: {scan.name}: {unreadable[scan.name]}" for scan in scans if scan.name in unreadable]
+    return "\n".join(told), len(unreadable)
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -4,36 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ctx_distill.inference.licences import CardFacts, licences
 from ctx_distill.inference.parts import Parts
-from ctx_distill.models.dual_encoder import PRIOR_FOLDER
-from ctx_distill.models.weights import read_license
-
-UNKNOWN = "unknown: find out before you pass this model on"
-
-
-@dataclass(frozen=True)
-class CardFacts:
-    """What only the person who exports knows.
-
-    Attributes:
-        license: of the exported weights, as the hub names it; they take over the data's and the expert's conditions.
-        data_license: of the CT and X-ray data.
-        name: of the model.
-    """
-
-    license: str = "other"
-    data_license: str = UNKNOWN
-    name: str = "ctx-distill model"
 
 
 def model_card(parts: Parts, facts: CardFacts) -> str:
     """Markdown with YAML in front, as the hub reads it; no path of this machine, no patient data."""
-    run = _read(parts.source / "run.json")
-    metrics = _read(parts.source / "metrics.json")
+    run = read_record(parts.source / "run.json")
+    metrics = read_record(parts.source / "metrics.json")
     spec = parts.spec
     front = f"---\nlicense: {facts.license}\nlibrary_name: ctx-distill\ntags: [chest-ct, radiology, research]\n---\n"
     lines = [
@@ -49,9 +30,9 @@ def model_card(parts: Parts, facts: CardFacts) -> str:
         " `ctx_distill.load` brings scans to that.",
         "```python\nimport ctx_distill\n\nmodel = ctx_distill.load(FOLDER)\nprint(model.predict('scan.nii.gz').probabilities)\n```",
         "## Data",
-        *_data(run, facts),
+        *_data(run),
         "## Licences",
-        "| part | licence |\n| --- | --- |\n" + "\n".join(f"| {part} | {name} |" for part, name in _licences(parts, run, facts)),
+        "| part | licence |\n| --- | --- |\n" + "\n".join(f"| {part} | {name} |" for part, name in licences(parts, run, facts)),
         "## Metrics",
         _metrics(metrics),
         "## Intended use",
@@ -69,7 +50,8 @@ def model_card(parts: Parts, facts: CardFacts) -> str:
     return front + "\n" + "\n\n".join(lines) + "\n"
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_record(path: Path) -> dict[str, Any]:
+    """A JSON mapping; an empty one where the file is missing."""
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
 
@@ -84,7 +66,7 @@ def _abilities(parts: Parts) -> list[str]:
     return ["\n".join(lines)]
 
 
-def _data(run: Mapping[str, Any], facts: CardFacts) -> list[str]:
+def _data(run: Mapping[str, Any]) -> list[str]:
     rows = []
     for kind, title in (("ct", "chest CT"), ("xray", "chest X-ray")):
         one = run.get(kind)
@@ -93,25 +75,7 @@ def _data(run: Mapping[str, Any], facts: CardFacts) -> list[str]:
             rows.append(
                 f"- {title}: {one['studies']} studies of {one['patients']} patients ({splits}), manifest {one['fingerprint'][:12]}"
             )
-    return ["\n".join(rows) or "The run's record does not stand with this model.", f"Licence: {facts.data_license}."]
-
-
-def _licences(parts: Parts, run: Mapping[str, Any], facts: CardFacts) -> list[tuple[str, str]]:
-    expert = run.get("expert") or {}
-    licence = expert.get("license", "unknown")
-    if licence == "unknown" and parts.dual_artefact is not None:
-        licence = read_license(parts.dual_artefact.folder / PRIOR_FOLDER)
-    where = str(expert.get("source", ""))
-    named = f"X-ray expert ({where})" if where.startswith("hf-hub:") else "X-ray expert"
-    found = [
-        ("code (ctx-distill)", "apache-2.0"),
-        ("these weights", facts.license),
-        (named, UNKNOWN if licence == "unknown" else licence),
-        ("data", facts.data_license),
-    ]
-    if parts.decoder is not None:
-        found.append(("report decoder", "as these weights; of a pretrained language model, its own besides"))
-    return found
+    return ["\n".join(rows) or "The run's record does not stand with this model."]
 
 
 def _metrics(metrics: Mapping[str, Any]) -> str:

@@ -15,7 +15,8 @@ from ctx_distill import __version__
 from ctx_distill.checkpoint import WEIGHTS_FILE
 from ctx_distill.errors import InputError
 from ctx_distill.files import write_json, write_text
-from ctx_distill.inference.card import CardFacts, model_card
+from ctx_distill.inference.card import model_card, read_record
+from ctx_distill.inference.licences import CardFacts, licences, unknown_licences
 from ctx_distill.inference.model import CTModel
 from ctx_distill.inference.parts import ARTEFACT, USE_FILE, open_parts
 from ctx_distill.inference.towers import ImageTower, TextTower, export_module
@@ -52,6 +53,9 @@ def export_model(source: Path, out: Path, facts: CardFacts = CardFacts()) -> dic
     try:
         save_pretrained(model, place, facts)
         told = _export_towers(model, place)
+        told["unknown_licences"] = unknown_licences(
+            licences(model.parts, read_record(model.parts.source / "run.json"), facts)
+        )
         told["version"], told["fingerprint"] = __version__, model.fingerprint
         write_json(place / "export.json", told)
         if out.exists():
@@ -133,22 +137,29 @@ def _require(name: str, wanted: dict[str, Tensor], found: dict[str, Tensor], mos
     return largest
 
 
-def push_to_hub(folder: Path, repository: str, private: bool = True) -> str:
+def push_to_hub(folder: Path, repository: str, private: bool = True, accept_unknown_licences: bool = False) -> str:
     """Upload an export to the Hugging Face hub, under the token of `hf auth login`.
 
     Args:
         folder: that `export_model` wrote.
         repository: `organisation/name`; made where it does not exist.
         private: whether a new one is.
+        accept_unknown_licences: upload it although the licence of a part is not known.
 
     Returns:
         The commit's address.
 
     Raises:
-        InputError: the folder is no export.
+        InputError: the folder is no export, or the licence of a part is not known.
     """
     if not (folder / "export.json").is_file():
         raise InputError(f"{folder}: no export (export.json is missing). Run `ctx-distill export CHECKPOINT {folder}`.")
+    unknown = read_record(folder / "export.json").get("unknown_licences") or []
+    if unknown and not accept_unknown_licences:
+        raise InputError(
+            f"{folder}: not uploaded, since nothing tells the licence of: {', '.join(unknown)}. Export it again with --license"
+            " and --data-license, after finding out whether it may be passed on; or push it with --accept-unknown-licences."
+        )
     from huggingface_hub import HfApi
 
     hub = HfApi()

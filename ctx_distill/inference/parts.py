@@ -15,6 +15,7 @@ from ctx_distill.checkpoint import ARTEFACT_FILE, Artefact, load_weights, read_a
 from ctx_distill.data.transforms import VolumeSpec
 from ctx_distill.errors import InputError
 from ctx_distill.models.ct_encoder import CTEncoder, build_ct_encoder
+from ctx_distill.models.decoder_artefact import load_decoder
 from ctx_distill.models.dual_encoder import DualEncoder
 from ctx_distill.models.heads import FindingsHead
 from ctx_distill.models.report_decoder import ReportDecoder
@@ -264,7 +265,7 @@ def _classifier(folder: Path, dual_artefact: Artefact | None, dual: DualEncoder 
 
 
 def _decoder(folder: Path, dual: Artefact) -> Decoder:
-    model, artefact = ReportDecoder.load(folder)
+    model, artefact = load_decoder(folder)
     _belongs(artefact, dual)
     settings = _exported(folder.parents[1]).get("report") or _settings(folder.parent)
     return Decoder(

@@ -16,12 +16,12 @@ from ctx_distill.checkpoint import write_artefact
 from ctx_distill.data.manifest import Manifest, read_manifest
 from ctx_distill.errors import InputError
 from ctx_distill.files import hash_json, write_bytes, write_json, write_text
-from ctx_distill.inference.logistic import Fit, Floats, draw_shots, fit_probes
+from ctx_distill.inference.few_shot import few_shot_curve, read_shots, write_curve
+from ctx_distill.inference.logistic import Fit, Floats, fit_probes
 from ctx_distill.inference.model import CTModel
 from ctx_distill.inference.parts import ARTEFACT, open_parts
 from ctx_distill.inference.scans import shown
-from ctx_distill.metrics.bootstrap import interval, resample_counts
-from ctx_distill.metrics.classification import classification_report, macro_auroc_replicates
+from ctx_distill.metrics.classification import classification_report
 from ctx_distill.models.heads import FindingsHead
 from ctx_distill.tasks.predict import study_means, write_predictions
 
@@ -29,20 +29,20 @@ FEATURES = "features.safetensors"
 
 
 def probe(
-    checkpoint: Path, manifest_path: Path, out: Path, shots: Sequence[int] = (), seeds: int = 5, device: str = "cpu"
+    checkpoint: Path, manifest_path: Path, out: Path, shots: Sequence[str] = (), seeds: int = 5, device: str = "cpu"
 ) -> str:
     """Fit and score a linear probe of the CT encoder's pooled features, and few-shot curves.
 
     OUT holds `features.safetensors` (pooled (N, D_c) of the manifest's rows, used again), `metrics.json`
     (`classification_report` of `test`, `strength`, `val_macro_auroc`, `left_out`), `predictions.csv`,
     `unreadable.csv`, with a dual encoder `artefact` (a classifier: `ctx_distill.load` opens it in RUN/probe), and
-    with `shots` `few_shot.csv`.
+    with `shots` `few_shot.csv` and `few_shot.svg`.
 
     Args:
         checkpoint: run folder or artefact.
         manifest_path: with label columns.
         out: folder to write.
-        shots: k positives and k negatives a finding, for each k.
+        shots: `5` for five positives and five negatives a finding, `10%` for that share of the training patients.
         seeds: draws of them.
         device: to compute features on.
 
@@ -55,8 +55,9 @@ def probe(
     manifest = read_manifest(manifest_path, check_images=False)
     if not manifest.finding_names:
         raise InputError(f"{manifest_path}: has no label:<finding> columns; a probe needs them.")
-    if any(k < 1 for k in shots) or seeds < 1:
-        raise InputError(f"probe: shots are {list(shots)} and seeds {seeds}; expected whole numbers from 1.")
+    if seeds < 1:
+        raise InputError(f"probe: --seeds is {seeds}; expected 1 or more.")
+    asked = [read_shots(text) for text in shots]
     model = CTModel(open_parts(checkpoint)).to(device)
     features, unreadable = _features(model, manifest, out)
     readable = manifest.where(~manifest.frame.index.isin(list(unreadable)))
@@ -72,9 +73,9 @@ def probe(
     write_text(out / "unreadable.csv", lost.to_csv(index=False, lineterminator="\n"))
     _write_head(model, fit, manifest.finding_names, out)
     told = [f"linear probe, test macro AUROC {_told(metrics['macro_auroc'])}, C = {fit.strength:g}, chosen on val"]
-    if shots:
-        table = _curve(data, parts["test"], shots, seeds)
-        write_text(out / "few_shot.csv", table.to_csv(index=False, lineterminator="\n"))
+    if asked:
+        table = few_shot_curve(data, parts["train"], parts["test"], asked, seeds)
+        write_curve(table, out)
         told.append(table.to_string(index=False, float_format=lambda x: f"{x:.3f}"))
     write_json(out / "metrics.json", metrics)
     return "\n".join([*told, f"{len(unreadable)} scans unreadable", str(out)])
@@ -121,40 +122,6 @@ def _score(fit: Fit, test: Manifest, data: tuple[Floats, Floats], out: Path) -> 
     labels = studies[[f"label:{name}" for name in names]].to_numpy()
     report = classification_report(labels, means, names, studies["patient_id"].tolist())
     return report | {"left_out": [name for name in test.finding_names if name not in names]}
-
-
-def _curve(data: dict[str, tuple[Floats, Floats]], test: Manifest, shots: Sequence[int], seeds: int) -> pd.DataFrame:
-    """A row a k: the mean over seeds of the test macro AUROC, its interval over patients, and the seeds' range.
-
-    The mean of all seeds is taken within each bootstrap replicate. A finding with fewer than k positives or negatives in
-    `train` is left out at that k, `findings` counts the others; C is chosen on the whole `val`.
-    """
-    rows: list[dict[str, float]] = []
-    for k in sorted(set(shots)):
-        values, replicates, findings = [], [], 0
-        for seed in range(seeds):
-            drawn = draw_shots(data["train"][1], k, seed)
-            if not any(len(own) for own in drawn):
-                break
-            fit = fit_probes(data["train"], data["val"], rows=drawn)
-            kept = np.flatnonzero(fit.fitted).tolist()
-            studies, means = study_means(test, fit.probabilities(data["test"][0])[:, kept])
-            labels = studies[[f"label:{test.finding_names[f]}" for f in kept]].to_numpy()
-            counts = resample_counts(studies["patient_id"].tolist())
-            each, macro = macro_auroc_replicates(labels, means, counts)
-            if np.isnan(each).all():
-                break
-            values.append(float(np.nanmean(each)))
-            replicates.append(macro)
-            findings = int((~np.isnan(each)).sum())
-        if not values:
-            rows.append({"shots": k, "findings": 0})
-            continue
-        found = interval(float(np.mean(values)), np.mean(replicates, axis=0)).as_json() or {}
-        spread = {"lowest_seed": min(values), "highest_seed": max(values), "seeds": len(values), "findings": findings}
-        rows.append({"shots": k, "macro_auroc": found["value"], "low": found["low"], "high": found["high"]} | spread)
-    columns = ["shots", "findings", "seeds", "macro_auroc", "low", "high", "lowest_seed", "highest_seed"]
-    return pd.DataFrame(rows, columns=columns)
 
 
 def _write_head(model: CTModel, fit: Fit, names: Sequence[str], out: Path) -> None:

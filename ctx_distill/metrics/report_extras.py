@@ -6,15 +6,15 @@ Each is left out unless it is asked for; what cannot be had is null, with the re
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
-
-import numpy as np
 
 from ctx_distill.metrics.captions import ABSENT, caption_input
 
 Extra = Literal["meteor", "radgraph", "chexbert", "green"]
 EXTRAS: tuple[Extra, ...] = ("meteor", "radgraph", "chexbert", "green")
+RADEVAL = {"radgraph": "radgraph", "chexbert": "f1chexbert", "green": "green"}
+"""What RadEval calls them, since its version 2."""
 NOT_ASKED = "not asked for; add it to model.init_args.extras"
 
 
@@ -28,7 +28,7 @@ def extra_scores(references: Sequence[str], hypotheses: Sequence[str], asked: Se
 
     Returns:
         `meteor` (METEOR 1.5 of Denkowski and Lavie, the Java program in pycocoevalcap, `-l en -norm`), `radgraph`,
-        `chexbert`, `green`: a number, for RadEval's a number a key of its own, or None; `absent`: reasons by name.
+        `chexbert`, `green`: a number, for RadEval's a number for each of its own keys, or None; `absent`: reasons by name.
     """
     found: dict[str, Any] = dict.fromkeys(EXTRAS)
     absent: dict[str, str] = {}
@@ -62,22 +62,12 @@ def _meteor(references: Sequence[str], hypotheses: Sequence[str]) -> float:
 def _radeval(name: Extra) -> Callable[[Sequence[str], Sequence[str]], dict[str, float]]:
     def score(references: Sequence[str], hypotheses: Sequence[str]) -> dict[str, float]:
         try:
-            from RadEval import RadEval
+            from radeval import RadEval
         except ImportError as error:
             raise RuntimeError(
-                "RadEval is not installed: `pip install RadEval`, in an environment of its own"
+                f"RadEval 2.2 or newer cannot be imported ({error}); install the extra `radeval`"
             ) from error
-        results = RadEval(**{f"do_{name}": True})(refs=list(references), hyps=list(hypotheses))
-        return dict(_numbers("", results))
+        results = RadEval(metrics=[RADEVAL[name]], show_progress=False)(refs=list(references), hyps=list(hypotheses))
+        return {key: float(value) for key, value in results.items()}
 
     return score
-
-
-def _numbers(prefix: str, values: Mapping[str, Any]) -> list[tuple[str, float]]:
-    found: list[tuple[str, float]] = []
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            found.extend(_numbers(f"{prefix}{key}_", value))
-        elif isinstance(value, int | float | np.number):
-            found.append((f"{prefix}{key}", float(value)))
-    return found

@@ -7,24 +7,15 @@ any causal model fits, with its cache and LoRA; it costs T places of the context
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from ctx_distill.checkpoint import Artefact, load_weights, read_artefact, write_artefact
-from ctx_distill.files import hash_json, write_json
 from ctx_distill.models.lora import CROSS_ATTENTION, LoraSettings, add_lora
 from ctx_distill.models.sampling import SamplingSettings, sampling_steps
-from ctx_distill.models.text_tower import tokenizer_hash
 from ctx_distill.types import InputError
-
-DECODER_FOLDER = "decoder"
-BASE_FILE = "base.json"
-"""Beside the configuration of a decoder with LoRA: where its frozen weights came from, which the artefact leaves out."""
 
 
 class ReportDecoder(nn.Module):
@@ -47,7 +38,7 @@ class ReportDecoder(nn.Module):
         lora: LoraSettings | None = None,
         base: Mapping[str, Any] | None = None,
     ) -> None:
-        """Take over a built decoder; `from_scratch` and `from_pretrained` are the ways to get one.
+        """Take over a built decoder; those of `models/decoder_sources.py` are the ways to get one.
 
         Args:
             decoder: a transformers model with a language-model head.
@@ -88,97 +79,6 @@ class ReportDecoder(nn.Module):
         hidden = int(config.hidden_size)
         self.projection = nn.Sequential(nn.LayerNorm(token_dim), nn.Linear(token_dim, hidden))
         self.places = nn.Parameter(torch.randn(num_tokens, hidden) * 0.02) if num_tokens else None
-
-    @classmethod
-    def from_scratch(
-        cls,
-        texts: Sequence[str],
-        folder: Path,
-        token_dim: int,
-        num_tokens: int | None = None,
-        vocab_size: int = 2000,
-        width: int = 128,
-        layers: int = 2,
-        max_length: int = 128,
-        dropout: float = 0.1,
-    ) -> ReportDecoder:
-        """A small GPT-2 with random weights over a WordPiece vocabulary trained on reports.
-
-        Args:
-            texts: reports of the train split.
-            folder: where the tokenizer is written.
-            token_dim: D_c.
-            num_tokens: T.
-            vocab_size: of the tokenizer.
-            width: hidden size, a multiple of 32.
-            layers: number of them.
-            max_length: longest report in tokens.
-            dropout: rate.
-        """
-        from transformers import GPT2Config, GPT2LMHeadModel
-
-        from ctx_distill.text.tokenizer import train_wordpiece
-
-        tokenizer = train_wordpiece(texts, vocab_size, folder, max_length)
-        config = GPT2Config(
-            vocab_size=len(tokenizer), n_positions=max_length, n_embd=width, n_layer=layers, n_head=width // 32,
-            add_cross_attention=True, resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout,
-            bos_token_id=tokenizer.cls_token_id, eos_token_id=tokenizer.sep_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )  # fmt: skip
-        return cls(GPT2LMHeadModel(config), tokenizer, token_dim, num_tokens, max_length)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        source: str,
-        token_dim: int,
-        num_tokens: int | None = None,
-        revision: str | None = None,
-        max_length: int = 256,
-        lora: LoraSettings | None = None,
-    ) -> ReportDecoder:
-        """Open a language model from a folder or a pinned hub repository; cross-attention, where it knows it, is new.
-
-        Args:
-            source: folder, or `hf-hub:organisation/name`.
-            token_dim: D_c.
-            num_tokens: T.
-            revision: full commit of a hub repository.
-            max_length: longest report in tokens.
-            lora: train adapters alone.
-
-        Raises:
-            InputError: it cannot be had, needs remote code, or its weights are not all there.
-        """
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-        from ctx_distill.models.weights import hash_weights, resolve_source
-        from ctx_distill.models.xray_expert import refuse_remote_code
-
-        folder = resolve_source(source, revision)
-        refuse_remote_code(folder)
-        try:
-            config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
-            config.add_cross_attention, config.is_decoder = True, True
-            model, info = AutoModelForCausalLM.from_pretrained(
-                str(folder), config=config, use_safetensors=True, local_files_only=True, output_loading_info=True,
-                dtype=torch.float32,
-            )  # fmt: skip
-            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-        except (OSError, ValueError, TypeError) as error:
-            raise InputError(
-                f"{folder}: not a causal language model ({str(error)[:300]}). Looked for"
-                " config.json, model.safetensors and tokenizer.json."
-            ) from error
-        missing = sorted(key for key in info["missing_keys"] if not CROSS_ATTENTION.search(key))
-        if missing:
-            raise InputError(
-                f"{folder}: its weights lack {len(missing)} tensors of {type(model).__name__} ({', '.join(missing[:3])})."
-                " Use the config.json that they were saved with."
-            )
-        base = {"source": source, "revision": revision, "hash": hash_weights(list(folder.glob("*.safetensors")))}
-        return cls(model, tokenizer, token_dim, num_tokens, max_length, lora, base if lora else None)
 
     def tokenize(self, reports: Sequence[str]) -> dict[str, Tensor]:
         """Reports as input_ids, attention_mask and labels (B, L): start, words, end; padding is -100 in the labels."""
@@ -303,84 +203,3 @@ class ReportDecoder(nn.Module):
         )
         self.train(was_training)
         return [str(text).strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
-
-    def save(self, folder: Path, upstream: Mapping[str, str]) -> Artefact:
-        """Write the artefact `report-decoder` with its tokenizer; with LoRA, without the weights that did not learn.
-
-        Args:
-            folder: where.
-            upstream: fingerprints of what it was made from (the CT encoder's, above all).
-        """
-        model_config: Any = self.decoder.config
-        values = {k: v for k, v in model_config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
-        config: dict[str, Any] = {
-            "token_dim": self.token_dim,
-            "num_tokens": self.num_tokens,
-            "max_length": self.max_length,
-            "decoder": hash_json(values),
-            "tokenizer": tokenizer_hash(self.tokenizer),
-        }
-        tensors = self.state_dict()
-        if self.lora is not None:
-            config |= {"lora": self.lora.as_json(), "base": self.base["hash"]}
-            tensors = {name: tensors[name] for name in self._learnt()}
-
-        def write_decoder(place: Path) -> None:
-            model_config.save_pretrained(place / DECODER_FOLDER)
-            self.tokenizer.save_pretrained(place / DECODER_FOLDER)
-            if self.lora is not None:
-                write_json(place / DECODER_FOLDER / BASE_FILE, self.base)
-
-        return write_artefact(folder, "report-decoder", config, tensors, upstream, extra=write_decoder)
-
-    def _learnt(self) -> list[str]:
-        return [name for name, parameter in self.named_parameters() if parameter.requires_grad]
-
-    @staticmethod
-    def load(folder: Path, source: str | None = None) -> tuple[ReportDecoder, Artefact]:
-        """Read a `report-decoder` artefact, in eval mode.
-
-        Args:
-            folder: the artefact's.
-            source: where the base model of a decoder with LoRA lies now; None for where it was.
-
-        Raises:
-            InputError: it is missing, of another kind, its weights do not fit, or its base model is another.
-        """
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-        artefact = read_artefact(folder, "report-decoder")
-        if "lora" in artefact.config:
-            return _load_adapters(folder, artefact, source), artefact
-        place = str(folder / DECODER_FOLDER)
-        try:
-            decoder = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(place))
-            tokenizer = AutoTokenizer.from_pretrained(place)
-        except (OSError, ValueError) as error:
-            raise InputError(f"{place}: no decoder ({str(error)[:200]}). Run the stage that makes it again.") from error
-        config = artefact.config
-        model = ReportDecoder(decoder, tokenizer, config["token_dim"], config["num_tokens"], config["max_length"])
-        load_weights(model, artefact.weights(), source=str(folder))
-        return model.eval(), artefact
-
-
-def _load_adapters(folder: Path, artefact: Artefact, source: str | None) -> ReportDecoder:
-    """A decoder with LoRA: its base model from where that lies, what it learnt from the artefact."""
-    config = artefact.config
-    base = json.loads((folder / DECODER_FOLDER / BASE_FILE).read_text())
-    model = ReportDecoder.from_pretrained(
-        source or base["source"],
-        config["token_dim"],
-        config["num_tokens"],
-        None if source else base["revision"],
-        config["max_length"],
-        LoraSettings.from_json(config["lora"]),
-    )
-    if model.base["hash"] != config["base"]:
-        raise InputError(
-            f"{source or base['source']}: weights {model.base['hash'][:12]}, but the adapters of {folder} are for"
-            f" {config['base'][:12]}. Give the folder of the base model that they were trained on."
-        )
-    frozen = {name: value for name, value in model.state_dict().items() if name not in set(model._learnt())}
-    load_weights(model, {**frozen, **artefact.weights()}, source=str(folder))
-    return model.eval()

@@ -21,6 +21,8 @@ from ctx_distill.files import write_text
 from ctx_distill.losses.report import IGNORE, report_loss
 from ctx_distill.metrics.report_baselines import beside_baselines, most_frequent_report, nearest_reports
 from ctx_distill.metrics.report_extras import Extra, extra_scores
+from ctx_distill.models.decoder_artefact import save_decoder
+from ctx_distill.models.decoder_sources import pretrained_decoder, small_decoder
 from ctx_distill.models.dual_encoder import DualEncoder
 from ctx_distill.models.lora import LoraSettings
 from ctx_distill.models.report_decoder import ReportDecoder
@@ -112,13 +114,13 @@ class ReportTask(TrainedTask):
             volume = datamodule.dataset(train)[0].tensor[None].float()  # a prepared one holds int16 steps
             places = self.encoder(volume).tokens.shape[1]
         if self.decoder_source is not None:
-            self.decoder = ReportDecoder.from_pretrained(
+            self.decoder = pretrained_decoder(
                 self.decoder_source, width, places, self.decoder_revision, self.max_length, self.lora
             )
         else:
             texts = [train.report(row) for row in train.frame.index]
             with tempfile.TemporaryDirectory() as scratch:
-                self.decoder = ReportDecoder.from_scratch(
+                self.decoder = small_decoder(
                     texts, Path(scratch), width, places, max_length=self.max_length, **self.sizes
                 )
         return super().run(trainer, datamodule, folder)
@@ -208,7 +210,7 @@ class ReportTask(TrainedTask):
         assert isinstance(datamodule, CTDataModule)
         assert self.decoder is not None
         if rank() == 0:
-            self.decoder.save(folder / "artefact", {"dual-encoder": self.artefact.fingerprint})
+            save_decoder(self.decoder, folder / "artefact", {"dual-encoder": self.artefact.fingerprint})
         metrics = last_values(self)
         test = datamodule.with_text(datamodule.manifest.split("test"))
         test = test.where(~test.frame["study_id"].duplicated().to_numpy())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from ctx_distill.data.transforms import load_ct
 from ctx_distill.errors import InputError
 from ctx_distill.inference import export as exporting
 from ctx_distill.inference.export import export_model, push_to_hub
+from ctx_distill.inference.licences import DATA_LICENCES, CardFacts
 from ctx_distill.inference.model import CTModel
 from ctx_distill.inference.towers import TextTower
 from ctx_distill.models.dual_encoder import DualEncoder
@@ -157,3 +160,45 @@ def test_pushing(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         push_to_hub(tmp_path, "lab/tiny")
     with pytest.raises(InputError, match="not pinned"):
         CTModel.from_pretrained("hf-hub:lab/tiny")
+
+
+def test_licences_come_from_what_is_known(finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    record = json.loads((run / "run.json").read_text())
+    record["ct"] |= {"synthetic": False, "sources": ["ct-rate", "our-hospital"]}
+    record["expert"] |= {"source": "hf-hub:org/xray", "license": "mit"}
+    (run / "run.json").write_text(json.dumps(record))
+    told = export_model(run, tmp_path / "out", CardFacts(license="cc-by-nc-sa-4.0"))
+    assert told["unknown_licences"] == ["data, chest CT: our-hospital"]
+    card = (tmp_path / "out" / "README.md").read_text()
+    for row in (
+        "| X-ray expert (hf-hub:org/xray) | mit |",
+        "| data, chest CT: ct-rate | CC BY-NC-SA 4.0, behind an access form; no redistribution |",
+        "| data, chest CT: our-hospital | unknown: find out before you pass this model on |",
+        "| data, chest X-rays | apache-2.0 (the embedded phantom cohort",
+    ):
+        assert row in card
+    import huggingface_hub
+
+    def unreachable() -> None:
+        raise OSError("the hub was asked")
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", unreachable)
+    with pytest.raises(InputError, match="nothing tells the licence of: data, chest CT: our-hospital"):
+        push_to_hub(tmp_path / "out", "lab/tiny")
+    with pytest.raises(OSError, match="the hub was asked"):
+        push_to_hub(tmp_path / "out", "lab/tiny", accept_unknown_licences=True)
+    command = ["export", str(run), str(tmp_path / "out"), "--push", "lab/tiny"]
+    assert main(command) == 2  # no --license either
+
+
+def test_the_recipes_say_the_same() -> None:
+    folder = Path(__file__).parents[2] / "data_manifests"
+    stated = {
+        path.stem: " ".join(found[1].split())
+        for path in folder.glob("*.md")
+        if (found := re.search(r"\*\*Licence\*\* (.+?)\.?\n(?:\*\*|\n)", path.read_text(), re.DOTALL))
+    }
+    stated.pop("dicom")  # one's own scans
+    assert stated == DATA_LICENCES

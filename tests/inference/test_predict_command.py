@@ -9,6 +9,7 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from safetensors import safe_open
 
 import ctx_distill
@@ -101,3 +102,50 @@ def test_nothing_to_read(
     assert main(["predict", str(finished_run), str(tmp_path / given), "--out", str(tmp_path / "out")]) == 2
     assert says in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.full
+def test_workers_write_what_one_process_writes(finished_run: Path, folder: Path, tmp_path: Path) -> None:
+    """To the bit, the parts too; the scan that is cut off costs no other; what stands is not computed again."""
+    for number in range(3):
+        shutil.copy(folder / "a.nii.gz", folder / f"c{number}.nii.gz")
+    written = []
+    torch.set_num_threads(1)  # as the workers have
+    for workers in (1, 2):
+        out = tmp_path / f"out-{workers}"
+        command = ["predict", str(finished_run), str(folder), "--out", str(out), "--report", "--saliency"]
+        assert main([*command, "--workers", str(workers)]) == 1
+        files = sorted(path.relative_to(out) for path in out.rglob("*") if path.is_file())
+        written.append({path: (out / path).read_bytes() for path in files})
+    assert len(written[0]) > 20
+    assert written[0] == written[1]
+    part = tmp_path / "out-2" / "parts" / "a.nii.gz.json"
+    before = [(path, path.stat().st_mtime_ns) for path in part.parent.iterdir() if path != part]
+    part.unlink()
+    assert main([*command, "--workers", "2"]) == 1
+    assert part.read_bytes() == written[0][part.relative_to(tmp_path / "out-2")]
+    assert [(path, path.stat().st_mtime_ns) for path, _ in before] == before
+
+
+def test_a_scan_that_a_library_fails_on_costs_no_other(
+    finished_run: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = CTModel.predict_volume
+
+    def failing(self: CTModel, scan: object, **more: object) -> object:
+        if scan.path.name == "a.nii.gz":  # type: ignore[attr-defined]
+            raise RuntimeError("a kernel\nfailed")
+        return real(self, scan, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(CTModel, "predict_volume", failing)
+    out = tmp_path / "out"
+    assert main(["predict", str(finished_run), str(folder), "--out", str(out)]) == 1
+    table = pd.read_csv(out / "probabilities.csv", keep_default_na=False).set_index("scan")
+    assert table["status"].to_list() == ["unreadable", "unreadable", "read"]
+    assert table.at["a.nii.gz", "reason"].endswith("a.nii.gz: RuntimeError: a kernel failed")
+
+
+def test_no_workers(finished_run: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["predict", str(finished_run), str(folder), "--out", str(tmp_path / "out"), "--workers", "0"]
+    assert main(command) == 2
+    assert "--workers is 0" in capsys.readouterr().err

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import pairwise
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.stats
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
@@ -18,6 +21,7 @@ import ctx_distill
 from ctx_distill.cli import main
 from ctx_distill.data.manifest import read_manifest
 from ctx_distill.errors import InputError
+from ctx_distill.inference.few_shot import draw_patients, read_shots
 from ctx_distill.inference.logistic import draw_shots, fit_probes
 from ctx_distill.inference.model import CTModel
 
@@ -92,6 +96,26 @@ def test_draws(data: tuple[Pair, Pair]) -> None:
     assert len(draw_shots(labels, 3, 1)[2]) == 6
 
 
+def test_shares_of_patients() -> None:
+    patients = [f"p{n // 3}" for n in range(30)]  # three studies each
+    for seed in range(5):
+        rows = [draw_patients(patients, percent, seed) for percent in (1, 20, 50, 100)]
+        assert [len(own) for own in rows] == [3, 6, 15, 30]
+        assert all(set(small) < set(large) for small, large in pairwise(rows))
+        assert all(
+            {patients[n] for n in own}.isdisjoint({patients[n] for n in set(range(30)) - set(own)}) for own in rows
+        )
+    assert len({tuple(draw_patients(patients, 50, seed)) for seed in range(5)}) > 1
+
+
+def test_amounts() -> None:
+    asked = sorted(read_shots(text) for text in ("50%", "10", "0.5%", "2"))
+    assert list(map(str, asked)) == ["2", "10", "0.5%", "50%"]
+    for wrong in ("0", "-1", "0%", "101%", "2.5", "many"):
+        with pytest.raises(InputError, match="percentages of the training patients"):
+            read_shots(wrong)
+
+
 @pytest.fixture
 def run(finished_run: Path, tmp_path: Path) -> Path:
     shutil.copytree(finished_run / "align", tmp_path / "run" / "align")
@@ -101,7 +125,7 @@ def run(finished_run: Path, tmp_path: Path) -> Path:
 def test_the_command(
     run: Path, cohort: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["probe", str(run), str(cohort / "ct.csv"), "--shots", "1", "2", "--seeds", "2"]
+    command = ["probe", str(run), str(cohort / "ct.csv"), "--shots", "1", "60%", "100%", "--seeds", "2"]
     assert main(command) == 0
     assert "linear probe, test macro AUROC" in capsys.readouterr().out
     metrics = json.loads((run / "probe" / "metrics.json").read_text())
@@ -116,9 +140,22 @@ def test_the_command(
             scores.append(roc_auc_score(y[known], table[name].to_numpy()[known]))
     assert metrics["macro_auroc"]["value"] == pytest.approx(np.mean(scores), abs=1e-9)
     curve = pd.read_csv(run / "probe" / "few_shot.csv")
-    assert list(curve["shots"]) == [1, 2]
+    assert list(curve["shots"]) == ["1", "60%", "100%"]
     assert ((curve["low"] <= curve["macro_auroc"]) & (curve["macro_auroc"] <= curve["high"])).all()
     assert (curve["lowest_seed"] <= curve["highest_seed"]).all()
+    whole = curve.iloc[-1]  # one draw: all
+    assert whole["seeds"] == 1
+    assert whole["patients"] == manifest.split("train").frame["patient_id"].nunique()
+    assert whole["macro_auroc"] == whole["lowest_seed"] == whole["highest_seed"]
+    assert whole["macro_auroc"] == pytest.approx(metrics["macro_auroc"]["value"], abs=1e-9)
+    one = curve.iloc[0]
+    half = scipy.stats.t.interval(
+        0.95, 1, one["macro_auroc"], scipy.stats.sem([one["lowest_seed"], one["highest_seed"]])
+    )
+    assert (one["seeds_low"], one["seeds_high"]) == pytest.approx(half)
+    picture = ElementTree.parse(run / "probe" / "few_shot.svg").getroot()
+    assert f"100%: {whole['macro_auroc']:.3f}" in picture.attrib["aria-label"]
+    assert sum(item.attrib.get("class", "").startswith("mark") for item in picture) == 3
 
     # what it wrote is a classifier
     row = manifest.split("test").frame.index[0]
@@ -130,4 +167,4 @@ def test_the_command(
         raise AssertionError("features are computed once")
 
     monkeypatch.setattr(CTModel, "pooled", never)
-    assert main(command) == 0
+    assert main(command[:3]) == 0

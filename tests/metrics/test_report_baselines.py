@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import types
 
@@ -79,29 +80,48 @@ def test_extras_are_null_with_their_reason(monkeypatch: pytest.MonkeyPatch) -> N
     assert [quiet[name] for name in EXTRAS] == [None] * 4
     assert set(quiet["absent"]) == set(EXTRAS)
     monkeypatch.setattr(report_extras.shutil, "which", lambda name: None)
-    monkeypatch.setitem(sys.modules, "RadEval", None)
+    monkeypatch.setitem(sys.modules, "radeval", None)
     asked = extra_scores(TRUE, TRUE, EXTRAS)
     assert [asked[name] for name in EXTRAS] == [None] * 4
     assert "no `java` on PATH" in asked["absent"]["meteor"]
-    assert "RadEval is not installed" in asked["absent"]["green"]
+    assert "RadEval 2.2 or newer cannot be imported" in asked["absent"]["green"]
     monkeypatch.setitem(sys.modules, "pycocoevalcap.meteor.meteor", None)
     assert "pycocoevalcap is not installed" in extra_scores(TRUE, TRUE, ["meteor"])["absent"]["meteor"]
 
 
 def test_radeval_is_asked_for_one_score_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in with the signature, the names and the keys that RadEval 2.2.1 was seen to have."""
+
     class RadEval:
-        def __init__(self, **asked: bool) -> None:
-            if "do_green" in asked:
+        def __init__(
+            self, metrics: list[str], per_sample: bool = False, detailed: bool = False, show_progress: bool = True
+        ) -> None:
+            (self.name,) = metrics
+            if self.name not in ("bleu", "rouge", "f1chexbert", "radgraph", "green"):
+                raise ValueError(f"Unknown metric '{self.name}'")
+            if self.name == "green":
                 raise OSError("weights\nnot reachable")
-            self.asked = asked
 
-        def __call__(self, refs: list[str], hyps: list[str]) -> dict[str, object]:
+        def __call__(self, refs: list[str], hyps: list[str]) -> dict[str, float]:
             assert (refs, hyps) == (TRUE, TRUE[::-1])
-            return {"radgraph": {"simple": np.float32(0.5)}, "note": "text", "asked": len(self.asked)}
+            return {"radgraph": {"radgraph_simple": 0.5, "radgraph_partial": np.float64(0.25)},
+                    "f1chexbert": {"f1chexbert_5_micro_f1": 1}}[self.name]  # fmt: skip
 
-    monkeypatch.setitem(sys.modules, "RadEval", types.SimpleNamespace(RadEval=RadEval))
-    found = extra_scores(TRUE, TRUE[::-1], ["radgraph", "green"])
-    assert found["radgraph"] == {"radgraph_simple": 0.5, "asked": 1.0}
+    monkeypatch.setitem(sys.modules, "radeval", types.SimpleNamespace(RadEval=RadEval))
+    found = extra_scores(TRUE, TRUE[::-1], ["radgraph", "chexbert", "green"])
+    assert found["radgraph"] == {"radgraph_simple": 0.5, "radgraph_partial": 0.25}
+    assert found["chexbert"] == {"f1chexbert_5_micro_f1": 1.0}
     assert found["green"] is None
+    assert found["absent"].keys() == {"green", "meteor"}
     assert found["absent"]["green"] == "weights not reachable"
-    assert "radgraph" not in found["absent"]
+    json.dumps(found)
+
+
+def test_the_real_radeval_has_what_is_asked_of_it() -> None:
+    """Where the extra `radeval` is installed: its call and its names; its weights are not fetched."""
+    registry = pytest.importorskip("radeval.metrics._registry", reason="the extra `radeval` is not installed")
+    assert set(report_extras.RADEVAL.values()) <= set(registry.METRIC_REGISTRY)
+    from radeval import RadEval
+
+    found = RadEval(metrics=["rouge"], show_progress=False)(refs=["a small nodule"], hyps=["a small nodule"])
+    assert found["rougeL"] == 1.0

@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from ctx_distill.models.decoder_artefact import load_decoder, save_decoder
+from ctx_distill.models.decoder_sources import pretrained_decoder, small_decoder
 from ctx_distill.models.report_decoder import ReportDecoder
 from ctx_distill.types import InputError
 
@@ -34,7 +36,7 @@ def fit(model: ReportDecoder, tokens: torch.Tensor, steps: int = 120) -> float:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[ReportDecoder, torch.Tensor]:
     torch.manual_seed(0)
-    model = ReportDecoder.from_scratch(
+    model = small_decoder(
         TEXTS * 3, tmp_path_factory.mktemp("tok"), token_dim=8, num_tokens=5, vocab_size=200, width=32, layers=1,
         max_length=48, dropout=0.0,
     )  # fmt: skip
@@ -55,10 +57,10 @@ def test_it_learns_to_say_what_the_tokens_show(trained: tuple[ReportDecoder, tor
 
 def test_it_comes_back_from_its_folder(trained: tuple[ReportDecoder, torch.Tensor], tmp_path: Path) -> None:
     model, tokens = trained
-    saved = model.save(tmp_path / "a", {"dual-encoder": "abc"})
+    saved = save_decoder(model, tmp_path / "a", {"dual-encoder": "abc"})
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     shutil.rmtree(tmp_path / "a")
-    again, artefact = ReportDecoder.load(tmp_path / "b")
+    again, artefact = load_decoder(tmp_path / "b")
     assert artefact.fingerprint == saved.fingerprint
     for kwargs in ({}, {"num_beams": 2, "no_repeat_ngram_size": 3}):
         assert again.generate(tokens, 40, **kwargs) == model.generate(tokens, 40, **kwargs)
@@ -104,11 +106,11 @@ def test_a_pretrained_language_model(tmp_path: Path) -> None:
     ).save_pretrained(tmp_path / "bert")  # fmt: skip
     tokens = torch.randn(2, 3, 8)
     for name in ("gpt2", "bert"):
-        model = ReportDecoder.from_pretrained(str(tmp_path / name), token_dim=8, max_length=32)
+        model = pretrained_decoder(str(tmp_path / name), token_dim=8, max_length=32)
         assert loss_of(model, tokens, model.tokenize(TEXTS)).isfinite()
         texts = model.eval().generate(tokens, 8)
-        model.save(tmp_path / f"{name}-artefact", {})
-        assert ReportDecoder.load(tmp_path / f"{name}-artefact")[0].generate(tokens, 8) == texts
+        save_decoder(model, tmp_path / f"{name}-artefact", {})
+        assert load_decoder(tmp_path / f"{name}-artefact")[0].generate(tokens, 8) == texts
         if name == "gpt2":
             assert torch.equal(model.decoder.transformer.wte.weight, gpt2.transformer.wte.weight)
 
@@ -123,4 +125,4 @@ def test_refusals(trained: tuple[ReportDecoder, torch.Tensor], tmp_path: Path) -
     with pytest.raises(InputError, match="GPT2LMHeadModel has no cross-attention, so the 5 CT tokens"):
         ReportDecoder(plain, model.tokenizer, 8, 5)
     with pytest.raises(InputError, match="no report-decoder artefact"):
-        ReportDecoder.load(tmp_path)
+        load_decoder(tmp_path)

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ctx_distill.models.decoder_artefact import load_decoder, save_decoder
+from ctx_distill.models.decoder_sources import pretrained_decoder
 from ctx_distill.models.lora import LoraSettings
 from ctx_distill.models.report_decoder import ReportDecoder
 from ctx_distill.models.sampling import GumbelNoise, SamplingSettings
@@ -43,7 +45,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture(scope="module")
 def model(folder: Path) -> ReportDecoder:
     torch.manual_seed(0)
-    made = ReportDecoder.from_pretrained(str(folder), token_dim=8, num_tokens=3, max_length=40)
+    made = pretrained_decoder(str(folder), token_dim=8, num_tokens=3, max_length=40)
     for parameter in made.parameters():  # far from uniform, so that no choice hangs on a last bit
         parameter.data *= 3
     return made.eval()
@@ -119,9 +121,9 @@ def test_length_limits(folder: Path, model: ReportDecoder, written: list[list[in
     with pytest.raises(InputError, match="at least 9 tokens and at most 8"):
         model.generate(TOKENS, 8, min_new_tokens=9)
     if model.prefix:
-        assert ReportDecoder.from_pretrained(str(folder), 8, 50, max_length=40).max_length == 14
+        assert pretrained_decoder(str(folder), 8, 50, max_length=40).max_length == 14
         with pytest.raises(InputError, match="the 62 CT tokens stand in front"):
-            ReportDecoder.from_pretrained(str(folder), 8, 62)
+            pretrained_decoder(str(folder), 8, 62)
 
 
 def test_a_sample_depends_on_its_own_seed_alone(model: ReportDecoder) -> None:
@@ -148,7 +150,7 @@ def test_the_noise_samples_the_softmax() -> None:
 
 def test_lora_trains_adapters_alone_and_comes_back(folder: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    made = ReportDecoder.from_pretrained(str(folder), 8, 3, max_length=40, lora=LoraSettings(rank=4, dropout=0.0))
+    made = pretrained_decoder(str(folder), 8, 3, max_length=40, lora=LoraSettings(rank=4, dropout=0.0))
     before = {name: value.clone() for name, value in made.state_dict().items()}
     optimizer = torch.optim.Adam([p for p in made.parameters() if p.requires_grad], lr=1e-2)
     losses = []
@@ -164,14 +166,14 @@ def test_lora_trains_adapters_alone_and_comes_back(folder: Path, tmp_path: Path)
     allowed = ("lora_", "crossattention", "ln_cross_attn", "projection.", "places")
     assert all(any(part in name for part in allowed) for name in moved), moved
     assert any("lora_B" in name for name in moved)
-    saved = made.save(tmp_path / "artefact", {})
+    saved = save_decoder(made, tmp_path / "artefact", {})
     assert not any("embed" in name or "wte" in name or "base_layer" in name for name in saved.weights())
-    again, _ = ReportDecoder.load(tmp_path / "artefact")
+    again, _ = load_decoder(tmp_path / "artefact")
     assert again.generate(TOKENS, 20) == made.generate(TOKENS, 20)
     other = tmp_path / "other"
-    plain = ReportDecoder.from_pretrained(str(folder), 8, 3, max_length=40)
+    plain = pretrained_decoder(str(folder), 8, 3, max_length=40)
     plain.decoder.get_input_embeddings().weight.data.add_(1)
     plain.decoder.save_pretrained(other)
     plain.tokenizer.save_pretrained(other)
     with pytest.raises(InputError, match="but the adapters of"):
-        ReportDecoder.load(tmp_path / "artefact", source=str(other))
+        load_decoder(tmp_path / "artefact", source=str(other))
