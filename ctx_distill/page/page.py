@@ -10,6 +10,7 @@ from markupsafe import Markup
 
 from ctx_distill.files import write_text
 from ctx_distill.page import plots
+from ctx_distill.page.corrections import corrections
 from ctx_distill.page.gather import STAGES, Metric, Run, gather, mapping, to_number
 from ctx_distill.page.results import (
     all_metrics,
@@ -89,6 +90,7 @@ def render(run: Run) -> str:
         rocs=_rocs(run),
         models=models,
         studies=studies(run),
+        corrections=corrections(run),
         made=_how_made(run),
     )
 
