@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pandas as pd
 
 from ctx_distill.page.gather import Run, mapping, to_number
@@ -16,9 +17,10 @@ if TYPE_CHECKING:
     from ctx_distill.data.manifest import Manifest
 
 STRONG, BORDERLINE, WRONG = 3, 1, 2
+EPOCHS = 8
 RULE = (
-    "Chosen by rule: the strongest corrected pairs whose reports are not word for word the same, the one nearest to the "
-    "threshold, and the strongest that the labels contradict; no study twice."
+    "Chosen by rule: the strongest corrected pairs whose reports are not word for word the same, among equally strong ones those "
+    "with more findings first; the weakest one, where strengths differ; and the strongest that the labels contradict; no study twice."
 )
 _EVIDENCE = {
     "report": "the reports lie {value:.2f} near (cosine of the frozen expert's embeddings; threshold {threshold:.2f})",
@@ -74,7 +76,7 @@ def corrections(run: Run) -> Corrections | None:
     if kept is not None and run.ct is not None:
         texts = _texts(run.ct)
         labels = label_table(run.ct) if run.ct.finding_names else None
-        pairs = tuple(_pair(run, run.ct, texts, labels, row) for row in _choose(texts, kept))
+        pairs = tuple(_pair(run, run.ct, texts, labels, row) for row in _choose(texts, labels, kept))
     return Corrections(epochs, headers, labelled, _totals(run, kept), RULE if pairs else "", pairs)
 
 
@@ -92,8 +94,9 @@ def _epochs(run: Run) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
         return (), ()
     held = {name: title for name, title in columns.items() if name in log.columns}
     means = log.groupby("epoch")[list(held)].max().dropna(how="all")
+    places = sorted({round(place) for place in np.linspace(0, len(means) - 1, EPOCHS)}) if len(means) else []
     rows = []
-    for epoch, row in means.iterrows():
+    for epoch, row in means.iloc[places].iterrows():
         cells = [_cell(name, to_number(row[name])) for name in held]
         rows.append((f"{epoch}", *cells))
     return ("epoch", *held.values()), tuple(rows)
@@ -119,7 +122,7 @@ def _totals(run: Run, kept: pd.DataFrame | None) -> str:
     return f"{counts}align/corrected.csv lists {len(kept):,} pairs: the strongest, the strongest that the labels contradict, and those nearest to the threshold."
 
 
-def _choose(texts: dict[str, str], kept: pd.DataFrame) -> list[pd.Series]:
+def _choose(texts: dict[str, str], labels: pd.DataFrame | None, kept: pd.DataFrame) -> list[pd.Series]:
     """Rows to show by `RULE`: the same ones for the same run."""
     frame = kept[kept["corrected_batches"] > 0]
     wrong = frame["labels_differ"] > 0
@@ -127,8 +130,10 @@ def _choose(texts: dict[str, str], kept: pd.DataFrame) -> list[pd.Series]:
         [texts.get(a) == texts.get(b) for a, b in zip(frame["study_id"], frame["other_study_id"], strict=True)],
         index=frame.index, dtype=bool,
     )  # fmt: skip
-    order = ["strength", "study_id", "other_study_id"]
-    falling, rising = (frame.sort_values(order, ascending=[up, True, True]) for up in (False, True))
+    counts = {} if labels is None else (labels == 1).sum(axis=1).to_dict()
+    frame = frame.assign(found=[-int(counts.get(study, 0)) for study in frame["study_id"]])
+    order = ["strength", "found", "study_id", "other_study_id"]
+    falling, rising = (frame.sort_values(order, ascending=[up, True, True, True]) for up in (False, True))
     used: set[str] = set()
     chosen: list[pd.Series] = []
 
@@ -143,7 +148,7 @@ def _choose(texts: dict[str, str], kept: pd.DataFrame) -> list[pd.Series]:
     take(falling[~wrong & ~same], STRONG)
     if not chosen:
         take(falling[~wrong], STRONG)
-    take(rising[~wrong & ~same], BORDERLINE)
+    take(rising[~wrong & ~same & (frame["strength"] < frame["strength"].max())], BORDERLINE)
     take(falling[wrong], WRONG)
     return chosen
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
@@ -24,6 +24,9 @@ from ctx_distill.page.results import (
 )
 from ctx_distill.page.studies import label_table, studies
 from ctx_distill.page.zero_shot import zero_shot_part
+
+if TYPE_CHECKING:
+    import jinja2
 
 TEMPLATES = Path(__file__).parent / "templates"
 SHOWN_CURVES = 4
@@ -51,47 +54,60 @@ def build_page(run: Path) -> Path:
     return path
 
 
-def render(run: Run) -> str:
-    """The page's HTML."""
+def environment() -> jinja2.Environment:
+    """The templates and the filters that they use."""
     import jinja2
 
-    environment = jinja2.Environment(
+    made = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {
+    made.filters |= {
         "number": number,
         "count_words": count_words,
         "metric": metric_words,
         "duration": duration,
         "percent": percent,
     }
-    style = Markup((TEMPLATES / "style.css").read_text(encoding="utf-8"))
+    return made
+
+
+def page_style() -> Markup:
+    """The style sheet that every page carries."""
+    return Markup((TEMPLATES / "style.css").read_text(encoding="utf-8"))
+
+
+def render(run: Run) -> str:
+    """The page's HTML."""
     models = [
         name for name, table in (("Zero-shot", run.zero_shot), ("Classifier", run.classifier)) if table is not None
     ]
-    return environment.get_template("page.html.j2").render(
-        style=style,
-        name=run.folder.resolve().name,
-        run=run,
-        stages=STAGES,
-        has_labels=has_labels(run),
-        tiles=tiles(run),
-        rows=result_rows(run),
-        beside=report_baselines(run),
-        measured=all_metrics(run),
-        missing=missing_parts(run),
-        findings=_per_finding(run),
-        asked=zero_shot_part(run),
-        curves=_curves(run),
-        rocs=_rocs(run),
-        models=models,
-        studies=studies(run),
-        corrections=corrections(run),
-        made=_how_made(run),
+    return (
+        environment()
+        .get_template("page.html.j2")
+        .render(
+            style=page_style(),
+            name=run.folder.resolve().name,
+            run=run,
+            stages=STAGES,
+            has_labels=has_labels(run),
+            tiles=tiles(run),
+            rows=result_rows(run),
+            beside=report_baselines(run),
+            measured=all_metrics(run),
+            missing=missing_parts(run),
+            findings=_per_finding(run),
+            asked=zero_shot_part(run),
+            curves=_curves(run),
+            rocs=_rocs(run),
+            models=models,
+            studies=studies(run),
+            corrections=corrections(run),
+            made=_how_made(run),
+        )
     )
 
 
