@@ -95,6 +95,10 @@ def _dispatch(options: argparse.Namespace, overrides: list[str], given: list[str
         from ctx_distill.page.page import build_page
 
         print(build_page(options.run))
+    elif options.command == "compare":
+        from ctx_distill.page.compare import build_compare_page
+
+        print(build_compare_page(options.runs, options.out))
     elif options.command == "submit":
         _submit(options, overrides)
     elif options.command == "ablation":

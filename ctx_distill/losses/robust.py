@@ -130,7 +130,7 @@ def identify(
 
 @dataclass(frozen=True)
 class Correction:
-    """What `contrastive_loss` needs, and two counts for the log.
+    """What `contrastive_loss` needs, and what was suspected and corrected.
 
     Attributes:
         targets: (B, B) image i to text j, rows sum to 1.
@@ -138,6 +138,9 @@ class Correction:
         denominator: (B, B) bool, image i to text j: False is left out of the denominators.
         suspected: () number of suspected pairs (ordered, without true positives).
         corrected: () number of them that were corrected.
+        pairs: (B, B) bool, the suspected pairs (without true positives).
+        chosen: (B, B) bool, those of them that were corrected.
+        strength: (B, B), the evidence that they were chosen by.
     """
 
     targets: Tensor
@@ -145,6 +148,9 @@ class Correction:
     denominator: Tensor
     suspected: Tensor
     corrected: Tensor
+    pairs: Tensor
+    chosen: Tensor
+    strength: Tensor
 
 
 def _strongest(candidates: Tensor, strength: Tensor, negatives: Tensor) -> Tensor:
@@ -199,6 +205,9 @@ def correct(
         denominator=denominator,
         suspected=candidates.sum(),
         corrected=chosen.sum(),
+        pairs=candidates,
+        chosen=chosen,
+        strength=evidence,
     )
 
 

@@ -191,6 +191,15 @@ def macro_auroc_replicates(
     return values, _macro_replicates(values, replicates)
 
 
+def macro_average_precision_replicates(
+    labels: ArrayLike, scores: ArrayLike, counts: NDArray[np.integer[Any]]
+) -> tuple[Floats, Floats]:
+    """Average precision as `macro_auroc_replicates` gives AUROC."""
+    y, s = _columns(labels, scores)
+    values, replicates = _replicates(_weighted_average_precision, y, s, counts)
+    return values, _macro_replicates(values, replicates)
+
+
 def classification_report(
     labels: ArrayLike,
     scores: ArrayLike,

@@ -35,6 +35,10 @@ STAGES: tuple[tuple[str, str, str], ...] = (
 )
 
 
+CORRECTED = ("study_id", "other_study_id", "kept_as", "evidence", "strength", "suspected_batches", "corrected_batches",
+             "corrected_epochs", "first_epoch", "last_epoch", "labels_known", "labels_differ")  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Metric:
     """A measured value with its 95 % interval, each None where it is not defined."""
@@ -63,6 +67,7 @@ class Run:
         classifier: the same of the supervised classifier.
         retrieval: the retrieved X-rays, or None.
         reports: reference and generated reports, or None.
+        corrected: pairs that stage 3 took for false negatives, or None.
         logs: CSV log of each stage that has one, by folder name.
         states: state of each stage, by folder name.
         notes: sentences about what could not be read.
@@ -77,6 +82,7 @@ class Run:
     classifier: pd.DataFrame | None = None
     retrieval: pd.DataFrame | None = None
     reports: pd.DataFrame | None = None
+    corrected: pd.DataFrame | None = None
     logs: dict[str, pd.DataFrame] = field(default_factory=dict)
     states: dict[str, State] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -158,6 +164,7 @@ def gather(folder: Path) -> Run:
             ("study_id", "reference", "generated"),
             notes,
         ),
+        corrected=_read_table(folder / "align" / "corrected.csv", CORRECTED, notes),
         logs=logs,
         states=states,
         notes=tuple(notes),
@@ -184,7 +191,17 @@ def _read_table(path: Path, columns: tuple[str, ...], notes: list[str]) -> pd.Da
     """A CSV file whose ids and texts stay strings; None where it is missing, empty or lacks one of the columns."""
     if not path.is_file() or path.stat().st_size == 0:
         return None
-    texts = ("study_id", "xray_study_id", "xray_image_id", "split", "reference", "generated")
+    texts = (
+        "study_id",
+        "other_study_id",
+        "kept_as",
+        "evidence",
+        "xray_study_id",
+        "xray_image_id",
+        "split",
+        "reference",
+        "generated",
+    )
     frame = _tolerant(path, lambda: pd.read_csv(path, dtype=dict.fromkeys(texts, "str")), notes)
     if not isinstance(frame, pd.DataFrame):
         return None

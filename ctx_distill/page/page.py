@@ -10,6 +10,7 @@ from markupsafe import Markup
 
 from ctx_distill.files import write_text
 from ctx_distill.page import plots
+from ctx_distill.page.corrections import corrections
 from ctx_distill.page.errors import model_errors
 from ctx_distill.page.failures import failures
 from ctx_distill.page.gather import STAGES, Metric, Run, gather, to_number
@@ -30,6 +31,8 @@ from ctx_distill.page.wanted import study_maps
 from ctx_distill.page.zero_shot import zero_shot_part
 
 if TYPE_CHECKING:
+    import jinja2
+
     from ctx_distill.data.manifest import Manifest
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -65,36 +68,45 @@ def build_page(run: Path) -> Path:
     return path
 
 
-def render(told: dict[str, Any]) -> str:
-    """The HTML of `contents`."""
+def environment() -> jinja2.Environment:
+    """The templates and the filters that they use."""
     import jinja2
 
-    environment = jinja2.Environment(
+    made = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {
+    made.filters |= {
         "number": number,
         "count_words": count_words,
         "metric": metric_words,
         "duration": duration,
         "percent": percent,
     }
-    return environment.get_template("page.html.j2").render(told)
+    return made
+
+
+def page_style() -> Markup:
+    """The style sheet that every page carries."""
+    return Markup((TEMPLATES / "style.css").read_text(encoding="utf-8"))
+
+
+def render(told: dict[str, Any]) -> str:
+    """The HTML of `contents`."""
+    return environment().get_template("page.html.j2").render(told)
 
 
 def contents(run: Run) -> dict[str, Any]:
     """What the template of the run page shows, by its names."""
-    style = Markup((TEMPLATES / "style.css").read_text(encoding="utf-8"))
     models = [
         name for name, table in (("Zero-shot", run.zero_shot), ("Classifier", run.classifier)) if table is not None
     ]
     chosen = studies(run)
     return dict(  # noqa: C408  # names of the template, one a line
-        style=style,
+        style=page_style(),
         name=run.folder.resolve().name,
         run=run,
         stages=STAGES,
@@ -117,6 +129,7 @@ def contents(run: Run) -> dict[str, Any]:
         ramp=RAMP,
         stage=None,
         linked={name: f"{folder}/index.html" for folder, _, name in STAGES if (run.folder / folder).is_dir()},
+        corrections=corrections(run),
         made=how_made(run),
     )
 

@@ -76,7 +76,7 @@ def interval_plot(rows: Sequence[tuple[str, Sequence[Metric | None]]], series: S
     ]
     low = min([0.3, *values])
     low = max(0.0, np.floor(low * 10) / 10)
-    pitch = 26 if len(series) == 1 else 32
+    pitch = max(26, 8 + 12 * len(series))
     left, right, top, width = 190.0, 20.0, 10.0, 760.0
     bottom = top + pitch * len(rows)
     x = svg.Scale(low, 1.0, left, width - right)
@@ -95,12 +95,18 @@ def interval_plot(rows: Sequence[tuple[str, Sequence[Metric | None]]], series: S
                 continue
             if metric.low is not None and metric.high is not None:
                 parts.append(svg.line(x(metric.low), y, x(metric.high), y, f"whisker s{number}"))
-            parts.append(svg.marker(SHAPES[number % 3], x(metric.value), y, f"mark s{number}", 4.5))
+            parts.append(svg.marker(SHAPES[number], x(metric.value), y, f"mark s{number}", 4.5))
     label = f"AUROC of {len(rows)} findings with 95 % intervals ({', '.join(series)}); the numbers stand in the table"
     return svg.frame(width, bottom + 26, label, parts, "wide")
 
 
-SHAPES = ("dot", "square", "triangle")
+SHAPES = ("dot", "square", "triangle", "diamond", "cross", "ring")
+
+
+def legend_key(number: int) -> str:
+    """The line and mark of a series as the plots draw it, for a legend."""
+    mark = svg.marker(SHAPES[number], 11, 6, f"mark s{number}", 3.4)
+    return f'<svg class="key" viewBox="0 0 22 12" aria-hidden="true">{svg.line(0, 6, 22, 6, f"curve s{number}")}{mark}</svg>'
 
 
 def shorten(words: str, length: int) -> str:
@@ -153,9 +159,24 @@ def _points(log: pd.DataFrame, unit: str, column: str | None) -> tuple[tuple[flo
 
 def curve_plot(curve: Curve) -> str:
     """One small multiple of the learning curves."""
+    return series_plot(curve.term, curve.unit, (curve.train, curve.val), curve_words(curve))
+
+
+def series_plot(
+    term: str, unit: str, drawn: Sequence[Sequence[tuple[float, float]]], words: str, every: bool = False
+) -> str:
+    """Series of (x, y) points over each other, each with a dash and a mark of its own.
+
+    Args:
+        term: what is drawn.
+        unit: of x.
+        drawn: the series; an empty one keeps its place.
+        words: the last values.
+        every: mark the first series too, and not alone the others.
+    """
     width, height, left, right, top, bottom = 260.0, 150.0, 44.0, 10.0, 8.0, 122.0
-    xs = [x for series in (curve.train, curve.val) for x, _ in series]
-    ys = [y for series in (curve.train, curve.val) for _, y in series]
+    xs = [x for series in drawn for x, _ in series]
+    ys = [y for series in drawn for _, y in series]
     ticks = svg.nice_ticks(min(ys), max(ys))
     x = svg.Scale(min(xs), max(xs), left, width - right)
     y = svg.Scale(ticks[0], ticks[-1], bottom, top)
@@ -166,14 +187,14 @@ def curve_plot(curve: Curve) -> str:
     parts.append(svg.text(x(min(xs)), height - 14, f"{min(xs):g}", "tick", "middle"))
     if max(xs) > min(xs):
         parts.append(svg.text(x(max(xs)), height - 14, f"{max(xs):g}", "tick", "middle"))
-    parts.append(svg.text((left + width - right) / 2, height - 14, curve.unit, "tick", "middle"))
-    for number, series in enumerate((curve.train, curve.val)):
+    parts.append(svg.text((left + width - right) / 2, height - 14, unit, "tick", "middle"))
+    for number, series in enumerate(drawn):
         points = [(x(a), y(b)) for a, b in series]
         parts.append(svg.polyline(points, f"curve s{number}"))
-        every = max(1, len(points) // 8)
-        shown = points[::every] if number else (points if len(points) == 1 else [])
+        apart = max(1, len(points) // 8)
+        shown = points[::apart] if number or every else (points if len(points) == 1 else [])
         parts.extend(svg.marker(SHAPES[number], a, b, f"mark s{number}", 2.6) for a, b in shown)
-    return svg.frame(width, height, f"{curve.term} by {curve.unit}: {curve_words(curve)}", parts, "small")
+    return svg.frame(width, height, f"{term} by {unit}: {words}", parts, "small")
 
 
 def curve_words(curve: Curve) -> str:

@@ -20,6 +20,7 @@ LEADS = {
 # Sections of the run page that a stage's page keeps as they are; the others are made of the stage's own files or left out.
 SECTIONS: dict[str, tuple[str, ...]] = {
     "index": ("studies",),
+    "align": ("corrections",),
     "zero_shot": ("asked",),
     "report": ("studies", "beside"),
 }

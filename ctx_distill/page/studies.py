@@ -154,7 +154,7 @@ def _study(
 ) -> Study:
     rows = ct.frame.index[ct.frame["study_id"] == study]
     row = int(rows[0])
-    pictures, problem = _read_ct(ct, row)
+    pictures, problem = read_ct(ct, row)
     reference, generated = _reports(run, study)
     return Study(
         study_id=study,
@@ -171,7 +171,7 @@ def _study(
     )
 
 
-def _read_ct(ct: Manifest, row: int) -> tuple[CTPictures | None, str]:
+def read_ct(ct: Manifest, row: int) -> tuple[CTPictures | None, str]:
     """The slices, or why there are none."""
 
     try:

@@ -68,12 +68,23 @@ def polyline(points: Iterable[tuple[float, float]], css: str) -> str:
 
 
 def marker(shape: str, x: float, y: float, css: str, size: float = 4.0) -> str:
-    """A dot, square or triangle, so that series differ in more than colour."""
+    """A dot, square, triangle, diamond, cross or ring, so that series differ in more than colour."""
     if shape == "square":
         return f'<rect x="{x - size:g}" y="{y - size:g}" width="{2 * size:g}" height="{2 * size:g}" class="{css}"/>'
     if shape == "triangle":
         points = f"{x:g},{y - size - 1:g} {x - size - 0.5:g},{y + size:g} {x + size + 0.5:g},{y + size:g}"
         return f'<polygon points="{points}" class="{css}"/>'
+    if shape == "diamond":
+        reach = size + 1.2
+        points = f"{x:g},{y - reach:g} {x + reach:g},{y:g} {x:g},{y + reach:g} {x - reach:g},{y:g}"
+        return f'<polygon points="{points}" class="{css}"/>'
+    if shape == "cross":
+        path = (
+            f"M{x - size:g} {y - size:g}L{x + size:g} {y + size:g}M{x - size:g} {y + size:g}L{x + size:g} {y - size:g}"
+        )
+        return f'<path d="{path}" class="{css} open"/>'
+    if shape == "ring":
+        return f'<circle cx="{x:g}" cy="{y:g}" r="{size:g}" class="{css} open"/>'
     return f'<circle cx="{x:g}" cy="{y:g}" r="{size:g}" class="{css}"/>'
 
 

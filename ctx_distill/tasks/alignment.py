@@ -218,15 +218,18 @@ class AlignmentTask(TrainedTask):
         return [*decay_groups(self, without=text), *own]
 
     def rank_state(self) -> dict[str, Any]:
-        """As the base class, with the epoch's counts of suspected pairs."""
-        counts = self.false_negatives.counts if self.false_negatives is not None else {}
-        return super().rank_state() | {"counts": dict(counts)}
+        """As the base class, with the epoch's counts of suspected pairs and the record of them."""
+        found = self.false_negatives
+        if found is None:
+            return super().rank_state() | {"counts": {}}
+        return super().rank_state() | {"counts": dict(found.counts), "pairs": found.pairs.state()}
 
     def load_rank_state(self, state: dict[str, Any]) -> None:
         """Take `rank_state` back."""
         super().load_rank_state(state)
         if self.false_negatives is not None:
             self.false_negatives.counts.update(state["counts"])
+            self.false_negatives.pairs.load_state(state["pairs"])
 
     def _views(self, batch: CTBatch) -> list[str]:
         """This epoch's view of each report: a function of epoch and row alone."""
@@ -360,7 +363,7 @@ class AlignmentTask(TrainedTask):
         return {"image": image, "text": self.dual.encode_text(batch.report), "row": batch.row}
 
     def finish(self, trainer: L.Trainer, datamodule: L.LightningDataModule, folder: Path) -> dict[str, Any]:
-        """Write the dual encoder; report-to-volume recall on CT `val`."""
+        """Write the dual encoder and the corrected pairs; report-to-volume recall on CT `val`."""
         assert isinstance(datamodule, CTDataModule)
         if rank() == 0:
             expert = resolve_source(*self.text_source) if self.prior is not None else None
@@ -369,6 +372,11 @@ class AlignmentTask(TrainedTask):
         if self.false_negatives is not None:
             fixed = self.false_negatives.all_thresholds()
             metrics["thresholds"] = {kind: x if math.isfinite(x) else None for kind, x in fixed.items()}
+            metrics["pairs"] = dict(self.false_negatives.pairs.totals)
+            if rank() == 0:
+                train = datamodule.training_rows()
+                studies = dict(zip(train.study_codes().tolist(), train.frame["study_id"].astype(str), strict=True))
+                self.false_negatives.pairs.write(folder / "corrected.csv", studies, fixed)
         val = datamodule.with_text(datamodule.manifest.split("val"))
         if len(val) > 1:
             found = predict_rows(trainer, self, datamodule.loader(val), list(val.frame.index))

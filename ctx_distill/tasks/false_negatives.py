@@ -34,6 +34,7 @@ from ctx_distill.losses.robust import (
     threshold_from_quantile,
 )
 from ctx_distill.retrieval.lookup import NeighbourLookup
+from ctx_distill.tasks.corrected_pairs import CorrectedPairs
 from ctx_distill.tasks.moving_average import MovingAverage
 from ctx_distill.tasks.predict import join_rows
 from ctx_distill.tasks.training_reports import TrainingReports
@@ -101,6 +102,7 @@ class FalseNegatives:
         thresholds: of the frozen kinds.
         moving_average: gives `ema`, or None.
         counts: of the epoch so far, for the log.
+        pairs: which pairs were suspected and corrected, of the whole stage.
     """
 
     def __init__(
@@ -134,6 +136,7 @@ class FalseNegatives:
             given = settings.thresholds.get(kind)
             self.thresholds[kind] = self._quantile(table, table, reports.study) if given is None else given
         self.counts: defaultdict[str, float] = defaultdict(float)
+        self.pairs = CorrectedPairs(settings.evidence)
         self.known = torch.tensor([bool(text) for text in reports.reports])
 
     def _quantile(self, rows: Tensor, columns: Tensor, study: Tensor) -> float:
@@ -195,6 +198,10 @@ class FalseNegatives:
         Returns:
             The correction and the suspects (B, B) bool.
         """
+        return self._correct(self._evidence(features, study), study, epoch)
+
+    def _evidence(self, features: dict[str, Tensor], study: Tensor) -> dict[str, Tensor]:
+        """(B, B) by kind."""
         evidence: dict[str, Tensor] = {}
         for kind in self.settings.evidence:
             if kind == "findings":
@@ -207,6 +214,9 @@ class FalseNegatives:
                 evidence[kind] = ema_evidence(features["ema_image"], features["ema_text"])
             else:  # no threshold yet
                 evidence[kind] = torch.zeros(len(study), len(study), device=study.device)
+        return evidence
+
+    def _correct(self, evidence: dict[str, Tensor], study: Tensor, epoch: int) -> tuple[Correction, Tensor]:
         settings = self.settings
         suspects, strength = identify(evidence, self.all_thresholds(), settings.combine)
         watch = epoch < settings.warmup_epochs
@@ -238,15 +248,21 @@ class FalseNegatives:
             What `contrastive_loss` gives.
         """
         gathered = {name: gather_with_gradient(value) for name, value in self.features(batch).items()}
-        correction, suspects = self.corrections(gathered, study, epoch)
+        evidence = self._evidence(gathered, study)
+        correction, suspects = self._correct(evidence, study, epoch)
         counts = self.counts
         counts["suspected"] += float(correction.suspected)
         counts["corrected"] += float(correction.corrected)
         counts["pairs"] += len(study) * (len(study) - 1)
+        labels = None
         if batch.labels is not None and batch.labels.shape[1]:
-            quality = identification_quality(suspects, gather_with_gradient(batch.labels), study)
+            labels = gather_with_gradient(batch.labels)
+            quality = identification_quality(suspects, labels, study)
             for name, count in {"hits": "hits", "scored": "suspected", "actual": "actual"}.items():
                 counts[name] += quality[count]
+        self.pairs.observe(
+            correction, evidence, gathered, study, self.all_thresholds(), self.settings.combine, labels, epoch
+        )
         return contrastive_loss(
             image, text, logit_scale, targets=correction.targets, text_targets=correction.text_targets,
             denominator=correction.denominator, chunk=chunk,

@@ -284,7 +284,8 @@ def rank_of_step(mode: str, first: int) -> dict[str, Any]:
     assert image.grad is not None
     assert text.grad is not None
     return {"total": terms["total"].detach(), "image": image.grad, "text": text.grad, "counts": found.drain_counts(),
-            "drained": found.drain_counts()}  # fmt: skip
+            "drained": found.drain_counts(),
+            "pairs": found.pairs.frame({n: f"s{n}" for n in STUDIES}, found.all_thresholds()).to_csv(index=False)}  # fmt: skip
 
 
 def test_counts_are_those_of_the_epoch() -> None:
@@ -315,6 +316,8 @@ def test_two_ranks_correct_and_count_as_one(pool: Callable[[int], Any], mode: st
     results = pool(2).run(__file__, "rank_of_step", {"mode": mode, "first": first})
     for result in results:
         assert result["counts"] == expected["counts"]
+        assert result["pairs"] == expected["pairs"]
+        assert len(result["pairs"].splitlines()) > 3
         torch.testing.assert_close(result["total"], expected["total"], rtol=0, atol=1e-12)
     for name in ("image", "text"):  # each rank has the sum over two ranks, of which DDP takes the mean
         joined = torch.cat([result[name] for result in results]) / 2
