@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,8 @@ from ctx_distill.page.wanted import study_maps
 from ctx_distill.page.zero_shot import zero_shot_part
 
 if TYPE_CHECKING:
+    import jinja2
+
     from ctx_distill.data.manifest import Manifest
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -67,6 +70,11 @@ def build_page(run: Path) -> Path:
 
 def render(told: dict[str, Any]) -> str:
     """The HTML of `contents`."""
+    return _environment().get_template("page.html.j2").render(told)
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
     import jinja2
 
     environment = jinja2.Environment(
@@ -83,7 +91,7 @@ def render(told: dict[str, Any]) -> str:
         "duration": duration,
         "percent": percent,
     }
-    return environment.get_template("page.html.j2").render(told)
+    return environment
 
 
 def contents(run: Run) -> dict[str, Any]:
@@ -126,7 +134,7 @@ def stage_contents(run: Run, folder: str, told: dict[str, Any]) -> dict[str, Any
     kept, own = SECTIONS.get(folder, ()), of_stage(run, folder)
     name = next(name for place, _, name in STAGES if place == folder)
     series = {"X-ray expert": "expert"} if folder == "expert" else FINDING_SERIES
-    always = ("style", "name", "stages", "has_labels", "made", "ramp", "models", "salient")
+    always = ("style", "name", "stages", "has_labels", "made", "ramp", "models")
     shown = {key: value if key in (*always, *kept) else None for key, value in told.items()}
     up = {each: f"../{place}" for each, place in told["linked"].items()}
     return shown | {
@@ -139,6 +147,7 @@ def stage_contents(run: Run, folder: str, told: dict[str, Any]) -> dict[str, Any
         "missing": list(run.notes),
         "failed": [one for one in told["failed"] if one.stage == folder],
         "errors": [one for one in told["errors"] if one.key == folder],
+        "salient": {},  # those of the run page are of later stages' models
         "study_parts": STUDY_PARTS_OF.get(folder, ()),
         "linked": up,
         "stage": stage_facts(run, folder, name),
