@@ -185,7 +185,7 @@ def colour(values: NDArray[np.float32]) -> str:
     from PIL import Image
 
     bands = np.floor((values - FLOOR) / (1 - FLOOR) * len(RAMP)).clip(-1, len(RAMP) - 1).astype(np.int64) + 1
-    image = Image.fromarray(bands.astype(np.uint8), mode="P")
+    image = Image.fromarray(bands.astype(np.uint8))
     image.putpalette(bytes([0, 0, 0]) + b"".join(bytes.fromhex(one[1:]) for one in RAMP))
     alphas = np.linspace(*OPACITY, len(RAMP)) * 255
     data = io.BytesIO()

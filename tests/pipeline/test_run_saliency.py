@@ -71,6 +71,8 @@ def test_they_are_made_once_and_go_with_their_model(run: Path) -> None:
 
 
 def test_the_page_shows_them(run: Path) -> None:
+    for stage in ("expert", "index", "distill", "align", "zero_shot", "classifier", "report"):
+        assert (run / stage / "index.html").is_file()  # `all` wrote them
     build_page(run)
     html = (run / "index.html").read_text()
     heat = html.count('class="heat"')
