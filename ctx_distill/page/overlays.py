@@ -101,12 +101,11 @@ def show_finding(
     if found is None:
         return Shown(tuple(_pictures(scan, None, planes, point, body, soft)), "", trouble)
     point, note = peak(found), ""
-    if not within_body(scan, point):
-        inner = peak_in_body(scan, found)
-        note = "The map's largest value lies outside of the body" + (
-            "; the slices go through its largest inside." if inner else "."
-        )
-        point = inner or point
+    inside = _inside(scan)
+    if not within(inside, point):
+        inner = peak_within(inside, found)
+        told = "; the slices go through its largest inside." if inner else "."
+        point, note = inner or point, f"The map's largest value lies outside of the body{told}"
     body = _holding(body, point)
     return Shown(tuple(_pictures(scan, found, planes, point, body, soft)), str((one or {}).get("method", "")), note)
 
@@ -126,8 +125,11 @@ def peak(found: Volume) -> tuple[float, float, float]:
     return float(left), float(posterior), float(superior)
 
 
-def _inside(scan: Volume) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
-    """The body with what it encloses, on a coarse grid (z, y, x), and its points (3, z, y, x) in LPS mm."""
+Inside = tuple[NDArray[np.bool_], NDArray[np.float64]]
+"""The body with what it encloses, on a coarse grid (z, y, x), and the grid's points (3, z, y, x) in LPS mm."""
+
+
+def _inside(scan: Volume) -> Inside:
     from scipy import ndimage
 
     hu, (superior, posterior, left) = coarse_grid(scan)
@@ -135,18 +137,18 @@ def _inside(scan: Volume) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
     return body, np.stack(np.meshgrid(superior, posterior, left, indexing="ij"))[::-1]
 
 
-def within_body(scan: Volume, point: tuple[float, float, float]) -> bool:
+def within(inside: Inside, point: tuple[float, float, float]) -> bool:
     """Whether the coarse voxel nearest to a point (LPS mm) is of the body or enclosed by it; True where there is no body."""
-    body, points = _inside(scan)
+    body, points = inside
     if not body.any():
         return True
     distance = ((points - np.array(point).reshape(3, 1, 1, 1)) ** 2).sum(axis=0)
     return bool(body.ravel()[int(distance.argmin())])
 
 
-def peak_in_body(scan: Volume, found: Volume) -> tuple[float, float, float] | None:
-    """Where in the body, every 4 mm, a map is largest; None where it is 0 throughout."""
-    body, points = _inside(scan)
+def peak_within(inside: Inside, found: Volume) -> tuple[float, float, float] | None:
+    """Where in the body, every 4 mm, a map is largest (LPS mm); None where it is 0 throughout."""
+    body, points = inside
     values = np.where(body, sample(found, points, outside=0.0), 0.0)
     if not values.max() > 0:
         return None
@@ -183,7 +185,7 @@ def colour(values: NDArray[np.float32]) -> str:
     from PIL import Image
 
     bands = np.floor((values - FLOOR) / (1 - FLOOR) * len(RAMP)).clip(-1, len(RAMP) - 1).astype(np.int64) + 1
-    image = Image.fromarray(bands.astype(np.uint8), mode="P")
+    image = Image.fromarray(bands.astype(np.uint8))
     image.putpalette(bytes([0, 0, 0]) + b"".join(bytes.fromhex(one[1:]) for one in RAMP))
     alphas = np.linspace(*OPACITY, len(RAMP)) * 255
     data = io.BytesIO()

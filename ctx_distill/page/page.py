@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,6 +69,7 @@ def build_page(run: Path) -> Path:
     return path
 
 
+@functools.cache
 def environment() -> jinja2.Environment:
     """The templates and the filters that they use."""
     import jinja2
@@ -139,7 +141,7 @@ def stage_contents(run: Run, folder: str, told: dict[str, Any]) -> dict[str, Any
     kept, own = SECTIONS.get(folder, ()), of_stage(run, folder)
     name = next(name for place, _, name in STAGES if place == folder)
     series = {"X-ray expert": "expert"} if folder == "expert" else FINDING_SERIES
-    always = ("style", "name", "stages", "has_labels", "made", "ramp", "models", "salient")
+    always = ("style", "name", "stages", "has_labels", "made", "ramp", "models")
     shown = {key: value if key in (*always, *kept) else None for key, value in told.items()}
     up = {each: f"../{place}" for each, place in told["linked"].items()}
     return shown | {
@@ -152,6 +154,7 @@ def stage_contents(run: Run, folder: str, told: dict[str, Any]) -> dict[str, Any
         "missing": list(run.notes),
         "failed": [one for one in told["failed"] if one.stage == folder],
         "errors": [one for one in told["errors"] if one.key == folder],
+        "salient": {},  # those of the run page are of later stages' models
         "study_parts": STUDY_PARTS_OF.get(folder, ()),
         "linked": up,
         "stage": stage_facts(run, folder, name),

@@ -64,6 +64,8 @@ def stage_facts(run: Run, folder: str, name: str) -> StageFacts:
     recorded = mapping(mapping(run.info.get("stages")).get(folder))
     overrides = request.get("overrides")
     aside = sorted(path.name for path in run.folder.glob(f"{folder}.before-*"))
+    key = next(key for stage, key, _ in STAGES if stage == folder)
+    left_out = mapping(run.metrics.get(key, {}).get("left_out"))
     facts = [
         ("Folder", str(place)),
         ("State", stage_states(run)[folder]),
@@ -72,6 +74,7 @@ def stage_facts(run: Run, folder: str, name: str) -> StageFacts:
         ("Overrides", " ".join(map(str, overrides)) if isinstance(overrides, list) else ""),
         ("Request", str(request.get("key") or "")),
         ("Artefact", str(recorded.get("fingerprint") or "")),
+        ("Images left out", "; ".join(f"{reason}: {count}" for reason, count in sorted(left_out.items()))),
         ("Set aside before", ", ".join(aside)),
     ]
     inputs = tuple((kind, str(value)) for kind, value in mapping(request.get("inputs")).items())

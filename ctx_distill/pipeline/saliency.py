@@ -44,7 +44,7 @@ def write_saliency(run: Path) -> tuple[int, int]:
             listed = [one for one in ones if one.finding in opened.findings]
             try:
                 found = _study(run, opened, gathered.ct.scan_file(listed[0].row) if listed else None, listed, standing)
-            except InputError as error:
+            except (InputError, OSError) as error:  # a page without a map is worth more than none
                 print(f"saliency: no map of {study}: {error}")
                 continue
             made += sum(new for _, new in found)

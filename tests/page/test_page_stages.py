@@ -82,6 +82,7 @@ def test_results_are_the_stages_alone(run: Path) -> None:
 
 def test_pictures_where_they_apply(run: Path) -> None:
     index, report = ((run / folder / "index.html").read_text() for folder in ("index", "report"))
+    assert "not a frontal view: 2; patient is in CT val or test: 1" in index
     assert index.count("<article") == report.count("<article") == 6
     assert index.count('aria-label="Retrieved X-ray"') == 6
     assert 'aria-label="Generated report"' not in index
