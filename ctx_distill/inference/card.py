@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,16 @@ from ctx_distill.inference.licences import CardFacts, licences
 from ctx_distill.inference.parts import Parts
 
 
-def model_card(parts: Parts, facts: CardFacts) -> str:
-    """Markdown with YAML in front, as the hub reads it; no path of this machine, no patient data."""
+def model_card(
+    parts: Parts, facts: CardFacts, programs: Mapping[str, Mapping[str, Sequence[str]]] | None = None
+) -> str:
+    """Markdown with YAML in front, as the hub reads it; no path of this machine, no patient data.
+
+    Args:
+        parts: of the model.
+        facts: what only the person who exports knows.
+        programs: torch.export programs beside it: inputs and outputs by file.
+    """
     run = read_record(parts.source / "run.json")
     metrics = read_record(parts.source / "metrics.json")
     spec = parts.spec
@@ -29,6 +37,7 @@ def model_card(parts: Parts, facts: CardFacts) -> str:
         f" {' x '.join(f'{mm:g}' for mm in spec.spacing)} mm, HU from {spec.window[0]:g} to {spec.window[1]:g};"
         " `ctx_distill.load` brings scans to that.",
         "```python\nimport ctx_distill\n\nmodel = ctx_distill.load(FOLDER)\nprint(model.predict('scan.nii.gz').probabilities)\n```",
+        *_programs(parts, programs or {}),
         "## Data",
         *_data(run),
         "## Licences",
@@ -64,6 +73,20 @@ def _abilities(parts: Parts) -> list[str]:
     if parts.decoder is not None:
         lines.append("- draft reports")
     return ["\n".join(lines)]
+
+
+def _programs(parts: Parts, programs: Mapping[str, Mapping[str, Sequence[str]]]) -> list[str]:
+    if not programs:
+        return []
+    lines = [
+        f"- `{name}`: {', '.join(told['inputs'])} -> {', '.join(told['outputs'])}" for name, told in programs.items()
+    ]
+    if parts.expert is not None and len(programs.get("image_tower.pt2", {}).get("inputs", ())) < 2:
+        lines.append(
+            "\n**Its `embedding` leaves out the model's prior** (what the X-ray expert says of the scan's projection), which could not"
+            " be exported: it is another than `predict` gives."
+        )
+    return ["Programs of torch.export, of any batch size:", "\n".join(lines)]
 
 
 def _data(run: Mapping[str, Any]) -> list[str]:

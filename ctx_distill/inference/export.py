@@ -13,19 +13,26 @@ from torch import Tensor
 
 from ctx_distill import __version__
 from ctx_distill.checkpoint import WEIGHTS_FILE
+from ctx_distill.data.projection import SIDE
 from ctx_distill.errors import InputError
 from ctx_distill.files import write_json, write_text
 from ctx_distill.inference.card import model_card, read_record
 from ctx_distill.inference.licences import CardFacts, licences, unknown_licences
 from ctx_distill.inference.model import CTModel
-from ctx_distill.inference.parts import ARTEFACT, USE_FILE, open_parts
+from ctx_distill.inference.parts import ARTEFACT, USE_FILE, Parts, open_parts
 from ctx_distill.inference.towers import ImageTower, TextTower, export_module
 
 LARGEST_DIFFERENCE = 1e-4
 """Between the original's and an exported program's numbers, on values of the order of 1, in float32."""
 
 CHECKED = 3  # volumes, of a batch size that the export did not see
-TEXTS = ("No focal consolidation.", "A large left pleural effusion.", "Emphysema.")
+TEXTS = ("No focal consolidation.", "A large left pleural effusion. " * 60, "Emphysema.")
+"""The second is longer than a context."""
+IMAGE, PROJECTION = (
+    "volume (B, 1, D, H, W), prepared",
+    "projection (B, S, S), data.projection.square_projection of the scan",
+)
+TEXT = ("input_ids (C, L), of chunks", "attention_mask (C, L)", "share (B, C), of a chunk in a report")
 
 
 def export_model(source: Path, out: Path, facts: CardFacts = CardFacts()) -> dict[str, Any]:
@@ -53,6 +60,7 @@ def export_model(source: Path, out: Path, facts: CardFacts = CardFacts()) -> dic
     try:
         save_pretrained(model, place, facts)
         told = _export_towers(model, place)
+        write_text(place / "README.md", model_card(model.parts, facts, told["programs"]))
         told["unknown_licences"] = unknown_licences(
             licences(model.parts, read_record(model.parts.source / "run.json"), facts)
         )
@@ -82,32 +90,53 @@ def save_pretrained(model: CTModel, folder: Path, facts: CardFacts = CardFacts()
 
 
 def _export_towers(model: CTModel, place: Path) -> dict[str, Any]:
-    parts = model.parts
-    again = CTModel(open_parts(place))
-    volumes = _volumes(model)
-    tower, copy = ImageTower(parts).eval(), ImageTower(again.parts).eval()
-    with torch.no_grad():
-        said, saved = tower(volumes), copy(volumes)
-        _require("saved weights", said, saved, 0.0)
-        export_module(tower, (volumes[:2],), place / "image_tower.pt2")
-        differences = {"image_tower.pt2": _compare(place / "image_tower.pt2", (volumes,), said)}
-    told: dict[str, Any] = {"image": list(said), "not_exported": {}}
-    if parts.dual is not None:
+    parts, again = model.parts, CTModel(open_parts(place)).parts
+    told: dict[str, Any] = {"programs": {}, "not_exported": {}, "largest_difference": {}}
+    prior = parts.expert is not None
+    if prior:
+        try:
+            _export_image(model, again, place, told, prior=True)
+        except InputError:
+            raise
+        except Exception as error:  # torch.export refuses with many kinds; the prior is then left out, and that is said
+            prior = False
+            told["not_exported"]["prior"] = _told(error)
+    if not prior:
+        _export_image(model, again, place, told, prior=False)
+    if parts.dual is not None and again.dual is not None:
         text, path = TextTower(parts.dual).eval(), place / "text_tower.pt2"
         tokens = text.tokens(TEXTS)
         try:
-            export_module(text, (tokens[0][:2], tokens[1][:2]), path)
-        except Exception as error:  # torch.export refuses with many kinds; the tower is then left out, and that is said
+            export_module(text, text.tokens(TEXTS[:2]), path, (("chunks",), ("chunks",), ("reports", "chunks")))
+        except Exception as error:
             path.unlink(missing_ok=True)
-            told["not_exported"]["text_tower.pt2"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            told["not_exported"][path.name] = _told(error)
         else:
             with torch.no_grad():
                 wanted = {"text": parts.dual.encode_text(TEXTS)}
-                differences["text_tower.pt2"] = _compare(path, tokens, wanted)
-                _require("saved text tower", wanted, {"text": again.parts.dual.encode_text(TEXTS)}, 0.0)  # type: ignore[union-attr]
-    told["largest_difference"] = differences
+                told["largest_difference"][path.name] = _compare(path, tokens, wanted)
+                _require("saved text tower", wanted, {"text": again.dual.encode_text(TEXTS)}, 0.0)
+            told["programs"][path.name] = {"inputs": list(TEXT), "outputs": ["text (B, D)"]}
     told["weights"] = sorted(str(p.relative_to(place)) for p in place.glob(f"*/{ARTEFACT}/{WEIGHTS_FILE}"))
     return told
+
+
+def _export_image(model: CTModel, again: Parts, place: Path, told: dict[str, Any], prior: bool) -> None:
+    path = place / "image_tower.pt2"
+    tower, copy = (ImageTower(parts, prior).eval() for parts in (model.parts, again))
+    inputs: tuple[Tensor, ...] = (_volumes(model),)
+    if prior:
+        inputs += (torch.rand(CHECKED, SIDE, SIDE, generator=torch.Generator().manual_seed(1)),)
+    with torch.no_grad():
+        said = tower(*inputs)
+        _require("saved weights", said, copy(*inputs), 0.0)
+        export_module(tower, tuple(one[:2] for one in inputs), path, (("batch",),) * len(inputs))
+        told["largest_difference"][path.name] = _compare(path, inputs, said)
+    told["programs"][path.name] = {"inputs": [IMAGE, *([PROJECTION] if prior else [])], "outputs": list(said)}
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
 
 
 def _volumes(model: CTModel) -> Tensor:

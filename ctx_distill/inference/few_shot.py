@@ -159,14 +159,15 @@ def curve_picture(table: pd.DataFrame) -> str:
     known = table[table["macro_auroc"].notna()].reset_index(drop=True)
     bounds = [0.5, 1.0, *known["low"], *known["high"]]
     ticks = svg.nice_ticks(min(bounds), max(bounds), 5)
-    pitch, left, top, bottom = 70.0, 60.0, 14.0, 250.0
-    width = left + pitch * max(len(known), 3) + 14
+    pitch, left, top, bottom = 70.0, 60.0, 30.0, 250.0
+    width = left + pitch * max(len(known), 5) + 14
     y = svg.Scale(ticks[0], ticks[-1], bottom, top)
     parts = []
     for tick in ticks:
         parts.append(svg.line(left, y(tick), width - 14, y(tick), "grid"))
         parts.append(svg.text(left - 8, y(tick) + 4, svg.tick_text(tick, ticks[1] - ticks[0]), "tick", "end"))
     parts.append(svg.line(left, y(0.5), width - 14, y(0.5), "chance"))
+    parts.append(svg.text(left - 8, 14, "test macro AUROC, 95 % intervals over patients; dotted: chance", "tick"))
     shares = known["shots"].astype(str).str.endswith("%")
     for number, own in enumerate((known[~shares], known[shares])):
         places = [left + pitch * (int(place) + 0.5) for place in own.index]

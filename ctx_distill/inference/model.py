@@ -195,7 +195,9 @@ class CTModel:
         if report and parts.decoder is not None:
             assert tokens is not None
             decoder = parts.decoder
-            (text,) = decoder.model.generate(tokens, decoder.max_length, decoder.beams, decoder.no_repeat)
+            (text,) = decoder.model.generate(
+                tokens, decoder.max_length, decoder.beams, decoder.no_repeat, decoder.min_length, decoder.length_penalty
+            )
         before_saliency()
         return Prediction(
             path=scan.path,

@@ -72,6 +72,8 @@ class Decoder:
         max_length: longest report in tokens.
         beams: of the beam search.
         no_repeat: no group of so many tokens twice; 0 allows it.
+        min_length: shortest report in tokens.
+        length_penalty: power of the length that a beam's score is divided by.
     """
 
     model: ReportDecoder
@@ -79,6 +81,8 @@ class Decoder:
     max_length: int
     beams: int = 1
     no_repeat: int = 0
+    min_length: int = 0
+    length_penalty: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,7 @@ class Parts:
         """How its parts are asked, as JSON values."""
         found: dict[str, Any] = {"zero_shot": asdict(self.asked)}
         if self.decoder is not None:
-            names = ("max_length", "beams", "no_repeat")
+            names = ("max_length", "beams", "no_repeat", "min_length", "length_penalty")
             found["report"] = {name: getattr(self.decoder, name) for name in names}
         return found
 
@@ -274,4 +278,6 @@ def _decoder(folder: Path, dual: Artefact) -> Decoder:
         int(settings.get("max_length", model.max_length)),
         int(settings.get("beams", 1)),
         int(settings.get("no_repeat", 0)),
+        int(settings.get("min_length", 0)),
+        float(settings.get("length_penalty", 1.0)),
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ctx_distill.metrics.zero_shot_table import show
+
 ROWS = (
     ("X-ray expert", "expert.macro_auroc", "zero-shot macro AUROC on held-out X-rays", ".500"),
     ("1 retrieval", "retrieval.jaccard_at_1", "findings Jaccard of the nearest X-ray", "retrieval.jaccard_random"),
@@ -53,15 +55,6 @@ def look_up(metrics: dict[str, Any], path: str) -> Any:
     for part in path.split("."):
         value = value.get(part) if isinstance(value, dict) else None
     return value
-
-
-def show(value: Any) -> str:
-    """A metric as a person reads it: `.731 [.702, .760]`, or a dash where it is not defined."""
-    if isinstance(value, dict):
-        if value.get("value") is None:
-            return "-"
-        return f"{show(value['value'])} [{show(value['low'])}, {show(value['high'])}]"
-    return "-" if value is None else f"{value:.3f}"
 
 
 def result_table(metrics: dict[str, Any]) -> str:

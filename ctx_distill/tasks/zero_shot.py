@@ -23,6 +23,7 @@ from ctx_distill.metrics.findings_report import findings_report
 from ctx_distill.metrics.operating import THRESHOLD_RULE, Threshold, choose_thresholds
 from ctx_distill.metrics.protocols import PROTOCOLS, protocol_findings
 from ctx_distill.metrics.report_retrieval import DIRECTIONS, report_retrieval
+from ctx_distill.metrics.zero_shot_table import zero_shot_markdown
 from ctx_distill.models.dual_encoder import DualEncoder
 from ctx_distill.tasks.base import StageTask, check_volume_spec
 from ctx_distill.tasks.predict import predict_rows, study_means, write_predictions
@@ -100,11 +101,13 @@ class ZeroShotTask(StageTask):
         return {"image": image, "text": self.model.encode_text(batch.report), "row": batch.row}
 
     def run(self, trainer: L.Trainer, datamodule: L.LightningDataModule, folder: Path) -> dict[str, Any]:
-        """Ask, write `predictions.csv` and `retrieval.csv`, score where there are labels."""
+        """Ask, write `predictions.csv`, `retrieval.csv` and `table.md`, score where there are labels."""
         assert isinstance(datamodule, CTDataModule)
         check_volume_spec(self.artefact, datamodule)
         scale = float(self.model.logit_scale.detach().exp())
         metrics = ask_test_studies(trainer, self, datamodule, folder, self.prompts, self.model.encode_text, scale)
+        if rank() == 0 and metrics["studies"]:
+            write_text(folder / "table.md", zero_shot_markdown(metrics))
         return metrics | {"model_fingerprint": self.artefact.fingerprint}
 
 

@@ -14,7 +14,9 @@ import yaml
 
 import ctx_distill
 from ctx_distill.cli import main
-from ctx_distill.data.transforms import load_ct
+from ctx_distill.data.projection import square_projection
+from ctx_distill.data.transforms import prepare_volume
+from ctx_distill.data.volume import read_volume
 from ctx_distill.errors import InputError
 from ctx_distill.inference import export as exporting
 from ctx_distill.inference.export import export_model, push_to_hub
@@ -42,19 +44,49 @@ def test_it_predicts_the_same(exported: Path, finished_run: Path, cohort: Path) 
     assert (a.embedding == b.embedding).all()
 
 
-def test_programs_on_a_scan(exported: Path, finished_run: Path, cohort: Path) -> None:
+def test_programs_on_scans(exported: Path, finished_run: Path, cohort: Path) -> None:
+    """The programs by themselves say what the model says of files, with its prior."""
     own = ctx_distill.load(finished_run)
-    volume = load_ct(sorted(cohort.glob("ct/*.nii.gz"))[0], own.volume_spec)[None]
-    dual, _ = DualEncoder.load(finished_run / "align" / "artefact")
+    assert own.parts.expert is not None
+    scans = [read_volume(path) for path in sorted(cohort.glob("ct/*.nii.gz"))[:3]]
+    volumes = torch.stack([prepare_volume(scan, own.volume_spec) for scan in scans])
     program = torch.export.load(exported / "image_tower.pt2").module()
     with torch.no_grad():
-        found = program(volume)
-        torch.testing.assert_close(found["embedding"], dual.encode_alone(volume)[0], atol=1e-5, rtol=0)
-    said = own.predict(sorted(cohort.glob("ct/*.nii.gz"))[0]).probabilities
-    torch.testing.assert_close(found["logits"].sigmoid()[0], torch.tensor(list(said.values())), atol=1e-5, rtol=0)
-    texts = ["Clear lungs.", "Large pneumothorax on the right."]
-    text = torch.export.load(exported / "text_tower.pt2").module()(*TextTower(dual).tokens(texts))
+        found = program(volumes, torch.stack([square_projection(scan) for scan in scans]))
+    for place, scan in enumerate(scans):
+        said = own.predict_volume(scan)
+        torch.testing.assert_close(found["embedding"][place], torch.from_numpy(said.embedding), atol=1e-5, rtol=0)
+        probabilities = torch.tensor(list(said.probabilities.values()))
+        torch.testing.assert_close(found["logits"][place].sigmoid(), probabilities, atol=1e-5, rtol=0)
+    dual, _ = DualEncoder.load(finished_run / "align" / "artefact")
+    texts = ["Clear lungs.", "Large pneumothorax on the right. " * 80, "Small nodule.", "The heart is enlarged. " * 50]
+    tower = TextTower(dual)
+    assert tower.tokens(texts)[0].shape[0] > 4  # several chunks a report
+    text = torch.export.load(exported / "text_tower.pt2").module()(*tower.tokens(texts))
     torch.testing.assert_close(text, dual.encode_text(texts), atol=1e-5, rtol=0)
+    told = json.loads((exported / "export.json").read_text())
+    assert told["not_exported"] == {}
+    assert len(told["programs"]["image_tower.pt2"]["inputs"]) == 2
+    assert (
+        "`image_tower.pt2`: volume (B, 1, D, H, W), prepared, projection (B, S, S)"
+        in (exported / "README.md").read_text()
+    )
+
+
+def test_a_prior_that_cannot_be_exported_is_said(
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = exporting.export_module
+
+    def refusing(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], *more: Any) -> None:
+        if len(inputs) == 2:
+            raise TypeError("an operator\nthat torch.export does not know")
+        real(module, inputs, *more)
+
+    monkeypatch.setattr(exporting, "export_module", refusing)
+    told = export_model(finished_run, tmp_path / "out")
+    assert told["not_exported"] == {"prior": "TypeError: an operator"}
+    assert "leaves out the model's prior" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_text_tower_of_bert() -> None:
@@ -124,10 +156,10 @@ def test_a_wrong_export_is_not_left(finished_run: Path, tmp_path: Path, monkeypa
             super().__init__()
             self.tower = tower
 
-        def forward(self, volume: torch.Tensor) -> dict[str, torch.Tensor]:
-            return {name: value + 1e-3 for name, value in self.tower(volume).items()}
+        def forward(self, volume: torch.Tensor, projection: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {name: value + 1e-3 for name, value in self.tower(volume, projection).items()}
 
-    monkeypatch.setattr(exporting, "export_module", lambda module, inputs, path: real(Off(module), inputs, path))
+    monkeypatch.setattr(exporting, "export_module", lambda module, *more: real(Off(module), *more))
     with pytest.raises(InputError, match=r"image_tower\.pt2 gives another"):
         export_model(finished_run, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

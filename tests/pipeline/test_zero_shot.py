@@ -96,7 +96,11 @@ def test_it_equals_the_stage_and_writes_what_it_says(
     printed = capsys.readouterr().out
     assert "NOT COMPARABLE: this run is scored on synthetic phantoms" in printed
     assert "CT-CLIP" in printed
-    assert "NOT COMPARABLE" in (tmp_path / "table.md").read_text()
+    table = (tmp_path / "table.md").read_text()
+    assert "NOT COMPARABLE" in table
+    assert "| fVLM (arXiv 2501.14548) | 0.778 | 0.751 | 0.718 |" in table
+    assert "| OKA-CT (paper not identified) | 0.849 | - | - |" in table
+    assert table == (finished_run / "zero_shot" / "table.md").read_text()
     predictions = pd.read_csv(tmp_path / "predictions.csv", dtype={"study_id": str}).set_index("study_id")
     truth = pd.read_csv(cohort / "ct.csv", dtype={"study_id": str}).drop_duplicates("study_id").set_index("study_id")
     truth = truth.loc[predictions.index]

@@ -91,7 +91,8 @@ def test_lora_on_a_language_model_through_the_whole_stage(
 ) -> None:
     arguments = [
         f"--model.init_args.source={language_model}", "--model.init_args.lora={rank: 4, dropout: 0.1}",
-        "--model.init_args.max_length=24", "--trainer.max_epochs=3",
+        "--model.init_args.max_length=24", "--model.init_args.min_length=6", "--model.init_args.beams=2",
+        "--model.init_args.length_penalty=0.5", "--trainer.max_epochs=3",
     ]  # fmt: skip
     whole = stage("report", ReportTask, arguments, "whole")
     stopped = stage("report", ReportTask, arguments, "stopped", stop=3)

@@ -65,20 +65,25 @@ def compare(one: Any, two: Any, where: str) -> None:
         assert one == two, where
 
 
-@pytest.mark.parametrize("stage", list(STAGES))
-def test_two_ranks_give_the_numbers_of_one(alone: Path, halved: Path, cohort: Path, tmp_path: Path, stage: str) -> None:
-    run = tmp_path / "run"
+def upstream(alone: Path, stage: str, run: Path) -> Path:
     names = list(STAGES)
     for name in names[: names.index(stage)]:
         shutil.copytree(alone / STAGES[name].folder, run / STAGES[name].folder)
+    return run
+
+
+def on_two_ranks(stage: str, cohort: Path, run: Path, preset: Path, *more: str) -> None:
     command = [sys.executable, "-m", "ctx_distill.cli", stage, "--data", str(cohort), "--run", str(run)]
-    command += ["--preset", str(halved), *DOUBLE]
+    command += ["--preset", str(preset), *DOUBLE, *more]
     done = subprocess.run(
         command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=500
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    mine, theirs = (root / STAGES[stage].folder for root in (run, alone))
-    compare(*(json.loads((folder / "metrics.json").read_text()) for folder in (theirs, mine)), stage)
+
+
+def same_results(theirs: Path, mine: Path) -> None:
+    """Metrics, tables and weights of two stage folders."""
+    compare(*(json.loads((folder / "metrics.json").read_text()) for folder in (theirs, mine)), theirs.name)
     for table in ("predictions.csv", "retrieval.csv", "reports.csv"):
         if (theirs / table).is_file():
             one, two = pd.read_csv(theirs / table), pd.read_csv(mine / table)
@@ -88,3 +93,59 @@ def test_two_ranks_give_the_numbers_of_one(alone: Path, halved: Path, cohort: Pa
         assert one.keys() == two.keys()
         for name, value in one.items():
             np.testing.assert_allclose(two[name].numpy(), value.numpy(), rtol=0, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("stage", list(STAGES))
+def test_two_ranks_give_the_numbers_of_one(alone: Path, halved: Path, cohort: Path, tmp_path: Path, stage: str) -> None:
+    run = upstream(alone, stage, tmp_path / "run")
+    on_two_ranks(stage, cohort, run, halved)
+    same_results(alone / STAGES[stage].folder, run / STAGES[stage].folder)
+
+
+SETTINGS = {
+    "beams": ("report", "--model.init_args.beams=3", "--model.init_args.no_repeat=2", "--model.init_args.min_length=4"),
+    "sampling": ("report", "--model.init_args.sampling={temperature: 1.5, top_p: 0.9, seed: 3}"),
+    "early stopping": (
+        "classifier", "--model.init_args.mode=finetune", "--model.init_args.layer_decay=0.7",
+        "--model.init_args.loss.kind=focal", "--model.init_args.patience=1", "--trainer.max_epochs=6",
+        "--model.init_args.optimizer={class_path: torch.optim.SGD, init_args: {lr: 2.0}}",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def uneven(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cohort with one `test` study less: its rows do not divide by two, so that the sampler repeats one."""
+    folder = tmp_path_factory.mktemp("uneven")
+    for name in ("ct.csv", "xray.csv"):
+        frame = pd.read_csv(cohort / name, dtype=str, keep_default_na=False)
+        frame["root"] = str(cohort)
+        frame = frame.drop(index=frame.index[frame["split"] == "test"][-1:])
+        frame.to_csv(folder / name, index=False)
+    shutil.copy(cohort / "cohort.json", folder)
+    assert (pd.read_csv(folder / "ct.csv")["split"] == "test").sum() % 2 == 1
+    return folder
+
+
+@pytest.mark.parametrize("name", list(SETTINGS))
+def test_so_do_the_other_ways_to_train_and_to_write(
+    alone: Path, halved: Path, uneven: Path, tiny_preset: Path, tmp_path: Path, name: str
+) -> None:
+    """The weighted loss is the classifier's default, so that the test above has it."""
+    frame = pd.read_csv(uneven / "ct.csv")
+    stage, *more = SETTINGS[name]
+    one, two = (upstream(alone, stage, tmp_path / ranks) for ranks in ("one", "two"))
+    assert main([stage, "--data", str(uneven), "--run", str(one), "--preset", str(tiny_preset), *DOUBLE, *more]) == 0
+    on_two_ranks(stage, uneven, two, halved, *more)
+    mine, theirs = (run / STAGES[stage].folder for run in (two, one))
+    same_results(theirs, mine)
+    if stage == "report":
+        written = pd.read_csv(theirs / "reports.csv", keep_default_na=False)["generated"]
+        assert written.nunique() > 1
+        assert (
+            written.tolist()
+            != pd.read_csv(alone / "report" / "reports.csv", keep_default_na=False)["generated"].tolist()
+        )
+    else:
+        steps = [json.loads((folder / "training.json").read_text())["steps"] for folder in (theirs, mine)]
+        assert steps[0] == steps[1] < 6 * -(-(frame["split"] == "train").sum() // 8)  # patience ended both alike
