@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 from ctx_distill.errors import InputError
 from ctx_distill.text.assertion import ABSENT, PRESENT, UNCERTAIN
 from ctx_distill.text.phrases import words
-from ctx_distill.text.report import split_sentences
+from ctx_distill.text.report import reading_pieces
 from ctx_distill.text.sides import joined
 from ctx_distill.text.vocabulary import Finding, Located, Vocabulary
 
@@ -41,27 +40,12 @@ _NO_VOCABULARIES = ("attributes", "cues")
 
 
 _RANK = {PRESENT: 2, UNCERTAIN: 1, ABSENT: 0}
-_LONGEST = 300
-"""Words of a sentence that are read together. Time grows with their square, and a text without a period is one sentence."""
-
-
-def _sentences(text: str) -> Iterator[str]:
-    for sentence in split_sentences(text):
-        if len(sentence) <= _LONGEST:  # characters, so words too
-            yield sentence
-            continue
-        parts = sentence.split()
-        if len(parts) <= _LONGEST:  # without spaces, marks part words
-            parts = re.findall(r"\w+|\W", sentence) if len(sentence) > 10 * _LONGEST else [sentence]
-            yield from ("".join(parts[i : i + 2 * _LONGEST]) for i in range(0, len(parts), 2 * _LONGEST))
-        else:
-            yield from (" ".join(parts[i : i + _LONGEST]) for i in range(0, len(parts), _LONGEST))
 
 
 def _extract(text: str, vocabulary: Vocabulary) -> dict[int, int]:
     found: dict[int, int] = {}
     contradicted: set[int] = set()
-    for sentence in _sentences(text):
+    for sentence in reading_pieces(text):
         for number, assertion, _ in vocabulary.read(sentence):
             if number in vocabulary.rest and assertion != PRESENT:
                 contradicted.add(number)
@@ -107,7 +91,7 @@ def extract_sides(text: str, vocabulary: Vocabulary) -> dict[str, str]:
     A finding without a side in the text, and one of an unpaired organ (heart, vessels, mediastinum), has no key.
     """
     sides: dict[int, list[str]] = {}
-    for sentence in _sentences(text):
+    for sentence in reading_pieces(text):
         for number, assertion, side in vocabulary.read(sentence):
             if assertion == PRESENT and side:
                 sides.setdefault(number, []).append(side)
