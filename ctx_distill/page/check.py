@@ -40,6 +40,7 @@ EXPLAINED = {
     "small": "few pixels",
     "no_text": "neither findings nor impression",
     "identical_text": "a long report that other patients have word for word",
+    "label_contradicts_text": "a label of 1 that the report denies, or of 0 that it asserts",
     "text_date": "a date in the report",
     "text_name": "a name in the report",
     "text_number": "a number or address of a person in the report",

@@ -36,6 +36,7 @@ from ctx_distill.files import hash_json, write_bytes, write_text
 from ctx_distill.page.check import CheckPage, build_check_page
 from ctx_distill.page.pictures import ct_thumbnail, film_thumbnail
 from ctx_distill.parallel import DIED, in_processes
+from ctx_distill.pipeline.check_labels import label_faults
 from ctx_distill.pipeline.run_folder import lock_run
 
 THUMBNAILS = 200
@@ -223,7 +224,7 @@ def _conclude(manifest: Manifest, out: Path) -> tuple[str, int]:
     reports = {image: manifest.report(int(row)) for row, image in zip(frame.index, frame["image_id"], strict=True)}
     rows = {str(image): int(row) for row, image in zip(frame.index, frame["image_id"], strict=True)}
     alike = identical_texts((image, people[image][0], report) for image, report in reports.items())
-    copies = _copies(out, people)
+    copies, contradicted = _copies(out, people), label_faults(manifest)
     page = CheckPage(str(manifest.path), len(frame))
     excluded = []
     table = out / ".check.csv.part"
@@ -233,7 +234,7 @@ def _conclude(manifest: Manifest, out: Path) -> tuple[str, int]:
         for record in _rows(out, people):
             image, facts = record["image_id"], record["facts"]
             faults = [Fault(**fault) for fault in record["faults"]] + check_text(reports[image])
-            faults += [fault for fault in (copies.get(image), alike.get(image)) if fault]
+            faults += [fault for fault in (copies.get(image), alike.get(image), contradicted.get(image)) if fault]
             by = {name: "; ".join(f"{f.code}: {f.text}" for f in faults if f.severity == name) for name in _ORDER}
             told = [
                 json.dumps(facts[name]) if isinstance(facts.get(name), list) else facts.get(name, "") for name in _FACTS

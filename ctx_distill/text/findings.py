@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ctx_distill.errors import InputError
 from ctx_distill.text.assertion import ABSENT, PRESENT, UNCERTAIN
 from ctx_distill.text.phrases import words
-from ctx_distill.text.report import split_sentences
+from ctx_distill.text.report import reading_pieces
 from ctx_distill.text.sides import joined
 from ctx_distill.text.vocabulary import Finding, Located, Vocabulary
 
@@ -45,7 +45,7 @@ _RANK = {PRESENT: 2, UNCERTAIN: 1, ABSENT: 0}
 def _extract(text: str, vocabulary: Vocabulary) -> dict[int, int]:
     found: dict[int, int] = {}
     contradicted: set[int] = set()
-    for sentence in split_sentences(text):
+    for sentence in reading_pieces(text):
         for number, assertion, _ in vocabulary.read(sentence):
             if number in vocabulary.rest and assertion != PRESENT:
                 contradicted.add(number)
@@ -91,7 +91,7 @@ def extract_sides(text: str, vocabulary: Vocabulary) -> dict[str, str]:
     A finding without a side in the text, and one of an unpaired organ (heart, vessels, mediastinum), has no key.
     """
     sides: dict[int, list[str]] = {}
-    for sentence in split_sentences(text):
+    for sentence in reading_pieces(text):
         for number, assertion, side in vocabulary.read(sentence):
             if assertion == PRESENT and side:
                 sides.setdefault(number, []).append(side)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 NO_TEXT = frozenset({"", "not given", "not given.", "nan", "none", "n/a"})
@@ -17,6 +17,7 @@ _LIST_NUMBER = re.compile(r"(?<![Nn]o\.\s)(?:(?<=[.;:!?]\s)|^)\(?\d{1,2}[.)]\s+(
 # CT-RATE parts the items of an impression by stray quote marks; a quoted word ("tree-in-bud") parts nothing
 _INLINE_MARK = re.compile(r"""\s*[•·]\s*|\s*"{2,}\s*|(?<=[.!?])\s*"\s*|\s"\s(?=[A-Z0-9])|^"\s*|\s*"$""")
 _END = re.compile(r"[.!?]+[)\]'’]*(?=\s+\S)")
+_LONGEST = 300
 _WRAPPED = 60
 """A line at least this long that ends without punctuation was wrapped by a machine, so the sentence goes on."""
 
@@ -85,6 +86,19 @@ def split_sentences(text: str) -> list[str]:
                         start = match.end()
                 sentences.append(piece[start:].strip())
     return [sentence for sentence in sentences if any(c.isalnum() for c in sentence)]
+
+
+def reading_pieces(text: str) -> Iterator[str]:
+    """Sentences, those of more than 300 words in pieces: the time of reading one grows with its square."""
+    for sentence in split_sentences(text):
+        parts = sentence.split() if len(sentence) > _LONGEST else [sentence]
+        if len(parts) > _LONGEST:
+            yield from (" ".join(parts[i : i + _LONGEST]) for i in range(0, len(parts), _LONGEST))
+        elif len(sentence) > 10 * _LONGEST:  # hardly a space: at marks
+            marks = re.findall(r"\w+|\W", sentence)
+            yield from ("".join(marks[i : i + 2 * _LONGEST]) for i in range(0, len(marks), 2 * _LONGEST))
+        else:
+            yield sentence
 
 
 def _section(text: object) -> str:

@@ -9,6 +9,13 @@ from ctx_distill.text.report import NO_TEXT
 _HEADING = re.compile(r"(?:^|(?<=[\s.]))([A-Z][A-Z0-9/&(), -]{2,60}?)\s*:(?!\d)")
 _FINDINGS = re.compile(r"FINDINGS?\b|REPORT$|BODY OF REPORT|COMPARATIVE FINDINGS")
 _IMPRESSION = re.compile(r"(?:FINAL |SUMMARY )?IMPRESSIONS?\b|CONCLUSIONS?\b|SUMMARY$|OPINION|ASSESSMENT|DIAGNOSIS")
+# Headings in other letters ("Findings:", "impression:") are only believed where they are among these words and open a line
+# behind a finished one, or stand behind a sentence of a report that itself opens with such a heading.
+_SOFT_NAMES = (
+    r"findings?|impressions?|findings and impression|conclusions?|opinion|summary|indications?|clinical (?:history|indication|information)"
+    r"|history|reason for (?:exam|examination|study)|technique|comparison|exam|examination|procedure"
+)
+_SOFT = re.compile(rf"(?:\A|(?<=\n)|(?<=[.!?] ))[ \t]*({_SOFT_NAMES})[ \t]*:(?!\d)", re.IGNORECASE)
 # Sections about the examination or the patient's past; what they say is not seen in the picture.
 _ASIDE = re.compile(
     r"INDICATION|(?:CLINICAL |PATIENT |MEDICAL )?HISTORY|CLINICAL|REASON|TECHNIQUE|TECHNICAL|COMPARISON|EXAM|STUDY|PROCEDURE|"
@@ -37,17 +44,17 @@ def without_marks(text: str) -> str:
 
 
 def cut_report(text: str) -> tuple[str, str]:
-    """Findings and impression of a report with headings in capitals ("FINDINGS:", "IMPRESSION:").
+    """Findings and impression of a report with headings ("FINDINGS:", "IMPRESSION:", or "Findings:" at the start of a line).
 
-    A heading of another kind ("LUNGS:") stays where it stands. Indication, technique, comparison and their like are left
+    "Findings: none" is a sentence. A heading of another kind ("LUNGS:") stays where it stands. Indication, technique, comparison and their like are left
     out; a paragraph behind one of them belongs to the body. A report without either heading is all findings;
     "FINDINGS AND IMPRESSION" are findings.
     """
     text = _TITLE_LINE.sub("", text)
     parts: dict[str, list[str]] = {"body": [], "findings": [], "impression": [], "aside": []}
     section, start = "body", 0
-    for match in _HEADING.finditer(text):
-        kind = _kind(match.group(1).strip())
+    for match in _headings(text):
+        kind = _kind(match.group(1).strip().upper())
         if kind is None:
             continue
         _keep(parts, section, text[start : match.start()])
@@ -57,6 +64,30 @@ def cut_report(text: str) -> tuple[str, str]:
     if (not findings and not impression) or (not findings and len(body) > len(impression)):
         findings = body
     return without_marks(findings), without_marks(impression)
+
+
+def _headings(text: str) -> list[re.Match[str]]:
+    """The headings of a report, by place; those in other letters where they are believed."""
+    capitals = {match.start(1): match for match in _HEADING.finditer(text)}
+    others = [match for match in _SOFT.finditer(text) if match.start(1) not in capitals]
+    opens = any(not text[: match.start(1)].strip() for match in (*capitals.values(), *others))
+    found = dict(capitals)
+    for match in others:
+        before, kind = text[: match.start(1)].rstrip(" \t"), _kind(match.group(1).upper())
+        own_line = not before or before[-1] == "\n"
+        finished = not before.strip() or before.rstrip()[-1] in ".!?:" or re.search(r"\n[ \t]*\n\Z", before)
+        first_line = text[match.end() :].lstrip().partition("\n")[0].strip().lower().rstrip(".")
+        if finished and (own_line or opens) and (kind == "aside" or first_line not in NO_TEXT):
+            found[match.start(1)] = match
+    ends = [
+        place for place, match in found.items() if _kind(match.group(1).strip().upper()) in ("findings", "impression")
+    ]
+    for match in others:
+        # nothing says where it ends, and the whole report would be taken for it
+        goes_on = max(ends, default=-1) > match.start(1) or re.search(r"\n[ \t]*\n", text[match.end() :].strip())
+        if _kind(match.group(1).upper()) == "aside" and not goes_on:
+            found.pop(match.start(1), None)
+    return [found[place] for place in sorted(found)]
 
 
 def _kind(heading: str) -> str | None:

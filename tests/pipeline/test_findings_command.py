@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import csv
+import json
+import os
 import random
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +17,7 @@ import pytest
 from sklearn.metrics import f1_score
 
 from ctx_distill.cli import main
+from ctx_distill.pipeline.findings_parts import request_hash, standing_parts, write_part
 
 REPORTS = Path(__file__).parents[3] / "shared/data/reports/ct_reports_18_labels.csv"
 
@@ -97,3 +104,97 @@ def test_the_floor_on_real_labelled_reports(tmp_path: Path) -> None:
     rest = [i for i in range(600, len(table)) if table[i]["report_text"].strip() not in first]
     assert f1_score(true[rest], said[rest], average="macro") >= 0.90
     assert f1_score(true[:600], said[:600], average=None).min() >= 0.85
+
+
+def test_labels_that_the_text_contradicts_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, out = tmp_path / "in.csv", tmp_path / "out.csv"
+    source.write_text(
+        "study_id,report_text,label:Cardiomegaly,Emphysema\n"
+        "s1,Cardiomegaly.,0,\ns2,No cardiomegaly. Emphysema.,1,1.0\ns3,Clear lungs.,1,0\ns4,Cardiomegaly.,1,-1\n"
+    )
+    assert main(["findings", str(source), str(out), "--prefix", "found:"]) == 0
+    assert (tmp_path / "out.contradictions.csv").read_text().splitlines() == [
+        "row,study_id,finding,label,text", "2,s1,Cardiomegaly,0,1", "3,s2,Cardiomegaly,1,0",
+    ]  # fmt: skip
+    assert "2 of 4 contradict the text, in 2 reports" in capsys.readouterr().out
+    assert [row["label:Cardiomegaly"] for row in rows(out)] == ["0", "1", "1", "1"]  # the labels are left as they are
+
+
+def test_reports_in_another_language_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "in.csv"
+    turkish = "Plevral efüzyon saptanmadı. Kalp boyutu normaldir."
+    source.write_text(f"report_text\nNo effusion.\n{turkish}\n{turkish}\n", encoding="utf-8")
+    assert main(["findings", str(source), str(tmp_path / "out.csv")]) == 0
+    told = capsys.readouterr().out
+    assert "warning: 2 of 3 reports" in told
+    assert "first: row 3" in told
+
+
+def test_odd_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, out = tmp_path / "in.csv", tmp_path / "out.csv"
+    source.write_bytes('\ufeffid,report_text\n1,"No effusion.\n\nA ""nodule""."\n2,\n'.encode())
+    assert main(["findings", str(source), str(out)]) == 0
+    assert [(row["Pleural effusion"], row["Lung nodule"]) for row in rows(out)] == [("0", "1"), ("", "")]
+    for separator in (";", "\t"):
+        source.write_text(separator.join(("id", "report_text")) + "\n" + separator.join(("1", "A nodule, no mass.")))
+        assert main(["findings", str(source), str(out)]) == 2
+        told = capsys.readouterr().err
+        assert str(source) in told
+        assert "report_text" in told
+        assert "expected commas" in told
+    source.write_text("report_text,report_text\na,b\n")
+    assert main(["findings", str(source), str(out)]) == 2
+    assert "twice in the header" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("piece", ["No nodule, effusion and atelectasis ", "nodule, ", "nodule,", "x"])
+def test_a_report_of_100_kb_without_a_period(tmp_path: Path, piece: str) -> None:
+    # read as one sentence it would take minutes, and the test would end at its limit
+    source, out = tmp_path / "in.csv", tmp_path / "out.csv"
+    source.write_text('report_text\n"A nodule. ' + piece * (100_000 // len(piece)) + '"\n')
+    assert main(["findings", str(source), str(out)]) == 0
+    assert rows(out)[0]["Lung nodule"] == "1"
+
+
+@pytest.mark.full
+def test_a_stopped_command_goes_on_with_what_was_read(tmp_path: Path) -> None:
+    source, out, whole = (tmp_path / name for name in ("in.csv", "out.csv", "whole.csv"))
+    source.write_text("report_text\n" + "".join(f"A nodule of {i} mm. No effusion.\n" for i in range(4500)))
+    assert main(["findings", str(source), str(whole)]) == 0
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", "ctx_distill.cli", "findings", str(source), str(out), "--workers", "1"]
+    folder = tmp_path / ".out.csv.parts"
+    process = subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not list(folder.glob("part-*.json")):
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGINT)
+    _, told = process.communicate()
+    if process.returncode == 130:  # else it was done before the signal came
+        assert "the same command goes on" in told
+        assert "Traceback" not in told
+        assert not out.exists()
+        part = min(folder.glob("part-*.json"))
+        changed = json.loads(part.read_text())
+        changed[0][0]["Emphysema"] = 1  # so that it shows whether the part was read or made anew
+        part.write_text(json.dumps(changed))
+    assert subprocess.run(command, env=environment, check=False).returncode == 0
+    expected = rows(whole)
+    if process.returncode == 130:
+        expected[int(part.stem.removeprefix("part-"))]["Emphysema"] = "1"
+    assert rows(out) == expected
+    assert not folder.exists()
+
+
+def test_parts_of_another_request_are_not_used(tmp_path: Path) -> None:
+    folder = tmp_path / "parts"
+    assert standing_parts(folder, "a") == {}
+    write_part(folder, 500, [1])
+    (folder / "part-00000000.json").write_text('[{"torn')
+    assert standing_parts(folder, "a") == {500: [1]}
+    assert standing_parts(folder, "b") == {}
+    assert standing_parts(folder, "a") == {}
+    source = tmp_path / "in.csv"
+    source.write_text("report_text\na\n")
+    asked = {request_hash(source, name, size) for name in ("ct-rate", "chexpert") for size in (1, 2)}
+    source.write_text("report_text\nb\n")
+    assert len(asked | {request_hash(source, "ct-rate", 1)}) == 5

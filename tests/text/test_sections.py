@@ -43,6 +43,25 @@ def test_headings_in_capitals_part_a_report() -> None:
         ("HISTORY: Fever at 10:30.\nCONCLUSION: Pneumonia.", ("", "Pneumonia.")),
         ("INDICATION: cough.", ("", "")),
         ("", ("", "")),
+        # other letters
+        ("findings:\nClear lungs.\n\nimpression:\nNormal.", ("Clear lungs.", "Normal.")),
+        ("Findings: Clear lungs. Impression: Normal.", ("Clear lungs.", "Normal.")),
+        ("Clinical history: pneumonia.\nFindings: Clear lungs.\nConclusion: Normal.", ("Clear lungs.", "Normal.")),
+        ("Indication: effusion?\n\nThe lungs are clear.\n\nImpression: Normal.", ("The lungs are clear.", "Normal.")),
+        ("TECHNIQUE: PA.\nFindings:\nSmall effusion.", ("Small effusion.", "")),
+        ("Findings and impression: Small effusion.", ("Small effusion.", "")),
+        # no headings
+        ("Comparison: CT of last year. A nodule is seen.", ("Comparison: CT of last year. A nodule is seen.", "")),
+        ("There were two findings: a nodule and a cyst.", ("There were two findings: a nodule and a cyst.", "")),
+        ("The lungs are clear. Findings: none.", ("The lungs are clear. Findings: none.", "")),
+        ("Clear lungs.\nFindings: none.", ("Clear lungs.\nFindings: none.", "")),
+        (
+            "The nodule has these\nfindings: spicules and a tail.",
+            ("The nodule has these\nfindings: spicules and a tail.", ""),
+        ),
+        ("The lungs are clear. Impression: stable.", ("The lungs are clear. Impression: stable.", "")),
+        ("No change in history: 5 mm nodule.", ("No change in history: 5 mm nodule.", "")),
+        ("Findings: Clear. No other findings: the end.", ("Clear. No other findings: the end.", "")),
     ],
 )
 def test_other_shapes(text: str, expected: tuple[str, str]) -> None:
