@@ -5,9 +5,6 @@ from __future__ import annotations
 import io
 import os
 import shutil
-import subprocess
-import sys
-import tempfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,46 +36,6 @@ if not os.environ.get("CI"):
 @pytest.fixture(scope="module")
 def model(finished_run: Path) -> CTModel:
     return ctx_distill.load(finished_run)
-
-
-@pytest.fixture(scope="module")
-def scratch() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory() as folder:
-        yield Path(folder)
-
-
-@pytest.fixture(scope="module")
-def address(finished_run: Path, scratch: Path) -> Iterator[str]:
-    """A running `ctx-distill serve` that shows the pool; SIGTERM ends it with status 0 and an empty scratch folder."""
-    command = [sys.executable, "-m", "ctx_distill.cli", "serve", str(finished_run), "--port", "0", "--show-reports"]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "TMPDIR": str(scratch)}
-    )
-    assert process.stdout is not None
-    try:
-        for line in process.stdout:
-            if line.startswith("explorer: "):
-                yield line.split()[1]
-                break
-        else:
-            raise AssertionError("it did not start")
-        process.terminate()
-        assert process.wait(30) == 0
-        assert not list(scratch.glob("ctx-distill-explorer-*"))
-    finally:
-        process.kill()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
-    arguments = ["--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--ignore-gpu-blocklist"]
-    arguments += ["--no-sandbox"] if os.geteuid() == 0 else []
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture
