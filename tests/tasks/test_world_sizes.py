@@ -79,7 +79,7 @@ def test_two_ranks_give_the_numbers_of_one(alone: Path, halved: Path, cohort: Pa
     assert done.returncode == 0, done.stdout + done.stderr
     mine, theirs = (root / STAGES[stage].folder for root in (run, alone))
     compare(*(json.loads((folder / "metrics.json").read_text()) for folder in (theirs, mine)), stage)
-    for table in ("predictions.csv", "retrieval.csv", "reports.csv"):
+    for table in ("predictions.csv", "retrieval.csv", "reports.csv", "corrected.csv"):
         if (theirs / table).is_file():
             one, two = pd.read_csv(theirs / table), pd.read_csv(mine / table)
             pd.testing.assert_frame_equal(one, two, rtol=1e-6, atol=2e-6)
