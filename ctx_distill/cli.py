@@ -177,7 +177,7 @@ def _serve(options: argparse.Namespace) -> None:
     )
     limits = Limits(
         options.max_upload, options.max_unpacked, options.max_files, options.max_seconds, options.idle_minutes,
-        options.max_sessions,
+        options.max_sessions, options.max_display,
     )  # fmt: skip
     serve(open_reader, settings, limits, Address(options.host, options.port, options.allow_host))
 

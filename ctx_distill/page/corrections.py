@@ -125,13 +125,13 @@ def _totals(run: Run, kept: pd.DataFrame | None) -> str:
 def _choose(texts: dict[str, str], labels: pd.DataFrame | None, kept: pd.DataFrame) -> list[pd.Series]:
     """Rows to show by `RULE`: the same ones for the same run."""
     frame = kept[kept["corrected_batches"] > 0]
-    wrong = frame["labels_differ"] > 0
-    same = pd.Series(
-        [texts.get(a) == texts.get(b) for a, b in zip(frame["study_id"], frame["other_study_id"], strict=True)],
-        index=frame.index, dtype=bool,
-    )  # fmt: skip
     counts = {} if labels is None else (labels == 1).sum(axis=1).to_dict()
-    frame = frame.assign(found=[-int(counts.get(study, 0)) for study in frame["study_id"]])
+    pairs = list(zip(frame["study_id"], frame["other_study_id"], strict=True))
+    frame = frame.assign(
+        found=[-int(counts.get(one, 0)) for one, _ in pairs],
+        same=[texts.get(one) == texts.get(other) for one, other in pairs],
+        wrong=frame["labels_differ"] > 0,
+    )
     order = ["strength", "found", "study_id", "other_study_id"]
     falling, rising = (frame.sort_values(order, ascending=[up, True, True, True]) for up in (False, True))
     used: set[str] = set()
@@ -145,11 +145,11 @@ def _choose(texts: dict[str, str], labels: pd.DataFrame | None, kept: pd.DataFra
                 chosen.append(row)
                 count -= 1
 
-    take(falling[~wrong & ~same], STRONG)
+    take(falling[~falling["wrong"] & ~falling["same"]], STRONG)
     if not chosen:
-        take(falling[~wrong], STRONG)
-    take(rising[~wrong & ~same & (frame["strength"] < frame["strength"].max())], BORDERLINE)
-    take(falling[wrong], WRONG)
+        take(falling[~falling["wrong"]], STRONG)
+    take(rising[~rising["wrong"] & ~rising["same"] & (rising["strength"] < rising["strength"].max())], BORDERLINE)
+    take(falling[falling["wrong"]], WRONG)
     return chosen
 
 

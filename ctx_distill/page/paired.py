@@ -19,14 +19,14 @@ from ctx_distill.metrics.operating import calibration_scores, operating_scores
 from ctx_distill.metrics.retrieval import common_labels, findings_jaccard
 from ctx_distill.page.gather import Run, mapping, to_number
 from ctx_distill.page.studies import label_table
-from ctx_distill.text.findings import Vocabulary, load_vocabulary
+from ctx_distill.text.findings import Vocabulary, load_vocabulary, vocabulary_for
 
 Floats = NDArray[np.float64]
 REPLICATES, SEED = 1000, 0
 TOLERANCE = 2e-3
 """A figure made again from a file (six decimals) may differ by this from the run's own; more and it is another figure."""
 OTHER_STUDIES = "other studies, labels or findings"
-NO_FILE = "no file of it a study"
+NO_FILE = "not recorded study by study"
 
 
 @dataclass(frozen=True)
@@ -164,6 +164,8 @@ def _reports(run: Run) -> Source | None:
 
 def _vocabulary(run: Run) -> Vocabulary:
     """The one that the run's own reports were scored by."""
+    if run.ct is not None and run.ct.finding_names:
+        return vocabulary_for(run.ct.finding_names)
     path = run.folder / "report" / "config.yaml"
     try:
         told = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -12,7 +12,7 @@ from ctx_distill.page.gather import STAGES, Run, mapping
 from ctx_distill.page.studies import label_table
 
 _OWN = ("trainer.default_root_dir", "trainer.logger")
-"""Where a run lies is no setting of it."""
+"""Where a run and its manifests lie is no setting of it; the manifests' fingerprints are compared instead."""
 
 
 def setting_rows(runs: Sequence[Run]) -> list[tuple[str, str, list[str]]]:
@@ -41,7 +41,7 @@ def _settings(run: Path, folder: str) -> dict[str, str] | None:
         return None
     root = str(Path(str(mapping(told.get("trainer")).get("default_root_dir") or run / folder)).parent)
     return {
-        key: str(value).replace(root, "RUN") for key, value in _flatten("", told) if not key.startswith(_OWN)
+        key: str(value).replace(root, "RUN") for key, value in _flatten("", told) if not key.startswith(_OWN) and not key.endswith("_manifest")
     }  # fmt: skip
 
 

@@ -5,9 +5,6 @@ from __future__ import annotations
 import io
 import os
 import shutil
-import subprocess
-import sys
-import tempfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,46 +38,6 @@ def model(finished_run: Path) -> CTModel:
     return ctx_distill.load(finished_run)
 
 
-@pytest.fixture(scope="module")
-def scratch() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory() as folder:
-        yield Path(folder)
-
-
-@pytest.fixture(scope="module")
-def address(finished_run: Path, scratch: Path) -> Iterator[str]:
-    """A running `ctx-distill serve` that shows the pool; SIGTERM ends it with status 0 and an empty scratch folder."""
-    command = [sys.executable, "-m", "ctx_distill.cli", "serve", str(finished_run), "--port", "0", "--show-reports"]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "TMPDIR": str(scratch)}
-    )
-    assert process.stdout is not None
-    try:
-        for line in process.stdout:
-            if line.startswith("explorer: "):
-                yield line.split()[1]
-                break
-        else:
-            raise AssertionError("it did not start")
-        process.terminate()
-        assert process.wait(30) == 0
-        assert not list(scratch.glob("ctx-distill-explorer-*"))
-    finally:
-        process.kill()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
-    arguments = ["--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--ignore-gpu-blocklist"]
-    arguments += ["--no-sandbox"] if os.geteuid() == 0 else []
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
-        yield chromium
-        chromium.close()
-
-
 @pytest.fixture
 def page(browser: Any, address: str) -> Iterator[Any]:
     """A page; whatever it logs as an error, asks of another host, or is refused by its policy, fails the test."""
@@ -100,6 +57,19 @@ def opened(page: Any, file: Any) -> None:
     page.set_input_files("#file", file)
     page.wait_for_selector("body[data-ready]", timeout=SECONDS)
     assert page.get_attribute("body", "data-ready") == "scan"
+
+
+def dropped(page: Any, path: Path) -> None:
+    """A file from outside dragged over the page and let go there, by the browser's own events."""
+    box = page.locator("#drop").bounding_box()
+    session = page.context.new_cdp_session(page)
+    where = {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2}
+    data = {"items": [], "files": [str(path)], "dragOperationsMask": 1}
+    for kind in ("dragEnter", "dragOver"):
+        session.send("Input.dispatchDragEvent", {"type": kind, "data": data, **where})
+    page.wait_for_selector("#drop.over-it")
+    session.send("Input.dispatchDragEvent", {"type": "drop", "data": data, **where})
+    page.wait_for_selector("body[data-ready=scan]", timeout=SECONDS)
 
 
 def rows_shown(page: Any) -> list[tuple[str, str]]:
@@ -136,7 +106,7 @@ def same(shown: list[tuple[str, str]], wanted: list[tuple[str, str]]) -> None:
 def test_a_phantom_from_upload_to_result(page: Any, model: CTModel, cohort: Path, scratch: Path) -> None:
     manifest = read_manifest(cohort / "ct.csv").split("test")
     scan = manifest.image_file(manifest.frame.index[0])
-    opened(page, str(scan))
+    dropped(page, scan)
     same(rows_shown(page), expected(model, scan))
     # The planes hold tissue and air: grey of many values, in each third of the canvas's width.
     picture = pixels(page)

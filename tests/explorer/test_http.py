@@ -7,6 +7,7 @@ import http.client
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -113,6 +114,21 @@ def running(folder: Path, mode: str = "", **limits: float) -> Iterator[Explorer]
 def explorer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Explorer]:
     with running(tmp_path_factory.mktemp("explorer"), upload_mb=2, unpacked_mb=8, sessions=3) as one:
         yield one
+
+
+def test_a_full_disk_is_said_and_the_next_scan_is_taken(tmp_path: Path) -> None:
+    """The kernel refuses to let the server's files grow (RLIMIT_FSIZE), as it does on a full disk."""
+    with running(tmp_path) as one:
+        before = resource.prlimit(one.process.pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(one.process.pid, resource.RLIMIT_FSIZE, (10_000, before[1]))
+        key = one.new()
+        status, _, body = one.ask("PUT", f"/api/sessions/{key}/scan?name=a.nii.gz", b"\x1f\x8b" + bytes(100_000))
+        assert status == 507
+        assert "cannot be kept" in json.loads(body)["detail"]
+        assert not list(one.scratch.glob("ctx-distill-explorer-*/*/received"))
+        resource.prlimit(one.process.pid, resource.RLIMIT_FSIZE, before)
+        assert one.send(nifti_bytes(VOXELS))[1]["state"] == "done"
+        assert one.stop() == 0
 
 
 def test_a_scan_goes_in_and_its_answer_comes_out(explorer: Explorer) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import resource
 import stat
 import struct
 import zipfile
@@ -157,3 +158,28 @@ def test_names_are_shown_and_never_paths() -> None:
     assert clean_name("../../a\x00b\n.nii.gz") == "ab.nii.gz"
     assert clean_name("C:\\scans\\x.zip") == "x.zip"
     assert clean_name("/") == "upload"
+
+
+def test_an_encrypted_zip_is_refused_and_writes_nothing(tmp_path: Path) -> None:
+    content = bytearray(zipped({"000.dcm": b"x" * 50}, zipfile.ZIP_STORED))
+    for signature, at in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):  # bit 0 of the flags (APPNOTE 4.4.4)
+        content[content.index(signature) + at] |= 1
+    with zipfile.ZipFile(io.BytesIO(content)) as archive, pytest.raises(RuntimeError, match="encrypted"):
+        archive.read("000.dcm")
+    with pytest.raises(InputError, match=r"x\.zip: the zip is encrypted; expected one without a password"):
+        take(tmp_path, bytes(content), "x.zip")
+    assert {p.name for p in tmp_path.rglob("*")} == {"received", "session"}
+
+
+def test_a_full_disk_while_unpacking_is_said(tmp_path: Path) -> None:
+    """The kernel refuses to let a file grow (RLIMIT_FSIZE), as it does on a full disk."""
+    content = zipped({"000.dcm": np.random.default_rng(0).bytes(100_000)})
+    (tmp_path / "received").write_bytes(content)
+    (tmp_path / "session").mkdir()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(InputError, match=r"x\.zip: cannot be unpacked here \(.+\); free room on the disk"):
+            accept(tmp_path / "received", "x.zip", tmp_path / "session", Limits())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -147,6 +147,7 @@ def fingerprints(run: Path, stage: str) -> dict[str, str]:
             "predictions.csv",
             "reports.csv",
             "retrieval.csv",
+            "corrected.csv",
             "training.json",
         ):
             found[name] = hashlib.sha256(path.read_bytes()).hexdigest()

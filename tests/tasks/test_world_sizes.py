@@ -84,7 +84,7 @@ def on_two_ranks(stage: str, cohort: Path, run: Path, preset: Path, *more: str) 
 def same_results(theirs: Path, mine: Path) -> None:
     """Metrics, tables and weights of two stage folders."""
     compare(*(json.loads((folder / "metrics.json").read_text()) for folder in (theirs, mine)), theirs.name)
-    for table in ("predictions.csv", "retrieval.csv", "reports.csv"):
+    for table in ("predictions.csv", "retrieval.csv", "reports.csv", "corrected.csv"):
         if (theirs / table).is_file():
             one, two = pd.read_csv(theirs / table), pd.read_csv(mine / table)
             pd.testing.assert_frame_equal(one, two, rtol=1e-6, atol=2e-6)
