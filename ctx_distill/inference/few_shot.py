@@ -18,14 +18,10 @@ from ctx_distill.files import write_text
 from ctx_distill.inference.logistic import Fit, Floats, draw_shots, fit_probes
 from ctx_distill.metrics.bootstrap import interval, resample_counts
 from ctx_distill.metrics.classification import macro_auroc_replicates
-from ctx_distill.page import svg
+from ctx_distill.page.few_shot import COLUMNS, CURVE, curve_plot
 from ctx_distill.page.page import TEMPLATES
 from ctx_distill.tasks.predict import study_means
 
-COLUMNS = (
-    "shots", "findings", "patients", "seeds", "macro_auroc", "low", "high", "seeds_low", "seeds_high", "lowest_seed",
-    "highest_seed",
-)  # fmt: skip
 Data = tuple[Floats, Floats]
 Rows = list[NDArray[np.intp]]
 
@@ -150,44 +146,11 @@ def _scored(data: dict[str, Data], test: Manifest, drawn: list[Rows]) -> tuple[l
 
 def write_curve(table: pd.DataFrame, out: Path) -> None:
     """Write `few_shot.csv` and `few_shot.svg` into a folder."""
-    write_text(out / "few_shot.csv", table.to_csv(index=False, lineterminator="\n"))
+    write_text(out / CURVE, table.to_csv(index=False, lineterminator="\n"))
     write_text(out / "few_shot.svg", curve_picture(table))
 
 
 def curve_picture(table: pd.DataFrame) -> str:
-    """A stand-alone SVG: macro AUROC with its interval over patients, an amount after the other; k and shares apart."""
-    known = table[table["macro_auroc"].notna()].reset_index(drop=True)
-    bounds = [0.5, 1.0, *known["low"], *known["high"]]
-    ticks = svg.nice_ticks(min(bounds), max(bounds), 5)
-    pitch, left, top, bottom = 70.0, 60.0, 30.0, 250.0
-    width = left + pitch * max(len(known), 5) + 14
-    y = svg.Scale(ticks[0], ticks[-1], bottom, top)
-    parts = []
-    for tick in ticks:
-        parts.append(svg.line(left, y(tick), width - 14, y(tick), "grid"))
-        parts.append(svg.text(left - 8, y(tick) + 4, svg.tick_text(tick, ticks[1] - ticks[0]), "tick", "end"))
-    parts.append(svg.line(left, y(0.5), width - 14, y(0.5), "chance"))
-    parts.append(svg.text(left - 8, 14, "test macro AUROC, 95 % intervals over patients; dotted: chance", "tick"))
-    shares = known["shots"].astype(str).str.endswith("%")
-    for number, own in enumerate((known[~shares], known[shares])):
-        places = [left + pitch * (int(place) + 0.5) for place in own.index]
-        parts.append(
-            svg.polyline([(x, y(v)) for x, v in zip(places, own["macro_auroc"], strict=True)], f"curve s{number}")
-        )
-        for x, (_, row) in zip(places, own.iterrows(), strict=True):
-            parts.append(svg.line(x, y(row["low"]), x, y(row["high"]), f"whisker s{number}"))
-            parts.append(svg.marker(("dot", "square")[number], x, y(row["macro_auroc"]), f"mark s{number}", 4.5))
-            parts.append(svg.text(x, bottom + 18, str(row["shots"]), "tick", "middle"))
-            parts.append(svg.text(x, bottom + 34, f"{row['findings']:g} findings", "tick", "middle"))
-    words = "examples of each class a finding; % of the training patients"
-    parts.append(svg.text((left + width) / 2, bottom + 54, words, "tick", "middle"))
-    told = "; ".join(
-        f"{row['shots']}: {row['macro_auroc']:.3f} [{row['low']:.3f}, {row['high']:.3f}]" for _, row in known.iterrows()
-    )
-    label = f"Test macro AUROC of a linear probe by labels, 95 % intervals over patients: {told or 'none defined'}"
-    picture = svg.frame(width, bottom + 64, label, [_style(), *parts])
-    return picture.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1) + "\n"
-
-
-def _style() -> str:
-    return f"<style><![CDATA[{(TEMPLATES / 'style.css').read_text(encoding='utf-8')}]]></style>"
+    """A stand-alone SVG of `page.few_shot.curve_plot`."""
+    style = f"<style><![CDATA[{(TEMPLATES / 'style.css').read_text(encoding='utf-8')}]]></style>"
+    return curve_plot(table, style).replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1) + "\n"

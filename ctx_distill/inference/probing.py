@@ -9,13 +9,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from ctx_distill.checkpoint import write_artefact
 from ctx_distill.data.manifest import Manifest, read_manifest
 from ctx_distill.errors import InputError
-from ctx_distill.files import hash_json, write_bytes, write_json, write_text
+from ctx_distill.files import write_json, write_text
 from ctx_distill.inference.few_shot import few_shot_curve, read_shots, write_curve
 from ctx_distill.inference.logistic import Fit, Floats, fit_probes
 from ctx_distill.inference.model import CTModel
@@ -23,9 +21,8 @@ from ctx_distill.inference.parts import ARTEFACT, open_parts
 from ctx_distill.inference.scans import shown
 from ctx_distill.metrics.classification import classification_report
 from ctx_distill.models.heads import FindingsHead
+from ctx_distill.tasks.pooled_features import features_key, read_features, write_features
 from ctx_distill.tasks.predict import study_means, write_predictions
-
-FEATURES = "features.safetensors"
 
 
 def probe(
@@ -33,7 +30,8 @@ def probe(
 ) -> str:
     """Fit and score a linear probe of the CT encoder's pooled features, and few-shot curves.
 
-    OUT holds `features.safetensors` (pooled (N, D_c) of the manifest's rows, used again), `metrics.json`
+    OUT holds `features.safetensors` (pooled (N, D_c) of the manifest's rows, used again; not where the classifier stage of a
+    run has them), `metrics.json`
     (`classification_report` of `test`, `strength`, `val_macro_auroc`, `left_out`), `predictions.csv`,
     `unreadable.csv`, with a dual encoder `artefact` (a classifier: `ctx_distill.load` opens it in RUN/probe), and
     with `shots` `few_shot.csv` and `few_shot.svg`.
@@ -86,17 +84,15 @@ def _told(value: dict[str, float] | None) -> str:
 
 
 def _features(model: CTModel, manifest: Manifest, out: Path) -> tuple[Floats, dict[int, str]]:
-    """(N, D_c) by manifest row, NaN where a scan cannot be read, and why; out of OUT where they stand."""
-    key = hash_json([model.encoder_fingerprint, manifest.fingerprint])
-    path = out / FEATURES
-    if path.is_file():
-        try:
-            with safe_open(path, framework="np") as handle:
-                told = handle.metadata() or {}
-                if told.get("key") == key:
-                    return handle.get_tensor("pooled").astype(np.float64), {}
-        except (SafetensorError, OSError):
-            path.unlink()
+    """(N, D_c) by manifest row, NaN where a scan cannot be read, and why.
+
+    Those that stand in OUT are taken, or those that the classifier stage of the run computed.
+    """
+    key = features_key(model.encoder_fingerprint, manifest.fingerprint)
+    for folder in (out, model.parts.source / "classifier"):
+        standing = read_features(folder, key)
+        if standing is not None:
+            return standing, {}
     unreadable: dict[int, str] = {}
     rows: dict[int, Any] = {}
     for row in shown(list(manifest.frame.index)):
@@ -110,7 +106,7 @@ def _features(model: CTModel, manifest: Manifest, out: Path) -> tuple[Floats, di
     for row, value in rows.items():
         features[row] = value
     if not unreadable:  # a scan that is mended meanwhile is to be read
-        write_bytes(path, save({"pooled": features}, metadata={"key": key}))
+        write_features(out, key, features)
     return features.astype(np.float64), unreadable
 
 

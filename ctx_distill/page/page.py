@@ -14,6 +14,7 @@ from ctx_distill.page import plots
 from ctx_distill.page.corrections import corrections
 from ctx_distill.page.errors import model_errors
 from ctx_distill.page.failures import failures
+from ctx_distill.page.few_shot import few_shot_part
 from ctx_distill.page.gather import STAGES, Metric, Run, gather, to_number
 from ctx_distill.page.made import how_made
 from ctx_distill.page.overlays import RAMP
@@ -132,6 +133,7 @@ def contents(run: Run) -> dict[str, Any]:
         stage=None,
         linked={name: f"{folder}/index.html" for folder, _, name in STAGES if (run.folder / folder).is_dir()},
         corrections=corrections(run),
+        few=few_shot_part(run),
         made=how_made(run),
     )
 

@@ -22,6 +22,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "index": ("studies",),
     "align": ("corrections",),
     "zero_shot": ("asked",),
+    "classifier": ("few",),
     "report": ("studies", "beside"),
 }
 STUDY_PARTS_OF: dict[str, tuple[str, ...]] = {"index": ("xray",), "report": ("report",)}

@@ -33,14 +33,12 @@ def run_stages(stages: list[Stage], options: argparse.Namespace, overrides: list
             f"{len(stages)} stages in one SLURM step of {topology.size} tasks: run them one by one, as `ctx-distill submit"
             " all` and `ctx-distill submit heads` do."
         )
-    ran = False
     for stage in stages:
         request = StageRequest(stage, options.data, options.run, options.preset, overrides, options.expert_source)
         alone = len(stages) > 1 and (getattr(options, "isolated", False) or _several_devices(request))
         if alone and not request.complete:
             _run_alone(stage, options, overrides)
         else:
-            ran |= not request.complete
             run_stage(request, force=options.force)
     if not is_first_process():
         return
@@ -80,7 +78,9 @@ def _run_alone(stage: Stage, options: argparse.Namespace, overrides: list[str]) 
 
 def _write_page(run: Path) -> Path:
     from ctx_distill.page.page import build_page
+    from ctx_distill.pipeline.few_labels import write_few_labels
     from ctx_distill.pipeline.saliency import write_saliency
 
+    write_few_labels(run)
     write_saliency(run)
     return build_page(run)

@@ -229,7 +229,8 @@ class AlignmentTask(TrainedTask):
         super().load_rank_state(state)
         if self.false_negatives is not None:
             self.false_negatives.counts.update(state["counts"])
-            self.false_negatives.pairs.load_state(state["pairs"])
+            if "pairs" in state:  # a checkpoint of before they were recorded: they count from here on
+                self.false_negatives.pairs.load_state(state["pairs"])
 
     def _views(self, batch: CTBatch) -> list[str]:
         """This epoch's view of each report: a function of epoch and row alone."""

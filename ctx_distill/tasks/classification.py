@@ -27,6 +27,7 @@ from ctx_distill.models.dual_encoder import DualEncoder
 from ctx_distill.models.heads import FindingsHead
 from ctx_distill.tasks.base import TrainedTask, adamw, check_volume_spec, decay_groups, last_values
 from ctx_distill.tasks.layer_decay import layer_groups
+from ctx_distill.tasks.pooled_features import features_key, write_features
 from ctx_distill.tasks.predict import predict_rows, study_means, write_predictions
 from ctx_distill.tasks.row_features import RowFeatures
 from ctx_distill.tasks.survival import SurvivalSettings
@@ -186,9 +187,11 @@ class ClassifierTask(TrainedTask):
         self.log_terms({"loss": self._loss(batch)}, "val", self.global_rows(batch.row))
 
     def predict_step(self, batch: CTBatch, batch_idx: int) -> dict[str, Tensor]:
-        """Probabilities (B, F)."""
+        """Probabilities (B, F), and the pooled features (B, D_c) that they were made of."""
         del batch_idx
-        return {"probability": self._logits(batch).sigmoid(), "row": batch.row}
+        assert self.head is not None
+        pooled = self._pooled(batch)
+        return {"probability": self.head(pooled).sigmoid(), "pooled": pooled, "row": batch.row}
 
     def run(self, trainer: L.Trainer, datamodule: L.LightningDataModule, folder: Path) -> dict[str, Any]:
         """Train and score; without label columns the stage is left out, and says so."""
@@ -213,6 +216,7 @@ class ClassifierTask(TrainedTask):
             config["encoder"] = self.encoder.config()
             upstream = {} if self.artefact is None else {"dual-encoder": self.artefact.fingerprint}
             write_artefact(folder / "artefact", "classifier", config, tensors, upstream)
+        self._keep_features(trainer, datamodule, folder)
         test = datamodule.manifest.split("test")
         if not len(test):
             return {**metrics, "macro_auroc": None, "per_finding": {}}
@@ -231,3 +235,13 @@ class ClassifierTask(TrainedTask):
         labels, patients = studies[labelled].to_numpy(), studies["patient_id"].tolist()
         scored = findings_report(labels, means, names, patients, thresholds)
         return metrics | scored | {"threshold_rule": THRESHOLD_RULE}
+
+    def _keep_features(self, trainer: L.Trainer, datamodule: CTDataModule, folder: Path) -> None:
+        """Write what the frozen encoder made of every volume, for probes over few labels; no volume is encoded twice."""
+        if self.mode != "linear" or self.artefact is None:
+            return
+        manifest = datamodule.manifest
+        found = predict_rows(trainer, self, datamodule.loader(manifest), list(manifest.frame.index))
+        if rank() == 0:
+            key = features_key(self.artefact.fingerprint, manifest.fingerprint)
+            write_features(folder, key, found["pooled"].float().numpy())

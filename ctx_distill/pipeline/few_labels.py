@@ -1,0 +1,48 @@
+"""The curve over few labels that a run's page shows, in `RUN/probe/`; of features that the classifier stage computed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ctx_distill.errors import InputError
+from ctx_distill.files import hash_json, write_json
+from ctx_distill.page.few_shot import CURVE, FOLDER
+from ctx_distill.page.gather import gather
+from ctx_distill.pipeline.run_folder import read_json
+
+SHOTS = ("1", "5", "20", "10%", "50%", "100%")
+SEEDS = 5
+MOST_STUDIES = 5000
+"""Of more training studies the fits would take longer than a stage; then the command is for whoever wants it."""
+RECORD = "few_labels.json"
+
+
+def write_few_labels(run: Path) -> bool:
+    """Fit the probes and write their curve, where the run has features of labelled studies and no curve of them yet.
+
+    Returns:
+        Whether it was made now.
+    """
+    from ctx_distill.inference.model import CTModel
+    from ctx_distill.inference.parts import open_parts
+    from ctx_distill.inference.probing import probe
+    from ctx_distill.tasks.pooled_features import features_key, read_features
+
+    ct = gather(run).ct
+    if ct is None or not ct.finding_names or not 0 < len(ct.split("train")) <= MOST_STUDIES:
+        return False
+    try:
+        encoder = CTModel(open_parts(run)).encoder_fingerprint
+        key = features_key(encoder, ct.fingerprint)
+        asked = hash_json([key, SHOTS, SEEDS])
+        out = run / FOLDER
+        if (read_json(out / RECORD) or {}).get("asked") == asked and (out / CURVE).is_file():
+            return False
+        if read_features(run / "classifier", key) is None:
+            return False
+        probe(run, ct.path, out, SHOTS, SEEDS)
+    except InputError as error:  # a page without the curve is worth more than none
+        print(f"few labels: no curve: {error}")
+        return False
+    write_json(out / RECORD, {"asked": asked})
+    return True
