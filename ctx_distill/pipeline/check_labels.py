@@ -11,7 +11,7 @@ from ctx_distill.text.findings import extract, vocabulary_for
 
 
 def label_faults(manifest: Manifest) -> dict[str, Fault]:
-    """Image id -> a warning that names the findings whose label (1 or 0) its report denies or asserts.
+    """Image id -> a warning that names the record (from 1) and the findings whose label (1 or 0) its report denies or asserts.
 
     A finding is read by the shipped vocabulary that knows its name, else by its name alone.
     """
@@ -30,6 +30,6 @@ def label_faults(manifest: Manifest) -> dict[str, Fault]:
         told[images[found.place]].append(f"{found.finding} labelled {found.label}, the report {what}")
         places[images[found.place]] = found.place
     return {
-        image: Fault("warning", "label_contradicts_text", f"row {rows[places[image]]}: {'; '.join(texts)}")
+        image: Fault("warning", "label_contradicts_text", f"record {rows[places[image]] + 1}: {'; '.join(texts)}")
         for image, texts in told.items()
     }

@@ -104,6 +104,8 @@ def test_the_floor_on_real_labelled_reports(tmp_path: Path) -> None:
     rest = [i for i in range(600, len(table)) if table[i]["report_text"].strip() not in first]
     assert f1_score(true[rest], said[rest], average="macro") >= 0.90
     assert f1_score(true[:600], said[:600], average=None).min() >= 0.85
+    # the figure that docs/text.md tells of the development rows; a change of it is one to tell there
+    assert round(f1_score(true[:600], said[:600], average="macro"), 3) == 0.959
 
 
 def test_labels_that_the_text_contradicts_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
