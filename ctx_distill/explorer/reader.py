@@ -88,7 +88,7 @@ class ModelReader:
             "Computed on": device,
         }
         if parts.expert is not None and parts.classifier is None:
-            facts["Where"] = "what the scan's own projection adds to a score has no place in the scan"
+            facts["Where"] = "what the scan's own projection adds to a probability has no place in the scan"
         return facts
 
     def __call__(self, scan: Volume, tell: Tell) -> Answer:
@@ -118,6 +118,6 @@ class ModelReader:
             told = [" × ".join(f"{mm:.0f}" for mm in box) for box in (size, seen)]
             notes.append(
                 f"The scan is larger than what the model sees of it: {told[0]} mm against {told[1]} mm "
-                "(slices, rows, columns). Its edges are left out of every score."
+                "(slices, rows, columns). Its edges are left out of every probability."
             )
         return notes

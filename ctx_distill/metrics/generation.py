@@ -156,18 +156,6 @@ def generation_report(
     vocabulary: Vocabulary,
     seed: int = 0,
     n: int = 1000,
-) -> dict[str, Any]:
-    """All scores of generated reports, without the replicates of `generation_replicates`."""
-    return generation_replicates(references, hypotheses, patients, vocabulary, seed, n)[0]
-
-
-def generation_replicates(
-    references: Sequence[str],
-    hypotheses: Sequence[str],
-    patients: Groups,
-    vocabulary: Vocabulary,
-    seed: int = 0,
-    n: int = 1000,
 ) -> tuple[dict[str, Any], dict[str, Floats]]:
     """All scores of generated reports.
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ctx_distill.metrics.bootstrap import Groups, interval
-from ctx_distill.metrics.generation import HEADLINES, generation_replicates
+from ctx_distill.metrics.generation import HEADLINES, generation_report
 from ctx_distill.text.findings import Vocabulary
 
 Floats = NDArray[np.floating[Any]]
@@ -73,11 +73,11 @@ def beside_baselines(
         The keys of `generation.generation_report`; `baselines.<name>.<key>`, the same of each baseline;
         `against.<name>.<headline>`, decoder less baseline with the interval of the paired difference; `verdict`.
     """
-    own, drawn = generation_replicates(references, hypotheses, patients, vocabulary, seed, n)
+    own, drawn = generation_report(references, hypotheses, patients, vocabulary, seed, n)
     scores: dict[str, Any] = {}
     against: dict[str, dict[str, Any]] = {}
     for name, texts in baselines.items():
-        scores[name], theirs = generation_replicates(references, texts, patients, vocabulary, seed, n)
+        scores[name], theirs = generation_report(references, texts, patients, vocabulary, seed, n)
         against[name] = {
             key: interval(own[key]["value"] - scores[name][key]["value"], drawn[key] - theirs[key]).as_json()
             for key in HEADLINES

@@ -71,7 +71,7 @@ def corrections(run: Run) -> Corrections | None:
     kept = run.corrected
     if kept is None and not epochs:
         return None
-    labelled = any("precision" in header for header in headers)
+    labelled = any("Precision" in header for header in headers)
     pairs: tuple[Pair, ...] = ()
     if kept is not None and run.ct is not None:
         texts = _texts(run.ct)
@@ -83,11 +83,11 @@ def corrections(run: Run) -> Corrections | None:
 def _epochs(run: Run) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
     """Headers and rows of the table by epoch, from the curves."""
     columns = {
-        "train/suspected_pairs": "suspected",
-        "train/corrected_pairs": "corrected",
-        "train/suspected_share": "suspected, of all pairs",
-        "train/false_negative_precision": "precision by labels",
-        "train/false_negative_recall": "recall by labels",
+        "train/suspected_pairs": "Suspected",
+        "train/corrected_pairs": "Corrected",
+        "train/suspected_share": "Suspected, of all pairs",
+        "train/false_negative_precision": "Precision by labels",
+        "train/false_negative_recall": "Recall by labels",
     }
     log = run.logs.get("align")
     if log is None or "train/suspected_pairs" not in log.columns or "epoch" not in log.columns:
@@ -99,7 +99,7 @@ def _epochs(run: Run) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
     for epoch, row in means.iloc[places].iterrows():
         cells = [_cell(name, to_number(row[name])) for name in held]
         rows.append((f"{epoch}", *cells))
-    return ("epoch", *held.values()), tuple(rows)
+    return ("Epoch", *held.values()), tuple(rows)
 
 
 def _cell(name: str, value: float | None) -> str:

@@ -41,8 +41,8 @@ def curve_plot(table: pd.DataFrame, style: str = "") -> str:
     known = table[table["macro_auroc"].notna()].reset_index(drop=True)
     bounds = [0.5, 1.0, *known["low"], *known["high"]]
     ticks = svg.nice_ticks(min(bounds), max(bounds), 5)
-    pitch, left, top, bottom = 70.0, 60.0, 30.0, 250.0
-    width = left + pitch * max(len(known), 5) + 14
+    left, top, bottom, width = 60.0, 30.0, 250.0, 760.0
+    pitch = (width - left - 14) / max(len(known), 1)
     y = svg.Scale(ticks[0], ticks[-1], bottom, top)
     parts = [style] if style else []
     for tick in ticks:

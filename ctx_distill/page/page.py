@@ -16,6 +16,7 @@ from ctx_distill.page.errors import model_errors
 from ctx_distill.page.failures import failures
 from ctx_distill.page.few_shot import few_shot_part
 from ctx_distill.page.gather import STAGES, Metric, Run, gather, to_number
+from ctx_distill.page.label_text import contradicted
 from ctx_distill.page.made import how_made
 from ctx_distill.page.overlays import RAMP
 from ctx_distill.page.results import (
@@ -127,7 +128,7 @@ def contents(run: Run) -> dict[str, Any]:
         studies=chosen,
         study_parts=STUDY_PARTS,
         salient=study_maps(run, [study.study_id for study in chosen]),
-        failed=failures(run),
+        failed=failures(run) + contradicted(run),
         errors=model_errors(run),
         ramp=RAMP,
         stage=None,
@@ -164,13 +165,13 @@ def stage_contents(run: Run, folder: str, told: dict[str, Any]) -> dict[str, Any
 
 
 def number(value: object) -> str:
-    """A number for a table: three decimals, whole numbers as they are, a dash for none."""
+    """A number for a table: three decimals, from 10 on one, whole numbers as they are, a dash for none."""
     found = to_number(value)
     if found is None:
         return "–"
     if found == int(found) and abs(found) > 1:
         return f"{int(found):,}"
-    return f"{found:.3f}" if abs(found) < 1000 else f"{found:,.0f}"
+    return f"{found:.3f}" if abs(found) < 10 else f"{found:.1f}" if abs(found) < 1000 else f"{found:,.0f}"
 
 
 def count_words(value: object) -> str:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ctx_distill.errors import InputError
 from ctx_distill.metrics.bootstrap import Interval, interval, resample_counts
 from ctx_distill.metrics.classification import macro_auroc_replicates, macro_average_precision_replicates
-from ctx_distill.metrics.generation import generation_replicates, rouge_l
+from ctx_distill.metrics.generation import generation_report, rouge_l
 from ctx_distill.metrics.operating import calibration_scores, operating_scores
 from ctx_distill.metrics.retrieval import common_labels, findings_jaccard
 from ctx_distill.page.gather import Run, mapping, to_number
@@ -147,9 +147,7 @@ def _reports(run: Run) -> Source | None:
 
     def score(name: str) -> Draws | None:
         if not drawn:
-            told, replicates = generation_replicates(
-                references, generated, patients, _vocabulary(run), SEED, REPLICATES
-            )
+            told, replicates = generation_report(references, generated, patients, _vocabulary(run), SEED, REPLICATES)
             drawn.update({key: Draws(float(told[key]["value"]), values) for key, values in replicates.items()})
         return drawn.get(name)
 

@@ -82,7 +82,7 @@ def test_findings_scores_agree_with_scikit_learn() -> None:
 
 def test_report_has_all_keys_and_the_slow_bootstraps_intervals() -> None:
     patients = ["p", "p", "q", "r"]
-    report = generation_report(REFERENCES, HYPOTHESES, patients, VOCABULARY, seed=2, n=200)
+    report = generation_report(REFERENCES, HYPOTHESES, patients, VOCABULARY, seed=2, n=200)[0]
 
     def slow(key: str) -> dict[str, float] | None:
         def statistic(rows: np.ndarray) -> float | None:
@@ -102,10 +102,10 @@ def test_report_has_all_keys_and_the_slow_bootstraps_intervals() -> None:
 
 
 def test_empty_corpus_is_null() -> None:
-    report = generation_report([], [], [], VOCABULARY)
+    report = generation_report([], [], [], VOCABULARY)[0]
     assert {key for key, value in report.items() if value is not None} == {"reports", "empty"}
     assert {"bleu1", "bleu2", "bleu3", "bleu4", "rouge_l"} < set(report)
-    silent = generation_report(["A mass."], [""], ["p"], VOCABULARY, n=10)
+    silent = generation_report(["A mass."], [""], ["p"], VOCABULARY, n=10)[0]
     assert silent["bleu4"] == {"value": 0.0, "low": 0.0, "high": 0.0}
     assert silent["findings_f1"] == {"value": 0.0, "low": 0.0, "high": 0.0}
     assert silent["findings_precision"] is None

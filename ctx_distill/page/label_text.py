@@ -1,0 +1,40 @@
+"""Labels of the test studies that their reports contradict: the scores follow the labels, a reader need not."""
+
+from __future__ import annotations
+
+from ctx_distill.page.failures import LISTED, Failure
+from ctx_distill.page.gather import Run
+from ctx_distill.text.contradictions import compare
+from ctx_distill.text.findings import extract, vocabulary_for
+
+MOST_STUDIES = 5000
+"""Of more test studies the page would be long in the making; `ctx-distill check` lists them all."""
+
+
+def contradicted(run: Run) -> list[Failure]:
+    """One entry that lists them; [] where there are none, no labels, or too many studies to read here."""
+    if run.ct is None or not run.ct.finding_names:
+        return []
+    test = run.ct.split("test")
+    test = test.where(~test.frame["study_id"].duplicated().to_numpy())
+    if not 0 < len(test) <= MOST_STUDIES:
+        return []
+    vocabulary = vocabulary_for(test.finding_names)
+    rows = list(test.frame.index)
+    read = [extract(test.report(int(row)), vocabulary) for row in rows]
+    labels = {
+        name: [float(v) for v in column] for name, column in zip(test.finding_names, test.labels().T, strict=True)
+    }
+    found = compare(labels, read)
+    if not found.contradictions:
+        return []
+    told = [
+        f"{test.frame.at[rows[one.place], 'study_id']!s}: {one.finding} labelled {'present' if one.label else 'absent'}, the "
+        f"report {'asserts' if one.text else 'denies'} it"
+        for one in found.contradictions
+    ]
+    what = (
+        f"{len(told):,} of {found.compared:,} labels of test studies contradict what the extractor reads in their reports; "
+        "scores follow the labels."
+    )
+    return [Failure("data", "CT data", what, tuple(told[:LISTED]), max(0, len(told) - LISTED))]
