@@ -25,7 +25,7 @@ from ctx_distill.page.studies import label_table, read_ct
 
 LARGEST = len(plots.SHAPES)
 DISAGREEMENTS, SHOWN_FINDINGS = 4, 4
-LOWER_IS_BETTER = ("zero_shot.macro.ece",)
+LOWER_IS_BETTER = ("zero_shot.macro.ece", "classifier.macro.ece")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,16 @@ from typing import Any
 from ctx_distill.page.gather import STAGES, Metric, Run, to_metric
 
 _AUROC = "share of (with, without) pairs of studies in the right order, mean over the findings"
+
+
+def _at_thresholds(stage: str) -> dict[str, tuple[str, str, float | str | None]]:
+    return {
+        f"{stage}.macro.average_precision": ("Average precision", "mean over the findings", None),
+        f"{stage}.macro.f1": ("F1", "mean over the findings, at thresholds chosen on val", None),
+        f"{stage}.macro.ece": ("Calibration error", "how far probabilities are from the shares seen, 0 is best", None),
+    }
+
+
 # Key of a metric -> its name, what it means, its level by chance: a number, or the key of a metric, or None.
 CATALOGUE: dict[str, tuple[str, str, float | str | None]] = {
     "expert.macro_auroc": ("Macro AUROC", f"zero-shot on held-out X-rays: {_AUROC}", 0.5),
@@ -46,9 +56,7 @@ CATALOGUE: dict[str, tuple[str, str, float | str | None]] = {
         "alignment.recall_at_10_random",
     ),
     "zero_shot.macro_auroc": ("Macro AUROC", f"by prompts alone, no label seen: {_AUROC}", 0.5),
-    "zero_shot.macro.average_precision": ("Average precision", "mean over the findings", None),
-    "zero_shot.macro.f1": ("F1", "mean over the findings, at thresholds chosen on val", None),
-    "zero_shot.macro.ece": ("Calibration error", "how far probabilities are from the shares seen, 0 is best", None),
+    **_at_thresholds("zero_shot"),
     "zero_shot.retrieval.report_to_volume.recall_at_5": (
         "Report to volume, recall@5",
         "the right CT is among the 5 nearest to a report, test",
@@ -60,6 +68,7 @@ CATALOGUE: dict[str, tuple[str, str, float | str | None]] = {
         "zero_shot.retrieval.volume_to_report.recall_at_5_random",
     ),
     "classifier.macro_auroc": ("Macro AUROC", f"with a head trained on labels: {_AUROC}", 0.5),
+    **_at_thresholds("classifier"),
     "report.findings_f1": ("Findings F1", "findings of the generated report against those of the true one", None),
     "report.bleu4": ("BLEU-4", "word sequences of up to 4 shared with the true report", None),
     "report.rouge_l": ("ROUGE-L", "longest common word sequence with the true report", None),
