@@ -51,7 +51,8 @@ class Explorer:
         program.write_text(PROGRAM.format(helpers=str(HELPERS), mode=mode, limits=limits))
         self.process = subprocess.Popen(
             [sys.executable, str(program)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            env={**os.environ, "TMPDIR": str(self.scratch)},
+            # no bytecode: on the full disk below it would be written in part, into the environment that runs the tests
+            env={**os.environ, "TMPDIR": str(self.scratch), "PYTHONDONTWRITEBYTECODE": "1"},
         )  # fmt: skip
         assert self.process.stdout is not None
         self.lines: list[str] = []

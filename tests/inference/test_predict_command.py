@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import nibabel as nib
@@ -104,13 +105,22 @@ def test_nothing_to_read(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As the workers have."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.full
+@pytest.mark.usefixtures("one_thread")
 def test_workers_write_what_one_process_writes(finished_run: Path, folder: Path, tmp_path: Path) -> None:
     """To the bit, the parts too; the scan that is cut off costs no other; what stands is not computed again."""
     for number in range(3):
         shutil.copy(folder / "a.nii.gz", folder / f"c{number}.nii.gz")
     written = []
-    torch.set_num_threads(1)  # as the workers have
     for workers in (1, 2):
         out = tmp_path / f"out-{workers}"
         command = ["predict", str(finished_run), str(folder), "--out", str(out), "--report", "--saliency"]
