@@ -236,6 +236,7 @@ def _run(arguments: list[str], log: str) -> None:
     from ctx_distill.cli import main
 
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests that run in the background inherit it ignored
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(file, 1)
