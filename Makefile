@@ -172,7 +172,7 @@ test-slurm: $(READY) ## a real SLURM of two nodes on this host, with jobs signal
 	@tests/slurm/cluster.sh install || [ -z "$$CI" ]
 	@$(PYTEST) -m slurm --durations 15 tests/slurm
 
-test-browser: $(READY) $(NIIVUE) $(AXE) ## explorer and pages in a headless Chromium: upload to result, axe-core, print; 4 minutes
+test-browser: $(READY) $(NIIVUE) $(AXE) ## explorer and pages in a headless Chromium: upload to result, axe-core, print; 2 minutes
 	@tests/explorer/chromium.sh || [ -z "$$CI" ]
 	@$(PYTEST) -m browser --durations 5 tests/explorer
 
