@@ -161,7 +161,10 @@ def choose_errors(errors: Iterable[Error], kind: Kind, count: int = SHOWN) -> li
 
 def shown_errors(run: Run, model: str) -> list[Error]:
     """The errors of a model that the page shows: false positives, then false negatives."""
-    _, errors = find_errors(run, model)
+    return _shown(find_errors(run, model)[1])
+
+
+def _shown(errors: list[Error]) -> list[Error]:
     return choose_errors(errors, "false positive") + choose_errors(errors, "false negative")
 
 
@@ -174,8 +177,7 @@ def model_errors(run: Run) -> list[ModelErrors]:
             continue
         rows, errors = find_errors(run, key)
         without = tuple((each, reason) for each, (value, reason) in thresholds(run, key).items() if value is None)
-        chosen = choose_errors(errors, "false positive") + choose_errors(errors, "false negative")
-        cases = tuple(_case(run, run.ct, error, record) for error in chosen)
+        cases = tuple(_case(run, run.ct, error, record) for error in _shown(errors))
         found.append(ModelErrors(key, name, tuple(rows), without, cases))
     return found
 

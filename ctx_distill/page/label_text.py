@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from ctx_distill.page.failures import LISTED, Failure
 from ctx_distill.page.gather import Run
-from ctx_distill.text.contradictions import compare
+from ctx_distill.text.contradictions import Comparison, compare
 from ctx_distill.text.findings import extract, vocabulary_for
+
+if TYPE_CHECKING:
+    from ctx_distill.data.manifest import Manifest
 
 MOST_STUDIES = 5000
 """Of more test studies the page would be long in the making; `ctx-distill check` lists them all."""
+
+
+def compare_labels(manifest: Manifest) -> Comparison:
+    """The labels of all rows of a manifest against their reports; `place` counts its rows.
+
+    A finding is read by the shipped vocabulary that knows its name, else by its name alone.
+    """
+    names = list(manifest.finding_names)
+    vocabulary = vocabulary_for(names)
+    read = [extract(manifest.report(int(row)), vocabulary) for row in manifest.frame.index]
+    labels = {name: [float(v) for v in column] for name, column in zip(names, manifest.labels().T, strict=True)}
+    return compare(labels, read)
 
 
 def contradicted(run: Run) -> list[Failure]:
@@ -19,13 +36,7 @@ def contradicted(run: Run) -> list[Failure]:
     test = test.where(~test.frame["study_id"].duplicated().to_numpy())
     if not 0 < len(test) <= MOST_STUDIES:
         return []
-    vocabulary = vocabulary_for(test.finding_names)
-    rows = list(test.frame.index)
-    read = [extract(test.report(int(row)), vocabulary) for row in rows]
-    labels = {
-        name: [float(v) for v in column] for name, column in zip(test.finding_names, test.labels().T, strict=True)
-    }
-    found = compare(labels, read)
+    rows, found = list(test.frame.index), compare_labels(test)
     if not found.contradictions:
         return []
     told = [

@@ -8,6 +8,7 @@ from ctx_distill.errors import InputError
 from ctx_distill.files import hash_json, write_json
 from ctx_distill.page.few_shot import CURVE, FOLDER
 from ctx_distill.page.gather import gather
+from ctx_distill.pipeline.plan import ARTEFACT
 from ctx_distill.pipeline.run_folder import read_json
 
 SHOTS = ("1", "5", "20", "10%", "50%", "100%")
@@ -23,23 +24,24 @@ def write_few_labels(run: Path) -> bool:
     Returns:
         Whether it was made now.
     """
-    from ctx_distill.inference.model import CTModel
-    from ctx_distill.inference.parts import open_parts
-    from ctx_distill.inference.probing import probe
-    from ctx_distill.tasks.pooled_features import features_key, read_features
+    from ctx_distill.checkpoint import read_artefact
+    from ctx_distill.tasks.pooled_features import FEATURES, features_key, read_features
 
+    if not (run / "classifier" / FEATURES).is_file():
+        return False
     ct = gather(run).ct
     if ct is None or not ct.finding_names or not 0 < len(ct.split("train")) <= MOST_STUDIES:
         return False
     try:
-        encoder = CTModel(open_parts(run)).encoder_fingerprint
-        key = features_key(encoder, ct.fingerprint)
+        key = features_key(read_artefact(run / "align" / ARTEFACT, "dual-encoder").fingerprint, ct.fingerprint)
         asked = hash_json([key, SHOTS, SEEDS])
         out = run / FOLDER
         if (read_json(out / RECORD) or {}).get("asked") == asked and (out / CURVE).is_file():
             return False
         if read_features(run / "classifier", key) is None:
             return False
+        from ctx_distill.inference.probing import probe
+
         probe(run, ct.path, out, SHOTS, SEEDS)
     except InputError as error:  # a page without the curve is worth more than none
         print(f"few labels: no curve: {error}")
