@@ -22,7 +22,7 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from ctx_distill.errors import InputError
 from ctx_distill.signals import StopRequested
@@ -47,8 +47,7 @@ def rank() -> int:
 
 def barrier() -> None:
     """Wait for all ranks; nothing without a process group. Where rank 0 works meanwhile, use `run_on_rank_zero`."""
-    if world_size() > 1:
-        dist.barrier(group=host_group())
+    any_rank(False)  # `dist.barrier` would choose a GPU to put a tensor on
 
 
 def gather_row_counts(rows: int, device: torch.device) -> list[int]:
@@ -188,6 +187,18 @@ def host_group() -> Any:
         # no limit of its own to speak of: callbacks/watchdog.py ends a run that hangs, and says who holds it up
         _host_group = (dist.group.WORLD, dist.new_group(backend="gloo", timeout=timedelta(days=7)))
     return _host_group[1]
+
+
+@torch.no_grad()
+def copy_from_rank_zero(module: nn.Module) -> None:
+    """Give rank 0's parameters and buffers to all ranks; collective, through the host, and so on any device."""
+    if world_size() == 1:
+        return
+    for value in module.state_dict().values():
+        if isinstance(value, Tensor):
+            host = value.cpu()
+            dist.broadcast(host, src=0, group=host_group())
+            value.copy_(host)
 
 
 ALIVE_EVERY_S = 5.0

@@ -15,7 +15,7 @@ from torch import Tensor
 from ctx_distill.checkpoint import hash_json, require_same
 from ctx_distill.data.augment import Augmentation
 from ctx_distill.data.datamodules import CTDataModule
-from ctx_distill.distributed import gather_with_gradient, rank, world_size
+from ctx_distill.distributed import gather_with_gradient, run_on_rank_zero, world_size
 from ctx_distill.errors import InputError
 from ctx_distill.losses.contrastive import contrastive_loss
 from ctx_distill.losses.distillation import pair_loss
@@ -363,21 +363,28 @@ class AlignmentTask(TrainedTask):
         image, _ = self.dual.encode_volume(batch.volume, prior)
         return {"image": image, "text": self.dual.encode_text(batch.report), "row": batch.row}
 
+    def _save(self, folder: Path, datamodule: CTDataModule) -> None:
+        """Write the dual encoder; with the prior, a copy of the expert."""
+        expert = resolve_source(*self.text_source) if self.prior is not None else None
+        self.dual.save(folder, self.upstream, datamodule.volume.to_config(), expert)
+
+    def _write_pairs(self, path: Path, datamodule: CTDataModule) -> None:
+        """Write the corrected pairs under the names of their studies."""
+        assert self.false_negatives is not None
+        train = datamodule.training_rows()
+        studies = dict(zip(train.study_codes().tolist(), train.frame["study_id"].astype(str), strict=True))
+        self.false_negatives.pairs.write(path, studies, self.false_negatives.all_thresholds())
+
     def finish(self, trainer: L.Trainer, datamodule: L.LightningDataModule, folder: Path) -> dict[str, Any]:
         """Write the dual encoder and the corrected pairs; report-to-volume recall on CT `val`."""
         assert isinstance(datamodule, CTDataModule)
-        if rank() == 0:
-            expert = resolve_source(*self.text_source) if self.prior is not None else None
-            self.dual.save(folder / "artefact", self.upstream, datamodule.volume.to_config(), expert)
+        run_on_rank_zero(lambda: self._save(folder / "artefact", datamodule))
         metrics = last_values(self)
         if self.false_negatives is not None:
             fixed = self.false_negatives.all_thresholds()
             metrics["thresholds"] = {kind: x if math.isfinite(x) else None for kind, x in fixed.items()}
             metrics["pairs"] = dict(self.false_negatives.pairs.totals)
-            if rank() == 0:
-                train = datamodule.training_rows()
-                studies = dict(zip(train.study_codes().tolist(), train.frame["study_id"].astype(str), strict=True))
-                self.false_negatives.pairs.write(folder / "corrected.csv", studies, fixed)
+            run_on_rank_zero(lambda: self._write_pairs(folder / "corrected.csv", datamodule))
         val = datamodule.with_text(datamodule.manifest.split("val"))
         if len(val) > 1:
             found = predict_rows(trainer, self, datamodule.loader(val), list(val.frame.index))

@@ -17,7 +17,7 @@ from torch import Tensor
 from ctx_distill.checkpoint import Artefact, write_artefact
 from ctx_distill.data.augment import Augmentation
 from ctx_distill.data.datamodules import CTDataModule
-from ctx_distill.distributed import global_ratio, own_first_rows, rank
+from ctx_distill.distributed import global_ratio, own_first_rows, rank, run_on_rank_zero
 from ctx_distill.errors import InputError
 from ctx_distill.losses.findings import LossSettings, findings_terms, mixup
 from ctx_distill.metrics.findings_report import findings_report
@@ -202,20 +202,28 @@ class ClassifierTask(TrainedTask):
             return {"macro_auroc": None, "left_out": reason}
         return super().run(trainer, datamodule, folder)
 
+    def _save(self, folder: Path, datamodule: CTDataModule) -> None:
+        """Write the head; under `finetune`, the encoder too."""
+        assert self.head is not None
+        tensors = self.head.state_dict(prefix="head.")
+        if self.mode == "finetune":
+            tensors |= self.encoder.state_dict(prefix="encoder.")
+        config = {
+            "findings": list(datamodule.manifest.finding_names),
+            "mode": self.mode,
+            "volume_spec": datamodule.volume.to_config(),
+            "encoder": self.encoder.config(),
+        }
+        upstream = {} if self.artefact is None else {"dual-encoder": self.artefact.fingerprint}
+        write_artefact(folder, "classifier", config, tensors, upstream)
+
     def finish(self, trainer: L.Trainer, datamodule: L.LightningDataModule, folder: Path) -> dict[str, Any]:
         """Write the head and its predictions; score `test`, at thresholds chosen on `val`."""
         assert isinstance(datamodule, CTDataModule)
         assert self.head is not None
         names = list(datamodule.manifest.finding_names)
         metrics = last_values(self)
-        if rank() == 0:
-            tensors = self.head.state_dict(prefix="head.")
-            if self.mode == "finetune":
-                tensors |= self.encoder.state_dict(prefix="encoder.")
-            config = {"findings": names, "mode": self.mode, "volume_spec": datamodule.volume.to_config()}
-            config["encoder"] = self.encoder.config()
-            upstream = {} if self.artefact is None else {"dual-encoder": self.artefact.fingerprint}
-            write_artefact(folder / "artefact", "classifier", config, tensors, upstream)
+        run_on_rank_zero(lambda: self._save(folder / "artefact", datamodule))
         self._keep_features(trainer, datamodule, folder)
         test = datamodule.manifest.split("test")
         if not len(test):

@@ -17,7 +17,7 @@ from torch import Tensor
 from ctx_distill.data.augment import Augmentation
 from ctx_distill.data.datamodules import CTDataModule
 from ctx_distill.data.projection import PROJECTION_VERSION
-from ctx_distill.distributed import rank
+from ctx_distill.distributed import rank, run_on_rank_zero
 from ctx_distill.errors import InputError
 from ctx_distill.losses.distillation import NEAR_UNIFORM, distillation_loss, mix_neighbours, scheduled
 from ctx_distill.metrics.classification import classification_report
@@ -318,14 +318,8 @@ class DistillationTask(TrainedTask):
     def finish(self, trainer: L.Trainer, datamodule: L.LightningDataModule, folder: Path) -> dict[str, Any]:
         """Write the student; ask it with the expert's prompts on CT `val`, where there are labels."""
         assert isinstance(datamodule, CTDataModule)
-        if rank() == 0:
-            save_ct_encoder(
-                folder / "artefact",
-                self.encoder,
-                self.projection,
-                self._upstream(),
-                datamodule.volume.to_config(),
-            )
+        upstream, spec = self._upstream(), datamodule.volume.to_config()
+        run_on_rank_zero(lambda: save_ct_encoder(folder / "artefact", self.encoder, self.projection, upstream, spec))
         metrics: dict[str, Any] = last_values(self)
         metrics["tau"] = self.tau
         val = datamodule.manifest.split("val")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any, Literal
@@ -18,8 +17,9 @@ from torch import Tensor
 from ctx_distill.data.augment import Augmentation
 from ctx_distill.data.datamodules import XrayDataModule
 from ctx_distill.data.manifest import Manifest
-from ctx_distill.distributed import barrier, gather_row_counts, gather_with_gradient, rank, world_size
+from ctx_distill.distributed import gather_row_counts, gather_with_gradient, rank, run_on_rank_zero, world_size
 from ctx_distill.errors import InputError
+from ctx_distill.files import replace_folder
 from ctx_distill.losses.contrastive import contrastive_loss
 from ctx_distill.metrics.classification import classification_report
 from ctx_distill.models.experts.open_clip_expert import expert_preprocessing, make_expert_folder, save_expert_folder
@@ -182,16 +182,17 @@ class ExpertTask(TrainedTask):
         del batch_idx
         return {"image": F.normalize(self.model.encode_image(batch.image), dim=-1), "row": batch.row}
 
+    def _save(self, target: Path) -> None:
+        """Write the expert beside its place and move it there."""
+        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+            save_expert_folder(self.model, self.config, self.tokenizer, Path(scratch) / "expert")
+            replace_folder(Path(scratch) / "expert", target)
+
     def finish(self, trainer: L.Trainer, datamodule: L.LightningDataModule, folder: Path) -> dict[str, Any]:
         """Write the expert; ask it about the X-ray `test` studies, where there are labels."""
         assert isinstance(datamodule, XrayDataModule)
         target = folder / "artefact"
-        if rank() == 0:
-            with tempfile.TemporaryDirectory(dir=folder) as scratch:
-                save_expert_folder(self.model, self.config, self.tokenizer, Path(scratch) / "expert")
-                shutil.rmtree(target, ignore_errors=True)
-                (Path(scratch) / "expert").rename(target)
-        barrier()
+        run_on_rank_zero(lambda: self._save(target))
         metrics = last_values(self) | {"macro_auroc": None}
         test = datamodule.manifest.split("test")
         if len(test) and test.finding_names:
