@@ -113,7 +113,11 @@ class Checkpoints(L.Callback):
         """Keep the weights of the lowest validation loss."""
         del pl_module
         value = None if self.monitor is None else trainer.callback_metrics.get(self.monitor)
-        if value is None or not (self.best is None or float(value) < self.best):
+        if value is None:
+            return
+        better = self.best is None or float(value) < self.best
+        # Rank 0 decides: on GPUs the last bits of a loss may differ, and what follows is collective.
+        if not any_rank(better and trainer.is_global_zero)[0]:
             return
         self.best = float(value)
         weights = trainer.strategy.lightning_module_state_dict()

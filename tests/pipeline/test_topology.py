@@ -128,7 +128,9 @@ def test_so_are_several_stages_and_forced_ones_in_processes_that_start_together(
 def test_the_one_node_of_a_platform_that_numbers_nodes_starts_alone() -> None:
     assert not starts_with_others(1, {"NODE_RANK": "0", "MASTER_ADDR": "10.0.0.4"})
     assert not starts_with_others(1, {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"})
-    assert not starts_with_others(2, {"NODE_RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "4"})  # by Lightning, on that node
+    assert not starts_with_others(
+        2, {"NODE_RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}
+    )  # by Lightning, on that node
 
 
 @pytest.mark.full

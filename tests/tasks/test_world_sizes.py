@@ -81,7 +81,11 @@ def on_two_ranks(stage: str, cohort: Path, run: Path, preset: Path, *more: str) 
     command = [sys.executable, str(ACCELERATOR), stage, "--data", str(cohort), "--run", str(run)]
     command += ["--preset", str(preset), *DOUBLE, *more]
     done = subprocess.run(
-        command, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ACCELERATOR.parents[2])}, capture_output=True, text=True, timeout=500
+        command,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ACCELERATOR.parents[2])},
+        capture_output=True,
+        text=True,
+        timeout=500,
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
