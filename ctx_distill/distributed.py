@@ -15,6 +15,7 @@ flags and barriers go through a gloo group of their own on the CPU (`host_group`
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from datetime import timedelta
@@ -46,8 +47,15 @@ def rank() -> int:
 
 
 def barrier() -> None:
-    """Wait for all ranks; nothing without a process group. Where rank 0 works meanwhile, use `run_on_rank_zero`."""
-    any_rank(False)  # `dist.barrier` would choose a GPU to put a tensor on
+    """Wait for all ranks, at most `ALIVE_LIMIT`; nothing without a process group.
+
+    Where rank 0 works meanwhile, use `run_on_rank_zero`.
+    """
+    if world_size() > 1:
+        # `dist.barrier` would choose a GPU to put a tensor on.
+        met = dist.all_reduce(torch.zeros(1), group=host_group(), async_op=True)
+        assert met is not None
+        met.wait(ALIVE_LIMIT)
 
 
 def gather_row_counts(rows: int, device: torch.device) -> list[int]:
@@ -204,7 +212,7 @@ def copy_from_rank_zero(module: nn.Module) -> None:
 ALIVE_EVERY_S = 5.0
 """Seconds between two signs of life of rank 0 in `run_on_rank_zero`."""
 ALIVE_LIMIT = timedelta(minutes=30)
-"""Longest time without one; a call of a library that holds Python's lock delays them."""
+"""Longest wait for a sign of life, which a library that holds Python's lock delays, and for all ranks in `barrier`."""
 _WORKING, _DONE, _FAILED = 0, 1, 2
 
 
@@ -238,8 +246,9 @@ def run_on_rank_zero(work: Callable[[], T]) -> T | None:
     except BaseException as error:
         over.set()
         signs.join()
-        _send_state(_FAILED)
-        dist.broadcast_object_list([type(error).__name__, str(error)], src=0, group=group)
+        with contextlib.suppress(RuntimeError):  # whom nobody waits for any more, has its own error to tell
+            _send_state(_FAILED)
+            dist.broadcast_object_list([type(error).__name__, str(error)], src=0, group=group)
         raise
     over.set()
     signs.join()
