@@ -203,9 +203,11 @@ def copy_from_rank_zero(module: nn.Module) -> None:
     if world_size() == 1:
         return
     for value in module.state_dict().values():
-        if isinstance(value, Tensor):
-            host = value.cpu()
-            dist.broadcast(host, src=0, group=host_group())
+        if isinstance(value, Tensor) and value.numel():
+            host = value.cpu().contiguous()
+            dist.broadcast(
+                host.reshape(-1).view(torch.uint8), src=0, group=host_group()
+            )  # bytes: gloo lacks some types
             value.copy_(host)
 
 

@@ -157,10 +157,25 @@ def rank_of_refused_tensors() -> dict[str, str]:
     return refused
 
 
+class Mixed(nn.Module):
+    """Parameters and buffers of several types, of which one is no number and one is not contiguous."""
+
+    def __init__(self, value: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((2, 3), float(value), dtype=torch.float64).T)
+        self.register_buffer("halves", torch.full((3,), value, dtype=torch.bfloat16))
+        self.register_buffer("count", torch.tensor(value))
+        self.register_buffer("flags", torch.tensor([value == 0, True]))
+        self.register_buffer("nothing", torch.empty(0))
+
+
 def rank_of_host_calls() -> dict[str, Any]:
     rank = distributed.rank()
     distributed.barrier()
+    module = Mixed(rank)
+    distributed.copy_from_rank_zero(module)
     return {
+        "weights": [value.tolist() for value in module.state_dict().values()],
         "objects": distributed.gather_objects([f"text {rank}"]),
         "flags": distributed.any_rank(rank == 1, False),
         "alone": distributed.run_on_rank_zero(lambda: "written"),
@@ -178,7 +193,13 @@ def test_a_group_like_nccl_s_refuses_tensors_on_the_cpu_and_carries_objects_flag
             }  # fmt: skip
             assert all("No backend type associated with device type cpu" in told for told in refused.values())
         assert own.run(__file__, "rank_of_host_calls", {}) == [
-            {"objects": ["text 0", "text 1"], "flags": [True, False], "alone": alone} for alone in ("written", None)
+            {
+                "objects": ["text 0", "text 1"],
+                "flags": [True, False],
+                "alone": alone,
+                "weights": [value.tolist() for value in Mixed(0).state_dict().values()],
+            }
+            for alone in ("written", None)
         ]
     finally:
         own.close()
