@@ -148,6 +148,7 @@ class FalseNegatives:
         places, device = self.reports.places(batch.row), batch.row.device
         brought = {kind: table[places].to(device) for kind, table in self.tables.items()}
         brought["known"] = self.known[places].to(device)
+        brought["identity"] = self.reports.identity[places].to(device)
         if self.moving_average is not None and math.isfinite(self.moving_average.threshold):
             image, text = self.moving_average.encode(batch.volume, batch.report)
             brought |= {"ema_image": image, "ema_text": text}
@@ -198,7 +199,7 @@ class FalseNegatives:
         Returns:
             The correction and the suspects (B, B) bool.
         """
-        return self._correct(self._evidence(features, study), study, epoch)
+        return self._correct(self._evidence(features, study), features["identity"], study, epoch)
 
     def _evidence(self, features: dict[str, Tensor], study: Tensor) -> dict[str, Tensor]:
         """(B, B) by kind."""
@@ -216,11 +217,15 @@ class FalseNegatives:
                 evidence[kind] = torch.zeros(len(study), len(study), device=study.device)
         return evidence
 
-    def _correct(self, evidence: dict[str, Tensor], study: Tensor, epoch: int) -> tuple[Correction, Tensor]:
+    def _correct(
+        self, evidence: dict[str, Tensor], identity: Tensor, study: Tensor, epoch: int
+    ) -> tuple[Correction, Tensor]:
         settings = self.settings
         suspects, strength = identify(evidence, self.all_thresholds(), settings.combine)
         watch = epoch < settings.warmup_epochs
-        correction = correct(study_targets(study), suspects, strength, settings.mode, settings.weight, watch)
+        correction = correct(
+            study_targets(study), suspects, strength, settings.mode, settings.weight, watch, identity=identity
+        )
         return correction, suspects
 
     def loss(
@@ -249,7 +254,7 @@ class FalseNegatives:
         """
         gathered = {name: gather_with_gradient(value) for name, value in self.features(batch).items()}
         evidence = self._evidence(gathered, study)
-        correction, suspects = self._correct(evidence, study, epoch)
+        correction, suspects = self._correct(evidence, gathered["identity"], study, epoch)
         counts = self.counts
         counts["suspected"] += float(correction.suspected)
         counts["corrected"] += float(correction.corrected)
