@@ -34,6 +34,7 @@ from ctx_distill.losses.robust import (
     threshold_from_quantile,
 )
 from ctx_distill.retrieval.lookup import NeighbourLookup
+from ctx_distill.seeds import run_seed
 from ctx_distill.tasks.corrected_pairs import CorrectedPairs
 from ctx_distill.tasks.moving_average import MovingAverage
 from ctx_distill.tasks.predict import join_rows
@@ -140,7 +141,7 @@ class FalseNegatives:
         self.known = torch.tensor([bool(text) for text in reports.reports])
 
     def _quantile(self, rows: Tensor, columns: Tensor, study: Tensor) -> float:
-        drawn = sample_similarities(rows, columns, study=study, pairs=PAIRS)
+        drawn = sample_similarities(rows, columns, study=study, pairs=PAIRS, seed=run_seed())
         return threshold_from_quantile(drawn, self.settings.quantile)
 
     def features(self, batch: CTBatch) -> dict[str, Tensor]:
@@ -166,7 +167,7 @@ class FalseNegatives:
         outputs = []
         # Neither the sample nor its reading may move the random state that the rest of the stage draws from.
         with torch.random.fork_rng(devices=[]):
-            drawn = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:MEASURED_VOLUMES]
+            drawn = torch.randperm(len(train), generator=torch.Generator().manual_seed(run_seed()))[:MEASURED_VOLUMES]
             taken = np.zeros(len(train), dtype=bool)
             taken[drawn.numpy()] = True
             measured = train.where(taken)
