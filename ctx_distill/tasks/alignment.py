@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,10 +38,10 @@ from ctx_distill.tasks.objective import Objective, SoftTargetSettings, check_obj
 from ctx_distill.tasks.predict import predict_rows
 from ctx_distill.tasks.prior import PriorSettings, ProjectionPrior
 from ctx_distill.tasks.report_tower import TextSettings, build_report_tower
+from ctx_distill.tasks.report_views import report_views
 from ctx_distill.tasks.survival import SurvivalSettings
 from ctx_distill.tasks.teacher import open_queries, open_teacher
 from ctx_distill.tasks.training_reports import TrainingReports
-from ctx_distill.text.report import sample_sentences
 from ctx_distill.types import CTBatch
 
 
@@ -232,14 +231,6 @@ class AlignmentTask(TrainedTask):
             if "pairs" in state:  # a checkpoint of before they were recorded: they count from here on
                 self.false_negatives.pairs.load_state(state["pairs"])
 
-    def _views(self, batch: CTBatch) -> list[str]:
-        """This epoch's view of each report: a function of epoch and row alone."""
-        views = []
-        for row, report in zip(batch.row.tolist(), batch.report, strict=True):
-            rng = random.Random(f"{self.current_epoch}-{row}")
-            views.append(sample_sentences(report, rng) if rng.random() < self.subset_share else report)
-        return views
-
     def transfer_batch_to_device(self, batch: CTBatch, device: torch.device, dataloader_idx: int) -> CTBatch:
         """With `micro_batch`, the volumes of a training batch stay on the host until they are encoded."""
 
@@ -259,10 +250,10 @@ class AlignmentTask(TrainedTask):
         a volume, and gathers wait for `_contrast`.
         """
         image, output = self.dual.encode_alone(self.augmentation(batch.volume, self.row_seeds(batch.row)))
-        text = self.dual.encode_text(self._views(batch))
+        text = self.dual.encode_text(report_views(batch.report, self.row_seeds(batch.row, "view"), self.subset_share))
         if self.entity_masking is None:
             return image, text
-        seeds = [f"masking-{self.current_epoch}-{row}" for row in batch.row.tolist()]
+        seeds = self.row_seeds(batch.row, "masking")
         return image, text, *self.entity_masking(self.dual.text_encoder, batch.report, seeds, output.tokens)
 
     def _contrast(self, image: Tensor, text: Tensor, batch: CTBatch) -> dict[str, Tensor]:

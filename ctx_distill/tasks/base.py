@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -37,6 +36,7 @@ from ctx_distill.distributed import (
 from ctx_distill.files import write_json
 from ctx_distill.models.compute import ComputeSettings, check_compiler
 from ctx_distill.models.ct_encoder import CTEncoder
+from ctx_distill.seeds import seed_of
 from ctx_distill.tasks.curves import cut_logs, join_history
 from ctx_distill.tasks.epoch_means import EpochMeans
 from ctx_distill.tasks.sharding import Shards, by_layout, shard_for_training
@@ -202,14 +202,14 @@ class TrainedTask(StageTask):
         rows = ",".join(str(row) for row in batch.row.tolist())
         self._order = hashlib.sha256(f"{self._order} {rows}".encode()).hexdigest()
 
-    def row_seeds(self, rows: Tensor) -> list[int]:
-        """A seed a row, of the run, the epoch and the row alone: what is drawn from it does not depend on the rank,
-        the place in the batch, or on whether the run was stopped."""
-        run = os.environ.get("PL_GLOBAL_SEED", "0")
-        return [
-            int.from_bytes(hashlib.sha256(f"{run} {self.current_epoch} {row}".encode()).digest()[:7], "big")
-            for row in rows.tolist()
-        ]
+    def row_seeds(self, rows: Tensor, *purpose: str) -> list[int]:
+        """Return one seed per row: a function of the run's seed, the epoch, the row and what it is for.
+
+        Args:
+            rows: (b,) manifest rows.
+            purpose: tells draws of one row apart; none for the augmentation.
+        """
+        return [seed_of(self.current_epoch, row, *purpose) for row in rows.tolist()]
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Groups for the optimizer; `lr_factor` scales a group's learning rate."""

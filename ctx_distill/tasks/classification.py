@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +24,7 @@ from ctx_distill.metrics.operating import THRESHOLD_RULE, choose_thresholds
 from ctx_distill.models.ct_encoder import CTEncoder
 from ctx_distill.models.dual_encoder import DualEncoder
 from ctx_distill.models.heads import FindingsHead
+from ctx_distill.seeds import run_seed
 from ctx_distill.tasks.base import TrainedTask, adamw, check_volume_spec, decay_groups, last_values
 from ctx_distill.tasks.layer_decay import layer_groups
 from ctx_distill.tasks.pooled_features import features_key, write_features
@@ -107,7 +107,7 @@ class ClassifierTask(TrainedTask):
         if not names:
             raise InputError(f"{datamodule.manifest.path}: has no label:<finding> columns; the classifier needs them.")
         with torch.random.fork_rng(devices=[]):  # DDP seeds anew before `setup`, one process does not
-            torch.manual_seed(int(os.environ.get("PL_GLOBAL_SEED", "0")))
+            torch.manual_seed(run_seed())
             self.head = FindingsHead(self.encoder.embed_dim, len(names))
         labels = datamodule.manifest.split("train").labels()
         positives, negatives = (labels == 1).sum(axis=0), (labels == 0).sum(axis=0)
