@@ -39,6 +39,7 @@ from ctx_distill.tasks.objective import Objective, SoftTargetSettings, check_obj
 from ctx_distill.tasks.predict import predict_rows
 from ctx_distill.tasks.prior import PriorSettings, ProjectionPrior
 from ctx_distill.tasks.report_tower import TextSettings, build_report_tower
+from ctx_distill.tasks.row_features import MEMORY_GB
 from ctx_distill.tasks.survival import SurvivalSettings
 from ctx_distill.tasks.teacher import open_queries, open_teacher
 from ctx_distill.tasks.training_reports import TrainingReports
@@ -70,6 +71,8 @@ class AlignmentTask(TrainedTask):
             and gradients stay those of the whole batch (`ctx_distill.losses.cached`); None encodes the whole batch.
         storage: type in which a batch's volumes wait on the host where `micro_batch` is set.
         masking: entity-focused masking beside the contrast; it needs a bidirectional text tower that learns.
+        cache_gb: gigabytes of projections' frozen features (with `keep.projection`) to keep in memory, per rank: 2 KB per row
+            at 512 dimensions. Further ones are computed again.
         optimizer: see `TrainedTask`.
         scheduler: see `TrainedTask`.
         warmup: see `TrainedTask`.
@@ -98,6 +101,7 @@ class AlignmentTask(TrainedTask):
         micro_batch: int | None = None,
         storage: HostStorage = "float32",
         masking: MaskingSettings = MaskingSettings(),
+        cache_gb: float = MEMORY_GB,
         optimizer: OptimizerCallable = adamw,
         scheduler: LRSchedulerCallable | None = None,
         warmup: float = 0.05,
@@ -135,6 +139,7 @@ class AlignmentTask(TrainedTask):
         self.text_source = (expert, expert_revision)
         self.model: DualEncoder | None = None
         self.robust, self.keep, self.subset_share = robust, keep, subset_share
+        self.cache_gb = cache_gb
         self.augmentation, self.chunk = augmentation, chunk
         self.moving_average: MovingAverage | None = None
         self.training_reports: TrainingReports | None = None
@@ -209,7 +214,9 @@ class AlignmentTask(TrainedTask):
         if self.robust.evidence:
             self.false_negatives = FalseNegatives(self.robust, self.training_reports, self.lookup, self.moving_average)
         if self.keep.weight > 0:
-            self.keep_targets = KeepTargets(self.keep, self.training_reports, self.lookup.store, self.dual.embed_dim)
+            self.keep_targets = KeepTargets(
+                self.keep, self.training_reports, self.lookup.store, self.dual.embed_dim, self.cache_gb
+            )
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The text tower in groups of its own, by its `lr_factor`."""

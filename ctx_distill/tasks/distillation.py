@@ -38,7 +38,7 @@ from ctx_distill.tasks.distillation_targets import (
 from ctx_distill.tasks.lookup_cost import LookupClock
 from ctx_distill.tasks.predict import predict_rows, study_means
 from ctx_distill.tasks.prompting import pair_probabilities, prompt_features
-from ctx_distill.tasks.row_features import ReportFeatures
+from ctx_distill.tasks.row_features import MEMORY_GB, ReportFeatures
 from ctx_distill.tasks.survival import SurvivalSettings
 from ctx_distill.tasks.teacher import open_queries, open_teacher
 from ctx_distill.text.report import sample_sentences
@@ -89,6 +89,8 @@ class DistillationTask(TrainedTask):
         bank_size: X-rays of the bank.
         vocabulary: findings whose prompts are anchors, and that the re-rank reads from the reports.
         augmentation: of the volumes.
+        cache_gb: gigabytes of frozen features by row that each cache (whole reports as the index is asked, as anchors;
+            projections) keeps in memory, per rank: 2 KB per row at 512 dimensions. Further ones are computed again.
         optimizer: see `TrainedTask`.
         scheduler: see `TrainedTask`.
         warmup: see `TrainedTask`.
@@ -115,6 +117,7 @@ class DistillationTask(TrainedTask):
         bank_size: int = 1024,
         vocabulary: str = "ct-rate",
         augmentation: Augmentation = Augmentation(),
+        cache_gb: float = MEMORY_GB,
         optimizer: OptimizerCallable = adamw,
         scheduler: LRSchedulerCallable | None = None,
         warmup: float = 0.05,
@@ -134,7 +137,7 @@ class DistillationTask(TrainedTask):
         self.store = store
         self.teachers, self.neighbours = teachers, neighbours
         self.oracle: OracleTeacher | None = None
-        self.own_projection = ProjectionTeacher()
+        self.own_projection = ProjectionTeacher(cache_gb)
         self.encoder = encoder
         self.projection = ProjectionHead(encoder.embed_dim, store.value_dim)
         self.weights, self.schedule = weights, schedule
@@ -149,8 +152,8 @@ class DistillationTask(TrainedTask):
                 raise InputError(f"stage 2: {name} is {value}; expected a temperature above 0, such as 0.05.")
         self.augmentation = augmentation
         asked = open_queries(teacher, store)
-        self._queries = ReportFeatures(asked)
-        self._anchor_texts = self._queries if asked is teacher else ReportFeatures(teacher)
+        self._queries = ReportFeatures(asked, cache_gb)
+        self._anchor_texts = self._queries if asked is teacher else ReportFeatures(teacher, cache_gb)
         self.retrieved = RetrievedTeacher(store, neighbours, vocabulary, self._queries)
         self.lookup_clock = LookupClock()
         self._steps, self._warned = 1, False
