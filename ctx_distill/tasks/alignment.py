@@ -388,8 +388,7 @@ class AlignmentTask(TrainedTask):
         val = datamodule.with_text(datamodule.manifest.split("val"))
         if len(val) > 1:
             found = predict_rows(trainer, self, datamodule.loader(val), list(val.frame.index))
-            similarity = (found["text"].double() @ found["image"].double().T).numpy()
             codes = val.study_codes()
-            metrics |= recall_at_k(similarity, codes, codes, ks=(1, 5, 10))
+            metrics |= recall_at_k(found["text"].numpy(), found["image"].numpy(), codes, codes, ks=(1, 5, 10))
             metrics["recall_at_5_random"] = min(1.0, 5 / len(val))
         return metrics
