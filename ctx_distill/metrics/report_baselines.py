@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ctx_distill.distributed import gather_objects, own_share
 from ctx_distill.metrics.bootstrap import Groups, interval
 from ctx_distill.metrics.generation import HEADLINES, generation_report
 from ctx_distill.metrics.score_blocks import Candidates
@@ -32,9 +31,8 @@ def nearest_reports(queries: Floats, keys: Floats, reports: Sequence[str]) -> li
         keys: (M, D) unit rows, M at least 1.
         reports: M.
     """
-    blocks = Candidates(keys).blocks(np.asarray(queries)[own_share(len(queries))])
-    nearest = gather_objects([place for block in blocks for place in block.nearest().tolist()])
-    return [reports[place] for place in nearest]
+    nearest = Candidates(keys).of_all(queries, lambda block: block.nearest().tolist())
+    return [reports[place] for block in nearest for place in block]
 
 
 def most_frequent_report(reports: Sequence[str]) -> str:

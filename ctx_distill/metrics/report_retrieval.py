@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ctx_distill.distributed import gather_objects, own_share
 from ctx_distill.metrics.bootstrap import Groups, bootstrap, bootstrap_mean
 from ctx_distill.metrics.score_blocks import Candidates, Floats, ScoreBlock
 
@@ -49,9 +48,7 @@ def report_retrieval(
     metrics: dict[str, Any] = {"studies": len(x), "identical_reports": int((alike > 1).sum())}
     ranks: dict[str, dict[str, Floats]] = {}
     for direction, queries, pool in zip(DIRECTIONS, (t, x), (x, t), strict=True):
-        mine = own_share(len(x))
-        parts = [_block_ranks(block, group, mine.start) for block in Candidates(pool).blocks(queries[mine])]
-        found = gather_objects(parts)
+        found = Candidates(pool).of_all(queries, functools.partial(_block_ranks, group=group))
         names = ("rank", "strict_rank", "nearest")
         ranks[direction] = {name: np.concatenate([np.zeros(0), *(part[name] for part in found)]) for name in names}
         told: dict[str, Any] = {}
@@ -69,12 +66,12 @@ def report_retrieval(
     return metrics, ranks
 
 
-def _block_ranks(block: ScoreBlock, group: NDArray[np.intp], start: int) -> dict[str, Floats]:
-    """`rank`, `strict_rank` and `nearest` (n,) of a block of the queries from `start` on, whose reports have groups (S,)."""
-    own = np.arange(len(group))[start:][block.rows, None]
+def _block_ranks(block: ScoreBlock, group: NDArray[np.intp]) -> dict[str, Floats]:
+    """`rank`, `strict_rank` and `nearest` (n,) of a block of studies whose reports have groups (S,)."""
+    studies = np.arange(len(group))
     return {
-        "rank": block.ranks(group[own] == group),
-        "strict_rank": block.ranks(own == np.arange(len(group))),
+        "rank": block.ranks(group[block.rows, None] == group),
+        "strict_rank": block.ranks(studies[block.rows, None] == studies),
         "nearest": block.nearest().astype(np.float64),
     }
 

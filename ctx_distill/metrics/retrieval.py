@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ctx_distill.distributed import gather_objects, own_share
 from ctx_distill.metrics.bootstrap import Groups, bootstrap_mean
 from ctx_distill.metrics.score_blocks import CELLS, Candidates, Floats
 
@@ -197,10 +196,9 @@ def best_ranks(
             " (M, D) with N and M studies."
         )
     codes = np.unique(np.concatenate(ids), return_inverse=True)[1].reshape(-1)
-    own, others = codes[: len(x)][own_share(len(x))], codes[len(x) :]
-    blocks = Candidates(y).blocks(x[own_share(len(x))], cells)
-    ranks = [block.ranks(own[block.rows, None] == others) for block in blocks]
-    return np.concatenate([np.zeros(0), *gather_objects(ranks)])
+    asked, others = codes[: len(x)], codes[len(x) :]
+    ranks = Candidates(y).of_all(x, lambda block: block.ranks(asked[block.rows, None] == others), cells)
+    return np.concatenate([np.zeros(0), *ranks])
 
 
 def recall_at_k(

@@ -7,11 +7,13 @@ Scores that lie closer together are computed again, one pair at a time, by a sum
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+T = TypeVar("T")
 Floats = NDArray[np.float64]
 CELLS = 4_000_000
 """Cells of a query-by-candidate matrix that are held at once: 32 MB of scores, and about 100 MB with what is derived from them."""
@@ -34,16 +36,26 @@ class Candidates:
         self._largest = float(np.linalg.norm(self.features, axis=1).max()) if len(self.features) else 0.0
         self._first: NDArray[np.intp] | None = None
 
-    def blocks(self, queries: ArrayLike, cells: int = CELLS) -> Iterator[ScoreBlock]:
-        """Yield the scores of all queries (N, D) in order, at most `cells` of them at once but one query at least.
+    def of_all(self, queries: ArrayLike, evaluate: Callable[[ScoreBlock], T], cells: int = CELLS) -> list[T]:
+        """Return what `evaluate` makes of the scores of all queries, block by block in their order.
+
+        Collective: the ranks of a run share the queries, and each returns all results.
+
+        Args:
+            queries: (N, D), the same on every rank.
+            evaluate: gives something that can be pickled.
+            cells: of the matrix that are held at once; one query at least.
 
         Raises:
-            ValueError: a feature is not finite, or has another number of dimensions.
+            ValueError: a feature is not finite.
         """
+        from ctx_distill.distributed import gather_objects, own_share  # torch: a complete run is reported without it
+
         given = _finite(queries)
-        step = max(1, cells // max(1, len(self.features)))
-        for start in range(0, len(given), step):
-            yield ScoreBlock(given[start : start + step], start, self)
+        mine, step = own_share(len(given)), max(1, cells // max(1, len(self.features)))
+        starts = range(len(given))[mine][::step]
+        stop = min(len(given), mine.stop)
+        return gather_objects([evaluate(ScoreBlock(given, slice(i, min(stop, i + step)), self)) for i in starts])
 
     def exact(self, query: Floats, columns: NDArray[np.intp]) -> Floats:
         """Return the scores of a query (D,) with some candidates; each depends on its pair alone, to the last bit."""
@@ -78,11 +90,11 @@ class ScoreBlock:
         rows: which of all queries these are.
     """
 
-    def __init__(self, queries: Floats, start: int, candidates: Candidates) -> None:
-        self.rows = slice(start, start + len(queries))
-        self._queries, self._candidates = queries, candidates
-        self._scores: Floats = queries @ candidates.features.T
-        self._slack = candidates.slack(queries)[:, None]
+    def __init__(self, queries: Floats, rows: slice, candidates: Candidates) -> None:
+        self.rows = rows
+        self._queries, self._candidates = queries[rows], candidates
+        self._scores: Floats = self._queries @ candidates.features.T
+        self._slack = candidates.slack(self._queries)[:, None]
 
     def ranks(self, positive: NDArray[np.bool_]) -> Floats:
         """Return the rank of each query's best positive (n,), 1 the best; NaN without a positive.

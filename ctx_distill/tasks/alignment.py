@@ -40,6 +40,7 @@ from ctx_distill.tasks.predict import predict_rows
 from ctx_distill.tasks.prior import PriorSettings, ProjectionPrior
 from ctx_distill.tasks.report_tower import TextSettings, build_report_tower
 from ctx_distill.tasks.row_features import MEMORY_GB
+from ctx_distill.tasks.row_tables import RowTables
 from ctx_distill.tasks.survival import SurvivalSettings
 from ctx_distill.tasks.teacher import open_queries, open_teacher
 from ctx_distill.tasks.training_reports import TrainingReports
@@ -71,8 +72,9 @@ class AlignmentTask(TrainedTask):
             and gradients stay those of the whole batch (`ctx_distill.losses.cached`); None encodes the whole batch.
         storage: type in which a batch's volumes wait on the host where `micro_batch` is set.
         masking: entity-focused masking beside the contrast; it needs a bidirectional text tower that learns.
-        cache_gb: gigabytes of projections' frozen features (with `keep.projection`) to keep in memory, per rank: 2 KB per row
-            at 512 dimensions. Further ones are computed again.
+        cache_gb: gigabytes of the training reports' tables (embeddings, retrieved features) in memory, per rank: 2 KB per row
+            and table at 512 dimensions; further tables are mapped files in the stage's folder. Also of projections' frozen
+            features (with `keep.projection`); further ones are computed again.
         optimizer: see `TrainedTask`.
         scheduler: see `TrainedTask`.
         warmup: see `TrainedTask`.
@@ -210,13 +212,16 @@ class AlignmentTask(TrainedTask):
             )  # fmt: skip
         device = self.trainer.strategy.root_device
         teacher, queries = self._teacher[0].to(device), self._queries[0].to(device)
-        self.training_reports = TrainingReports(datamodule.training_rows(), teacher, queries)
+        tables = RowTables(self.cache_gb, Path(self.trainer.default_root_dir))
+        self.training_reports = TrainingReports(datamodule.training_rows(), teacher, queries, tables)
         if self.robust.evidence:
             self.false_negatives = FalseNegatives(self.robust, self.training_reports, self.lookup, self.moving_average)
         if self.keep.weight > 0:
             self.keep_targets = KeepTargets(
                 self.keep, self.training_reports, self.lookup.store, self.dual.embed_dim, self.cache_gb
             )
+        if rank() == 0 and tables.held_bytes + tables.mapped_bytes:
+            print(f"stage 3: tables of the training reports: {tables.describe()}")
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The text tower in groups of its own, by its `lr_factor`."""

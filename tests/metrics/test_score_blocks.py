@@ -13,7 +13,7 @@ import torch
 from ctx_distill.metrics.report_baselines import nearest_reports
 from ctx_distill.metrics.report_retrieval import report_retrieval
 from ctx_distill.metrics.retrieval import best_ranks
-from ctx_distill.metrics.score_blocks import Candidates
+from ctx_distill.metrics.score_blocks import Candidates, ScoreBlock
 
 DIM = 96
 Floats = np.ndarray[Any, np.dtype[np.float64]]
@@ -60,11 +60,17 @@ def test_ranks_do_not_depend_on_the_block(cells: int) -> None:
 @pytest.mark.parametrize("cells", [1, 11 * 60, 10**9])
 def test_the_first_of_equal_candidates_is_nearest(cells: int) -> None:
     queries, candidates, _ = features()
-    blocks = list(Candidates(candidates).blocks(queries, cells))
-    assert max(block.rows.stop - block.rows.start for block in blocks) == max(1, min(60, cells // 60))
-    found = np.concatenate([block.nearest() for block in blocks])
+    sizes: list[int] = []
+
+    def nearest(block: ScoreBlock) -> list[int]:
+        sizes.append(block.rows.stop - block.rows.start)
+        places: list[int] = block.nearest().tolist()
+        return places
+
+    found = [place for block in Candidates(candidates).of_all(queries, nearest, cells) for place in block]
+    assert max(sizes) == max(1, min(60, cells // 60))
     expected = [row.tolist().index(row.max()) for row in exact(queries, candidates)]
-    assert found.tolist() == expected
+    assert found == expected
     names = [f"report {place}" for place in range(60)]
     assert nearest_reports(queries, candidates, names) == [names[place] for place in expected]
 
