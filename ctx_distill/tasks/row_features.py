@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import lightning as L
@@ -85,9 +86,8 @@ class RowFeatures:
             rows: b manifest rows, at least one.
             compute: gives the features (1, ...) of one place in `rows`; called for rows that are not kept.
         """
-        return torch.stack(
-            [self._memory.get(row, lambda p=place, r=row: self._find(r, p, compute)) for place, row in enumerate(rows)]
-        )
+        finds = (partial(self._find, row, place, compute) for place, row in enumerate(rows))
+        return torch.stack([self._memory.get(row, find) for row, find in zip(rows, finds, strict=True)])
 
     def _find(self, row: int, place: int, compute: Callable[[list[int]], Tensor]) -> Tensor:
         found = self._scratch.read(row) if self._scratch is not None else None

@@ -194,7 +194,7 @@ def _header_bytes(rows: int) -> int:
 def _bytes(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous tensor on the CPU, without a copy."""
     array: NDArray[np.uint8] = tensor.flatten().view(torch.uint8).numpy()
-    return memoryview(array)
+    return array.data
 
 
 def _checksum(tensor: Tensor) -> bytes:

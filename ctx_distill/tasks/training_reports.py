@@ -55,7 +55,9 @@ class TrainingReports:
         own = self.queries is self.expert or not self.expert.has_text
         asked = self.embeddings if own else self._encoded(self.queries)
         # In parts: a lookup holds the k neighbours of each of its queries in float64.
-        return self.tables.collect(len(self), (lookup(part)["features"] for part in asked.split(PART)))
+        return self.tables.collect(
+            len(self), (lookup(asked[i : i + PART])["features"] for i in range(0, len(asked), PART))
+        )
 
     def _encoded(self, encoder: ReportEncoder) -> Tensor:
         parts = (self.reports[start : start + PART] for start in range(0, len(self), PART))
