@@ -77,8 +77,7 @@ def measure_sweeps(preset: str, where: str, again: int) -> dict[str, float]:
     compute(0)
     with tempfile.TemporaryDirectory(dir=".") as folder:
         features = RowFeatures(CacheSettings(**LIMITS[where]))
-        strategy = SimpleNamespace(broadcast=lambda value: value, barrier=lambda name: None)
-        trainer: Any = SimpleNamespace(strategy=strategy, local_rank=0, node_rank=0, default_root_dir=folder)
+        trainer: Any = SimpleNamespace(local_rank=0, node_rank=0, default_root_dir=folder)
         features.open_disk(trainer, range(rows))
         sums: list[float] = []
         found = {"megabytes": measure(lambda: sums.append(sweep(features)))["megabytes"], "rows": rows}

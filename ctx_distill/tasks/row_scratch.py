@@ -24,6 +24,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ctx_distill.distributed import barrier, gather_objects
+
 PAGE = 4096
 _PREFIX = "row-features-"
 
@@ -140,7 +142,7 @@ def open_scratch(trainer: L.Trainer, folder: Path | None, disk_gb: float, rows: 
     """Open one file for all ranks of this machine; collective.
 
     Args:
-        trainer: knows the ranks; its `default_root_dir` is the stage's folder.
+        trainer: knows the machines; its `default_root_dir` is the stage's folder.
         folder: where the file is; None takes the stage's folder.
         disk_gb: gigabytes that the file may take, at most half of the free space; 0 opens none.
         rows: see `RowScratch`.
@@ -151,7 +153,7 @@ def open_scratch(trainer: L.Trainer, folder: Path | None, disk_gb: float, rows: 
     if disk_gb <= 0 or not rows:
         return None
     own = Path(trainer.default_root_dir)
-    token = trainer.strategy.broadcast(uuid.uuid4().hex)
+    token = gather_objects([uuid.uuid4().hex])[0]
     path = (folder or own) / f"{_PREFIX}{token}-{trainer.node_rank}"
     first_on_machine = trainer.local_rank == 0
     scratch = None
@@ -165,13 +167,13 @@ def open_scratch(trainer: L.Trainer, folder: Path | None, disk_gb: float, rows: 
             RowScratch.create(path, len(rows))
     except OSError as error:
         _warn(path, error)
-    trainer.strategy.barrier("row scratch made")
+    barrier()
     try:
         free = shutil.disk_usage(path.parent).free
         scratch = RowScratch(path, rows, min(int(disk_gb * 1e9), free // 2))
     except OSError as error:
         _warn(path, error)
-    trainer.strategy.barrier("row scratch open")
+    barrier()
     if first_on_machine:
         with contextlib.suppress(OSError):
             path.unlink(missing_ok=True)

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ctx_distill import distributed
@@ -30,18 +29,8 @@ def feature(row: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def trainer_of(folder: Path) -> Any:
-    """What `open_disk` asks of a trainer, over the process group of the tests' pool, or one process."""
-
-    def broadcast(value: str) -> str:
-        values = [value]
-        if distributed.world_size() > 1:
-            dist.broadcast_object_list(values)
-        return values[0]
-
-    strategy = SimpleNamespace(broadcast=broadcast, barrier=lambda name=None: distributed.barrier())
-    return SimpleNamespace(
-        strategy=strategy, local_rank=distributed.rank(), node_rank=0, default_root_dir=str(folder)
-    )  # fmt: skip
+    """What `open_disk` asks of a trainer: all ranks of the tests' pool are on one machine."""
+    return SimpleNamespace(local_rank=distributed.rank(), node_rank=0, default_root_dir=str(folder))
 
 
 def ask(features: RowFeatures, rows: list[int], dtype: torch.dtype = torch.float32) -> tuple[Tensor, list[int]]:
