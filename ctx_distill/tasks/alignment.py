@@ -342,6 +342,8 @@ class AlignmentTask(TrainedTask):
     def on_train_epoch_end(self) -> None:
         """Log the means, how many pairs the epoch suspected and corrected, and how right it was."""
         super().on_train_epoch_end()
+        if self.keep_targets is not None:
+            self.keep_targets.projection.features.report_once("stage 3: features of projections")
         if self.false_negatives is not None:
             # Counted on the global batch, so the same on every rank.
             for name, value in self.false_negatives.drain_counts().items():

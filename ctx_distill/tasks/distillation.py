@@ -206,6 +206,13 @@ class DistillationTask(TrainedTask):
         """A step begins."""
         self.lookup_clock.restart()
 
+    def on_train_epoch_end(self) -> None:
+        """Log the means, and once what the caches of frozen features hold."""
+        super().on_train_epoch_end()
+        self._queries.whole.report_once("stage 2: features of whole reports")
+        self._anchor_texts.whole.report_once("stage 2: features of whole reports as anchors")
+        self.own_projection.features.report_once("stage 2: features of projections")
+
     def on_validation_end(self) -> None:
         """A validation is no part of the next step."""
         self.lookup_clock.restart()

@@ -130,6 +130,8 @@ class RetrievedTeacher:
     def prepare(self, rows: Sequence[int], reports: Sequence[str], device: torch.device, batch: int = 64) -> None:
         """Look all rows up, once; from then on they are not looked up again. Collective: ranks share the work.
 
+        The result takes 4 D_v bytes per row on every rank: 2 KB at D_v = 512. `live` keeps nothing of it.
+
         Args:
             rows: N manifest rows, the same on every rank.
             reports: their N whole reports.
@@ -234,13 +236,16 @@ class OracleTeacher:
 class ProjectionTeacher:
     """u'_i = norm(E_v(projection of V_i)): the CT's own digital radiograph through the frozen expert (**ours**).
 
+    Attributes:
+        features: what is kept of them.
+
     Args:
         memory_gb: gigabytes of them to keep in memory, 4 D_e bytes per row (2 KB at D_e = 512); further ones are computed
             again.
     """
 
     def __init__(self, memory_gb: float = MEMORY_GB) -> None:
-        self._features = RowFeatures(CacheSettings(memory_gb=memory_gb, disk_gb=0))
+        self.features = RowFeatures(CacheSettings(memory_gb=memory_gb, disk_gb=0))
 
     def __call__(self, batch: CTBatch, expert: XrayExpert) -> Tensor:
         """(b, D_e) unit rows; each row is embedded once, since the projection is of the file, before augmentation.
@@ -248,7 +253,7 @@ class ProjectionTeacher:
         Raises:
             InputError: the batch carries no projections.
         """
-        features = self._features.get(batch.row.tolist(), lambda new: embed_projection(batch, expert, new))
+        features = self.features.get(batch.row.tolist(), lambda new: embed_projection(batch, expert, new))
         return features.to(batch.row.device)
 
 

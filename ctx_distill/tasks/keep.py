@@ -36,6 +36,10 @@ class KeepTargets:
     """target_i = norm(u*_i + projection u'_i): retrieved X-rays, and the CT's own projection through the expert.
 
     Both depend on the row alone: u* is computed once for all training rows, u' when a row is first seen.
+
+    Attributes:
+        retrieved: (N, D_v) u* of the training rows, 4 D_v bytes each.
+        projection: u', kept within a limit.
     """
 
     def __init__(
@@ -66,7 +70,7 @@ class KeepTargets:
             )
         self.settings, self.reports = settings, reports
         self.retrieved = reports.retrieved(NeighbourLookup(store, min(settings.k, len(store)), "mean"))
-        self._projection = ProjectionTeacher(memory_gb)
+        self.projection = ProjectionTeacher(memory_gb)
 
     def __call__(self, batch: CTBatch) -> Tensor:
         """(b, D_v) unit rows on the batch's device.
@@ -76,6 +80,6 @@ class KeepTargets:
         """
         target = self.retrieved[self.reports.places(batch.row)].to(batch.row.device)
         if self.settings.projection > 0:
-            own = self._projection(batch, self.reports.expert)
+            own = self.projection(batch, self.reports.expert)
             target = F.normalize(target + self.settings.projection * own, dim=-1)
         return target

@@ -101,14 +101,15 @@ class RowFeatures:
         return made
 
     def report_once(self, what: str) -> None:
-        """Print what the cache holds, at the first call on rank zero.
+        """Print what the cache holds, on rank zero, at the first call for which it has been used.
 
         Args:
             what: the stage and its features.
         """
-        if not self._reported and rank() == 0:
-            print(f"{what}: {self.describe()}")
-        self._reported = True
+        if self._row_bytes and not self._reported:
+            self._reported = True
+            if rank() == 0:
+                print(f"{what}: {self.describe()}")
 
     def describe(self) -> str:
         """Return what the cache holds, for the log."""
@@ -129,6 +130,9 @@ class RowFeatures:
 class ReportFeatures:
     """Reports, or views of them, as one frozen encoder embeds them.
 
+    Attributes:
+        whole: what is kept: features of whole reports.
+
     Args:
         encoder: of the reports; no part of the stage's checkpoints.
         memory_gb: gigabytes of features of whole reports to keep in memory, 4 D_t bytes per row (2 KB at D_t = 512);
@@ -137,7 +141,7 @@ class ReportFeatures:
 
     def __init__(self, encoder: ReportEncoder, memory_gb: float = MEMORY_GB) -> None:
         self.encoder = encoder
-        self._whole = RowFeatures(CacheSettings(memory_gb=memory_gb, disk_gb=0))
+        self.whole = RowFeatures(CacheSettings(memory_gb=memory_gb, disk_gb=0))
 
     @torch.no_grad()
     def __call__(self, rows: Tensor, reports: Sequence[str], views: Sequence[str]) -> Tensor:
@@ -158,7 +162,7 @@ class ReportFeatures:
             return self.encoder.encode_text([views[place] for place in places])
 
         if whole:
-            known = self._whole.get([numbers[place] for place in whole], lambda new: embed([whole[i] for i in new]))
+            known = self.whole.get([numbers[place] for place in whole], lambda new: embed([whole[i] for i in new]))
             features[whole] = known.to(features)
         if cut:
             features[cut] = embed(cut).to(features)
