@@ -131,6 +131,12 @@ def own_first_rows(rows: Tensor) -> Tensor:
     return first_rows(gather_with_gradient(rows))[start : start + len(rows)]
 
 
+def own_share(total: int) -> slice:
+    """Return this rank's consecutive part of `total` items; the parts of all ranks in rank order are all items."""
+    share = -(-total // world_size())
+    return slice(rank() * share, (rank() + 1) * share)
+
+
 def gather_objects(items: list[T]) -> list[T]:
     """Items of all ranks in rank order, pickled between this run's own processes (texts, names; no tensors of a GPU).
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ctx_distill.checkpoint import hash_json, require_same
 from ctx_distill.data.augment import Augmentation
 from ctx_distill.data.datamodules import CTDataModule
-from ctx_distill.distributed import gather_with_gradient, run_on_rank_zero, world_size
+from ctx_distill.distributed import gather_with_gradient, rank, run_on_rank_zero, world_size
 from ctx_distill.errors import InputError
 from ctx_distill.losses.contrastive import contrastive_loss
 from ctx_distill.losses.distillation import pair_loss
@@ -39,6 +39,8 @@ from ctx_distill.tasks.predict import predict_rows
 from ctx_distill.tasks.prior import PriorSettings, ProjectionPrior
 from ctx_distill.tasks.report_tower import TextSettings, build_report_tower
 from ctx_distill.tasks.report_views import report_views
+from ctx_distill.tasks.row_features import MEMORY_GB
+from ctx_distill.tasks.row_tables import RowTables
 from ctx_distill.tasks.survival import SurvivalSettings
 from ctx_distill.tasks.teacher import open_queries, open_teacher
 from ctx_distill.tasks.training_reports import TrainingReports
@@ -69,6 +71,9 @@ class AlignmentTask(TrainedTask):
             and gradients stay those of the whole batch (`ctx_distill.losses.cached`); None encodes the whole batch.
         storage: type in which a batch's volumes wait on the host where `micro_batch` is set.
         masking: entity-focused masking beside the contrast; it needs a bidirectional text tower that learns.
+        cache_gb: gigabytes of the training reports' tables (embeddings, retrieved features) in memory, per rank: 2 KB per row
+            and table at 512 dimensions; further tables are mapped files in the stage's folder. Also of projections' frozen
+            features (with `keep.projection`); further ones are computed again.
         optimizer: see `TrainedTask`.
         scheduler: see `TrainedTask`.
         warmup: see `TrainedTask`.
@@ -97,6 +102,7 @@ class AlignmentTask(TrainedTask):
         micro_batch: int | None = None,
         storage: HostStorage = "float32",
         masking: MaskingSettings = MaskingSettings(),
+        cache_gb: float = MEMORY_GB,
         optimizer: OptimizerCallable = adamw,
         scheduler: LRSchedulerCallable | None = None,
         warmup: float = 0.05,
@@ -134,6 +140,7 @@ class AlignmentTask(TrainedTask):
         self.text_source = (expert, expert_revision)
         self.model: DualEncoder | None = None
         self.robust, self.keep, self.subset_share = robust, keep, subset_share
+        self.cache_gb = cache_gb
         self.augmentation, self.chunk = augmentation, chunk
         self.moving_average: MovingAverage | None = None
         self.training_reports: TrainingReports | None = None
@@ -204,11 +211,16 @@ class AlignmentTask(TrainedTask):
             )  # fmt: skip
         device = self.trainer.strategy.root_device
         teacher, queries = self._teacher[0].to(device), self._queries[0].to(device)
-        self.training_reports = TrainingReports(datamodule.training_rows(), teacher, queries)
+        tables = RowTables(self.cache_gb, Path(self.trainer.default_root_dir))
+        self.training_reports = TrainingReports(datamodule.training_rows(), teacher, queries, tables)
         if self.robust.evidence:
             self.false_negatives = FalseNegatives(self.robust, self.training_reports, self.lookup, self.moving_average)
         if self.keep.weight > 0:
-            self.keep_targets = KeepTargets(self.keep, self.training_reports, self.lookup.store, self.dual.embed_dim)
+            self.keep_targets = KeepTargets(
+                self.keep, self.training_reports, self.lookup.store, self.dual.embed_dim, self.cache_gb
+            )
+        if rank() == 0 and tables.held_bytes + tables.mapped_bytes:
+            print(f"stage 3: tables of the training reports: {tables.describe()}")
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The text tower in groups of its own, by its `lr_factor`."""
@@ -321,6 +333,8 @@ class AlignmentTask(TrainedTask):
     def on_train_epoch_end(self) -> None:
         """Log the means, how many pairs the epoch suspected and corrected, and how right it was."""
         super().on_train_epoch_end()
+        if self.keep_targets is not None:
+            self.keep_targets.projection.features.report_once("stage 3: features of projections")
         if self.false_negatives is not None:
             # Counted on the global batch, so the same on every rank.
             for name, value in self.false_negatives.drain_counts().items():
@@ -379,8 +393,7 @@ class AlignmentTask(TrainedTask):
         val = datamodule.with_text(datamodule.manifest.split("val"))
         if len(val) > 1:
             found = predict_rows(trainer, self, datamodule.loader(val), list(val.frame.index))
-            similarity = (found["text"].double() @ found["image"].double().T).numpy()
             codes = val.study_codes()
-            metrics |= recall_at_k(similarity, codes, codes, ks=(1, 5, 10))
+            metrics |= recall_at_k(found["text"].numpy(), found["image"].numpy(), codes, codes, ks=(1, 5, 10))
             metrics["recall_at_5_random"] = min(1.0, 5 / len(val))
         return metrics

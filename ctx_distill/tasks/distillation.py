@@ -38,7 +38,7 @@ from ctx_distill.tasks.lookup_cost import LookupClock
 from ctx_distill.tasks.predict import predict_rows, study_means
 from ctx_distill.tasks.prompting import pair_probabilities, prompt_features
 from ctx_distill.tasks.report_views import report_views
-from ctx_distill.tasks.row_features import ReportFeatures
+from ctx_distill.tasks.row_features import MEMORY_GB, ReportFeatures
 from ctx_distill.tasks.survival import SurvivalSettings
 from ctx_distill.tasks.teacher import open_queries, open_teacher
 from ctx_distill.types import CTBatch
@@ -88,6 +88,8 @@ class DistillationTask(TrainedTask):
         bank_size: X-rays of the bank.
         vocabulary: findings whose prompts are anchors, and that the re-rank reads from the reports.
         augmentation: of the volumes.
+        cache_gb: gigabytes of frozen features by row that each cache (whole reports as the index is asked, as anchors;
+            projections) keeps in memory, per rank: 2 KB per row at 512 dimensions. Further ones are computed again.
         optimizer: see `TrainedTask`.
         scheduler: see `TrainedTask`.
         warmup: see `TrainedTask`.
@@ -114,6 +116,7 @@ class DistillationTask(TrainedTask):
         bank_size: int = 1024,
         vocabulary: str = "ct-rate",
         augmentation: Augmentation = Augmentation(),
+        cache_gb: float = MEMORY_GB,
         optimizer: OptimizerCallable = adamw,
         scheduler: LRSchedulerCallable | None = None,
         warmup: float = 0.05,
@@ -133,7 +136,7 @@ class DistillationTask(TrainedTask):
         self.store = store
         self.teachers, self.neighbours = teachers, neighbours
         self.oracle: OracleTeacher | None = None
-        self.own_projection = ProjectionTeacher()
+        self.own_projection = ProjectionTeacher(cache_gb)
         self.encoder = encoder
         self.projection = ProjectionHead(encoder.embed_dim, store.value_dim)
         self.weights, self.schedule = weights, schedule
@@ -148,8 +151,8 @@ class DistillationTask(TrainedTask):
                 raise InputError(f"stage 2: {name} is {value}; expected a temperature above 0, such as 0.05.")
         self.augmentation = augmentation
         asked = open_queries(teacher, store)
-        self._queries = ReportFeatures(asked)
-        self._anchor_texts = self._queries if asked is teacher else ReportFeatures(teacher)
+        self._queries = ReportFeatures(asked, cache_gb)
+        self._anchor_texts = self._queries if asked is teacher else ReportFeatures(teacher, cache_gb)
         self.retrieved = RetrievedTeacher(store, neighbours, vocabulary, self._queries)
         self.lookup_clock = LookupClock()
         self._steps, self._warned = 1, False
@@ -201,6 +204,13 @@ class DistillationTask(TrainedTask):
     def on_train_epoch_start(self) -> None:
         """A step begins."""
         self.lookup_clock.restart()
+
+    def on_train_epoch_end(self) -> None:
+        """Log the means, and once what the caches of frozen features hold."""
+        super().on_train_epoch_end()
+        self._queries.whole.report_once("stage 2: features of whole reports")
+        self._anchor_texts.whole.report_once("stage 2: features of whole reports as anchors")
+        self.own_projection.features.report_once("stage 2: features of projections")
 
     def on_validation_end(self) -> None:
         """A validation is no part of the next step."""

@@ -23,7 +23,7 @@ from ctx_distill.retrieval.lookup import LookupMode, NeighbourLookup
 from ctx_distill.retrieval.store import XrayIndexArtefact
 from ctx_distill.seeds import run_seed
 from ctx_distill.tasks.findings_reader import FindingsReader
-from ctx_distill.tasks.row_features import ReportFeatures, RowFeatures
+from ctx_distill.tasks.row_features import MEMORY_GB, CacheSettings, ReportFeatures, RowFeatures
 from ctx_distill.types import CTBatch
 
 
@@ -136,6 +136,8 @@ class RetrievedTeacher:
     def prepare(self, rows: Sequence[int], reports: Sequence[str], device: torch.device, batch: int = 64) -> None:
         """Look all rows up, once; from then on they are not looked up again. Collective: ranks share the work.
 
+        The result takes 4 D_v bytes per row on every rank: 2 KB at D_v = 512. `live` keeps nothing of it.
+
         Args:
             rows: N manifest rows, the same on every rank.
             reports: their N whole reports.
@@ -246,10 +248,18 @@ class OracleTeacher:
 
 
 class ProjectionTeacher:
-    """u'_i = norm(E_v(projection of V_i)): the CT's own digital radiograph through the frozen expert (**ours**)."""
+    """u'_i = norm(E_v(projection of V_i)): the CT's own digital radiograph through the frozen expert (**ours**).
 
-    def __init__(self) -> None:
-        self._features = RowFeatures()
+    Attributes:
+        features: what is kept of them.
+
+    Args:
+        memory_gb: gigabytes of them to keep in memory, 4 D_e bytes per row (2 KB at D_e = 512); further ones are computed
+            again.
+    """
+
+    def __init__(self, memory_gb: float = MEMORY_GB) -> None:
+        self.features = RowFeatures(CacheSettings(memory_gb=memory_gb, disk_gb=0))
 
     def __call__(self, batch: CTBatch, expert: XrayExpert) -> Tensor:
         """(b, D_e) unit rows; each row is embedded once, since the projection is of the file, before augmentation.
@@ -257,7 +267,8 @@ class ProjectionTeacher:
         Raises:
             InputError: the batch carries no projections.
         """
-        return self._features(batch.row.tolist(), lambda new: embed_projection(batch, expert, new)).to(batch.row.device)
+        features = self.features.get(batch.row.tolist(), lambda new: embed_projection(batch, expert, new))
+        return features.to(batch.row.device)
 
 
 def embed_projection(batch: CTBatch, expert: XrayExpert, places: list[int] | None = None) -> Tensor:
