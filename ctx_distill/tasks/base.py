@@ -129,7 +129,7 @@ class TrainedTask(StageTask):
             self.shards.gather()
         facts = {"steps": trainer.global_step, "data_order": hash_json(gather_objects([self._order]))}
         if self.guard is not None:
-            facts["skipped_steps"] = self.guard.skipped
+            facts |= {"skipped_steps": self.guard.skipped, "clipped_steps": self.guard.clipped}
         if self.select == "best":
             self._load_best(folder)
         self.eval()
@@ -183,7 +183,7 @@ class TrainedTask(StageTask):
             self._identity(folder),
             "val/loss" if selects else None,
         )
-        self.guard = LossGuard(self.survival.explosion, self.survival.largest_skips, self.survival.back_off)
+        self.guard = LossGuard(self.survival.largest_skips)
         return [self.checkpoints, self.guard, Watchdog(self.survival.hang_minutes)]
 
     def rank_state(self) -> dict[str, Any]:
@@ -229,6 +229,18 @@ class TrainedTask(StageTask):
         else:
             scheduler = self.make_scheduler(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as the trainer is set; by norm with the norm that the guard has computed already."""
+        if self.guard is not None and gradient_clip_val and gradient_clip_algorithm != "value":
+            self.guard.clip(optimizer, float(gradient_clip_val))
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def log_terms(self, terms: dict[str, Tensor], split: Literal["train", "val"], rows: int) -> None:
         """Sum named terms for the mean of the epoch, logged at its end as `split/term`.

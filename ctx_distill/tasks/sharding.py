@@ -125,9 +125,8 @@ def shard_for_training(task: L.LightningModule, unfit: dict[str, bool]) -> Shard
             f"trainer.strategy is {type(strategy).__name__}, which divides each node's GPUs for tensor parallelism; set "
             f"--trainer.strategy={NAME}."
         )
-    asked = [
-        name for name, value in {**unfit, "trainer.gradient_clip_val": bool(trainer.gradient_clip_val)}.items() if value
-    ]
+    by_value = bool(trainer.gradient_clip_val) and trainer.gradient_clip_algorithm == "value"
+    asked = [name for name, value in {**unfit, "trainer.gradient_clip_algorithm=value": by_value}.items() if value]
     if asked:
         raise InputError(
             f"{type(task).__name__} with FSDP2 (trainer.strategy {type(strategy).__name__}): {', '.join(asked)} cannot be "
