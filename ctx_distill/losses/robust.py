@@ -213,7 +213,7 @@ def correct(
     candidates = suspects & ~positives
     order = pair_order(candidates, evidence, identity)
     # Positives are symmetric: a row has as many negatives as the column of the same place.
-    limit = (~positives).sum(dim=1, keepdim=True) // 2
+    limit = ((~positives).count_nonzero(dim=1) // 2)[:, None]
     chosen = _strongest(order, limit) & _strongest(order.T, limit).T
     if watch:
         chosen = torch.zeros_like(chosen)
@@ -324,8 +324,8 @@ def identification_quality(
     known = ((labels == 1) | (labels == 0)).float()
     ids = torch.arange(len(labels), device=labels.device) if study is None else study
     scored = (known @ known.T > 0) & (study_targets(ids) == 0)
-    hits = float((suspects & same & scored).sum())
-    suspected, actual = float((suspects & scored).sum()), float((same & scored).sum())
+    hits = float((suspects & same & scored).count_nonzero())
+    suspected, actual = float((suspects & scored).count_nonzero()), float((same & scored).count_nonzero())
     return {
         "hits": hits,
         "suspected": suspected,
