@@ -60,7 +60,7 @@ JOB = --data "$(DATA)" --run "$(RUN)" --preset "$(PRESET)" $(if $(EXPERT),--expe
 .PHONY: help setup demo data expert all stage-1 stage-2 stage-3 stage-4 ablation explorer page compare check lock clean \
 	slurm-stage-1 slurm-stage-2 slurm-stage-3 slurm-stage-4 slurm-expert slurm-prepare slurm-all \
 	test test-quick test-slow test-slurm test-browser test-gpu chaos bench-large-batch bench-data bench-index bench-train bench-processes bench-text \
-	bench-cache bench-retrieval
+	bench-cache bench-retrieval bench-pairs
 
 help: ## list the targets
 	@echo "ctx-distill: chest CT, taught by chest X-ray experts. A research tool, not a medical device."
@@ -203,6 +203,9 @@ bench-train: $(READY) ## stages 2 and 3: volumes a second, waiting, lookup, memo
 
 bench-processes: $(READY) ## stages 2 and 3 on 1, 2 and 4 gloo processes of this machine: ARGS=; minutes
 	@$(VENV)/bin/python benchmarks/processes.py $(ARGS)
+
+bench-pairs: $(READY) ## what stage 3's record of corrected pairs costs beside its loss, at batches of 512 and 2,048; 2 minutes
+	@$(VENV)/bin/python benchmarks/corrected_pairs.py $(ARGS)
 
 bench-text: $(READY) ## the findings extractor against labelled reports, Open-I and the clock: ARGS="--reports FOLDER"; 3 minutes
 	@$(VENV)/bin/python benchmarks/findings.py $(ARGS)

@@ -81,8 +81,3 @@ def pair_order(candidates: Tensor, strength: Tensor, identity: Tensor) -> Tensor
         block |= pair_hashes(identity[part], identity)
         order[part] = block.masked_fill_(~candidates[part], -1)
     return order
-
-
-def strength_of(order: Tensor) -> Tensor:
-    """Return the strengths (float64, in steps of 1 / STEPS) that `pair_order` ranked candidates by."""
-    return (order >> HASH_BITS).double() / STEPS

@@ -213,7 +213,7 @@ def correct(
     candidates = suspects & ~positives
     order = pair_order(candidates, evidence, identity)
     # Positives are symmetric: a row has as many negatives as the column of the same place.
-    limit = (~positives).sum(dim=1, keepdim=True) // 2
+    limit = ((~positives).count_nonzero(dim=1) // 2)[:, None]
     chosen = _strongest(order, limit) & _strongest(order.T, limit).T
     if watch:
         chosen = torch.zeros_like(chosen)
@@ -231,8 +231,8 @@ def correct(
         targets=weights / weights.sum(dim=1, keepdim=True),
         text_targets=weights.T / weights.T.sum(dim=1, keepdim=True),
         denominator=denominator,
-        suspected=candidates.sum(),
-        corrected=chosen.sum(),
+        suspected=candidates.count_nonzero(),
+        corrected=chosen.count_nonzero(),
         pairs=candidates,
         chosen=chosen,
         order=order,
@@ -288,7 +288,23 @@ def threshold_from_quantile(similarities: Tensor | NDArray[np.floating], quantil
 
 
 @torch.no_grad()
-def identification_quality(suspects: Tensor, labels: Tensor, study: Tensor | None = None) -> dict[str, float]:
+def contradictions(labels: Tensor) -> Tensor:
+    """Find the pairs of studies whose labels differ.
+
+    Args:
+        labels: (B, F), 1, 0, -1 (uncertain) or NaN (blank).
+
+    Returns:
+        (B, B) bool: True where a finding is known (1 or 0) of both and differs.
+    """
+    opposed = (labels == 1).float() @ (labels == 0).float().T
+    return (opposed + opposed.T) > 0
+
+
+@torch.no_grad()
+def identification_quality(
+    suspects: Tensor, labels: Tensor, study: Tensor | None = None, contradicted: Tensor | None = None
+) -> dict[str, float]:
     """Precision and recall of the identification against labels, for logs alone.
 
     A pair is a true false negative when two studies have the same label for every finding known (1 or 0) of both;
@@ -298,18 +314,18 @@ def identification_quality(suspects: Tensor, labels: Tensor, study: Tensor | Non
         suspects: (B, B) bool.
         labels: (B, F), 1, 0, -1 (uncertain) or NaN (blank).
         study: (B,) int64; pairs of one study are not scored. Default: all differ.
+        contradicted: (B, B) bool, `contradictions` of the labels where they are at hand.
 
     Returns:
         Counts `hits`, `suspected`, `actual` (sum them over batches for an epoch's figures), and this batch's
         `precision` and `recall`, NaN where not defined.
     """
-    present, absent = (labels == 1).float(), (labels == 0).float()
-    same = (present @ absent.T + absent @ present.T) == 0
-    known = present + absent
+    same = ~(contradictions(labels) if contradicted is None else contradicted)
+    known = ((labels == 1) | (labels == 0)).float()
     ids = torch.arange(len(labels), device=labels.device) if study is None else study
     scored = (known @ known.T > 0) & (study_targets(ids) == 0)
-    hits = float((suspects & same & scored).sum())
-    suspected, actual = float((suspects & scored).sum()), float((same & scored).sum())
+    hits = float((suspects & same & scored).count_nonzero())
+    suspected, actual = float((suspects & scored).count_nonzero()), float((same & scored).count_nonzero())
     return {
         "hits": hits,
         "suspected": suspected,

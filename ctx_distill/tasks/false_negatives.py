@@ -23,6 +23,7 @@ from ctx_distill.losses.robust import (
     Correction,
     CorrectionMode,
     EvidenceKind,
+    contradictions,
     correct,
     ema_evidence,
     findings_evidence,
@@ -260,15 +261,14 @@ class FalseNegatives:
         counts["suspected"] += float(correction.suspected)
         counts["corrected"] += float(correction.corrected)
         counts["pairs"] += len(study) * (len(study) - 1)
-        labels = None
+        labels = contradicted = None
         if batch.labels is not None and batch.labels.shape[1]:
             labels = gather_with_gradient(batch.labels)
-            quality = identification_quality(suspects, labels, study)
+            contradicted = contradictions(labels)
+            quality = identification_quality(suspects, labels, study, contradicted)
             for name, count in {"hits": "hits", "scored": "suspected", "actual": "actual"}.items():
                 counts[name] += quality[count]
-        self.pairs.observe(
-            correction, evidence, gathered, study, self.all_thresholds(), self.settings.combine, labels, epoch
-        )
+        self.pairs.observe(correction, evidence, study, labels, contradicted, epoch)
         return contrastive_loss(
             image, text, logit_scale, targets=correction.targets, text_targets=correction.text_targets,
             denominator=correction.denominator, chunk=chunk,

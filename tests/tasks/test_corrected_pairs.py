@@ -14,7 +14,14 @@ from torch.nn import functional as F
 
 from ctx_distill.losses.contrastive import study_targets
 from ctx_distill.losses.pair_order import study_identity
-from ctx_distill.losses.robust import correct, identify
+from ctx_distill.losses.robust import (
+    contradictions,
+    correct,
+    ema_evidence,
+    findings_evidence,
+    identify,
+    report_evidence,
+)
 from ctx_distill.tasks.corrected_pairs import CorrectedPairs
 
 STUDIES, BATCH, STEPS = 40, 12, 30
@@ -41,11 +48,11 @@ def batches() -> list[Tensor]:
 def take(record: CorrectedPairs, study: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
     """A step of a global batch, in which a study may stand twice; gives what was suspected and corrected."""
     rows = embeddings()[study]
-    evidence = {"report": rows @ rows.T}
+    evidence = {"report": report_evidence(rows)}
     suspects, strength = identify(evidence, THRESHOLDS)
     identity = study_identity([ids()[code] for code in study.tolist()])
     correction = correct(study_targets(study), suspects, strength, "relabel", watch=epoch < 1, identity=identity)
-    record.observe(correction, evidence, {"report": rows}, study, THRESHOLDS, "any", labels()[study], epoch)
+    record.observe(correction, evidence, study, labels()[study], contradictions(labels()[study]), epoch)
     return correction.pairs, correction.chosen
 
 
@@ -116,6 +123,65 @@ def test_the_place_in_the_batch_changes_nothing() -> None:
         take(one, study, 0)
         take(other, study.flip(0), 0)
     assert one.frame(ids(), THRESHOLDS).equals(other.frame(ids(), THRESHOLDS))
+
+
+class EveryPair(CorrectedPairs):
+    """Takes every suspected pair of a batch to the host, as a plain count would."""
+
+    def _select(self, order: Tensor, contradicted: Tensor | None) -> tuple[Tensor, Tensor]:
+        del contradicted
+        i, j = (order >= 0).nonzero(as_tuple=True)
+        return i, j
+
+
+@pytest.mark.parametrize("kinds", [("findings",), ("report", "findings"), ("findings", "ema")])
+def test_few_pairs_go_to_the_host_and_nothing_that_is_kept_is_lost(kinds: tuple[str, ...]) -> None:
+    draw = torch.Generator().manual_seed(7)
+    images, size = 300, 64
+    study = torch.arange(images) if "ema" in kinds else torch.arange(images) // 2
+    codes = study.unique()
+    normal = torch.rand(len(codes), generator=draw) < 0.85
+    findings = torch.where(normal[:, None], 0.0, torch.randint(0, 2, (len(codes), 4), generator=draw).float())[study]
+    truth = (torch.rand(len(codes), 3, generator=draw) < 0.1).float()[study]
+    reports = findings @ torch.randn(4, 6, generator=draw) + 1
+    image, text = torch.randn(2, images, 4, generator=draw)
+    identity = study_identity([f"s{code}" for code in study.tolist()])
+    thresholds = {"findings": 1.0, "report": 0.7, "ema": 0.6}
+    record, every = CorrectedPairs(kinds, KEPT), EveryPair(kinds, KEPT)
+    taken: list[int] = []
+    for step in range(24):
+        rows = torch.randperm(images, generator=draw)[:size]
+        evidence = {
+            "findings": findings_evidence(findings[rows]),
+            "report": report_evidence(reports[rows]),
+            "ema": ema_evidence(image[rows], text[rows]),
+        }
+        evidence = {kind: evidence[kind] for kind in kinds}
+        found, strength = identify(evidence, {kind: thresholds[kind] for kind in kinds})
+        fix = correct(study_targets(study[rows]), found, strength, "mask", watch=step < 4, identity=identity[rows])
+        labels = truth[rows]
+        taken.append(len(record._select(fix.order, contradictions(labels))[0]))
+        for one in (record, every):
+            one.observe(fix, evidence, study[rows], labels, contradictions(labels), step // 6)
+    names = {int(code): f"s{code}" for code in codes}
+    frame = record.frame(names, thresholds)
+    assert len(frame) >= max(KEPT.values())  # a pair may be kept for two reasons
+    pd.testing.assert_frame_equal(frame, every.frame(names, thresholds))
+    assert record.totals == every.totals
+    assert record.totals["suspected"] > 24 * 1000
+    assert max(taken) < 500  # of more than 1,000 in each batch
+
+
+def test_the_record_of_an_older_checkpoint_begins_anew() -> None:
+    record = CorrectedPairs(("report",), KEPT)
+    take(record, batches()[0], 1)
+    state = record.state()
+    for table in state["tables"].values():
+        del table["order"]
+    resumed = CorrectedPairs(("report",), KEPT)
+    resumed.load_state(state)
+    assert resumed.totals == record.totals
+    assert resumed.frame(ids(), THRESHOLDS).empty
 
 
 @pytest.mark.full
