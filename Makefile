@@ -59,7 +59,8 @@ JOB = --data "$(DATA)" --run "$(RUN)" --preset "$(PRESET)" $(if $(EXPERT),--expe
 
 .PHONY: help setup demo data expert all stage-1 stage-2 stage-3 stage-4 ablation explorer page compare check lock clean \
 	slurm-stage-1 slurm-stage-2 slurm-stage-3 slurm-stage-4 slurm-expert slurm-prepare slurm-all \
-	test test-quick test-slow test-slurm test-browser test-gpu chaos bench-large-batch bench-data bench-index bench-train bench-processes bench-text
+	test test-quick test-slow test-slurm test-browser test-gpu chaos bench-large-batch bench-data bench-index bench-train bench-processes bench-text \
+	bench-cache bench-retrieval
 
 help: ## list the targets
 	@echo "ctx-distill: chest CT, taught by chest X-ray experts. A research tool, not a medical device."
@@ -187,6 +188,12 @@ bench-data: $(READY) ## volumes a second and memory of reading CTs, beside MONAI
 
 bench-index: $(READY) ## build, lookup, recall and memory of the X-ray index at 100 thousand and 1 million rows; 30 minutes
 	@$(VENV)/bin/python benchmarks/index.py $(ARGS)
+
+bench-cache: $(READY) ## features of frozen towers kept in memory, on disk, or computed again: memory and time; 5 minutes
+	@$(VENV)/bin/python benchmarks/row_cache.py $(ARGS)
+
+bench-retrieval: $(READY) ## retrieval ranks over all studies in blocks, beside keeping every similarity: memory and time: ARGS=; 5 minutes
+	@$(VENV)/bin/python benchmarks/retrieval_ranks.py $(ARGS)
 
 chaos: $(READY) ## kill stages at random moments, finish them, compare with runs that never stopped: N= SEED=
 	@$(VENV)/bin/python tests/surviving/chaos.py --n $(or $(N),50) $(if $(filter command line,$(origin SEED)),--seed $(SEED))

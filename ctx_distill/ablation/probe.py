@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ctx_distill.checkpoint import load_weights, read_artefact
@@ -124,7 +123,6 @@ def report_recall(artefact: Path, scored: Manifest, image: Tensor) -> dict[str, 
     model, _ = DualEncoder.load(artefact)
     reports = [scored.report(row) for row in scored.frame.index]
     text = torch.cat([model.encode_text(reports[start : start + 64]) for start in range(0, len(reports), 64)])
-    similarity: NDArray[np.float32] = (text @ image.T).numpy()
     codes = scored.study_codes()
-    found = recall_at_k(similarity, codes, codes, ks=(5, 10, 50))
+    found = recall_at_k(text.numpy(), image.numpy(), codes, codes, ks=(5, 10, 50))
     return {f"report_{name}": float(value) for name, value in found.items() if "at" in name and value is not None}

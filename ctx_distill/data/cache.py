@@ -22,6 +22,16 @@ class TensorCache:
         self.held_bytes = 0
         self._kept: dict[Hashable, Tensor] = {}
 
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._kept
+
+    def fits(self, tensor: Tensor) -> bool:
+        """Whether there is room for one more tensor of this size."""
+        return self.held_bytes + tensor.nbytes <= self.limit_bytes
+
     def get(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
         """The tensor of a key, made when it is not kept."""
         return self.get_all((key,), lambda: (make(),))[0]
@@ -32,10 +42,9 @@ class TensorCache:
             return tuple(self._kept[key] for key in keys)
         made = make()
         for key, tensor in zip(keys, made, strict=True):
-            size = tensor.element_size() * tensor.nelement()
-            if key not in self._kept and self.held_bytes + size <= self.limit_bytes:
+            if key not in self._kept and self.fits(tensor):
                 self._kept[key] = tensor
-                self.held_bytes += size
+                self.held_bytes += tensor.nbytes
         return made
 
 

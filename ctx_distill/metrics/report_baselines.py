@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ctx_distill.metrics.bootstrap import Groups, interval
 from ctx_distill.metrics.generation import HEADLINES, generation_report
+from ctx_distill.metrics.score_blocks import Candidates
 from ctx_distill.text.findings import Vocabulary
 
 Floats = NDArray[np.floating[Any]]
@@ -23,13 +24,15 @@ _SENTENCE = re.compile(r"(?<=[.?!])\s+")
 def nearest_reports(queries: Floats, keys: Floats, reports: Sequence[str]) -> list[str]:
     """The report of the training study whose image embedding is closest to each query's, by cosine; the first of ties.
 
+    Collective: the ranks of a run share the queries.
+
     Args:
         queries: (N, D) unit rows.
         keys: (M, D) unit rows, M at least 1.
         reports: M.
     """
-    nearest = np.argmax(np.asarray(queries, np.float64) @ np.asarray(keys, np.float64).T, axis=1)
-    return [reports[place] for place in nearest]
+    nearest = Candidates(keys).of_all(queries, lambda block: block.nearest().tolist())
+    return [reports[place] for block in nearest for place in block]
 
 
 def most_frequent_report(reports: Sequence[str]) -> str:

@@ -15,17 +15,18 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ctx_distill.metrics.bootstrap import Groups, bootstrap, bootstrap_mean
-from ctx_distill.metrics.retrieval import Floats, best_ranks
+from ctx_distill.metrics.score_blocks import Candidates, Floats, ScoreBlock
 
 RANKS = (1, 5, 10, 50, 100)
 DIRECTIONS = ("report_to_volume", "volume_to_report")
-_BLOCK = 512
 
 
 def report_retrieval(
     image: ArrayLike, text: ArrayLike, reports: Sequence[str], patients: Groups, seed: int = 0, n: int = 1000
 ) -> tuple[dict[str, Any], dict[str, dict[str, Floats]]]:
     """Both directions, with intervals over patients (the queries are resampled, the pool stays as it is).
+
+    Collective: the ranks of a run share the queries. Similarities are held a block at a time (`metrics/score_blocks.py`).
 
     Args:
         image: (S, D) unit rows, one a study.
@@ -43,17 +44,13 @@ def report_retrieval(
     """
     x, t = np.asarray(image, dtype=np.float64), np.asarray(text, dtype=np.float64)
     group = np.unique([" ".join(report.lower().split()) for report in reports], return_inverse=True)[1].reshape(-1)
-    own, alike = np.arange(len(x)), np.bincount(group)[group].astype(np.float64)
+    alike = np.bincount(group)[group].astype(np.float64)
     metrics: dict[str, Any] = {"studies": len(x), "identical_reports": int((alike > 1).sum())}
     ranks: dict[str, dict[str, Floats]] = {}
     for direction, queries, pool in zip(DIRECTIONS, (t, x), (x, t), strict=True):
-        parts = [(slice(i, i + _BLOCK), queries[i : i + _BLOCK] @ pool.T) for i in range(0, len(x), _BLOCK)]
-        found = {
-            "rank": [best_ranks(cosine, group[rows], group) for rows, cosine in parts],
-            "strict_rank": [best_ranks(cosine, own[rows], own) for rows, cosine in parts],
-            "nearest": [cosine.argmax(1).astype(np.float64) for _, cosine in parts],
-        }
-        ranks[direction] = {name: np.concatenate(blocks) if blocks else np.zeros(0) for name, blocks in found.items()}
+        found = Candidates(pool).of_all(queries, functools.partial(_block_ranks, group=group))
+        names = ("rank", "strict_rank", "nearest")
+        ranks[direction] = {name: np.concatenate([np.zeros(0), *(part[name] for part in found)]) for name in names}
         told: dict[str, Any] = {}
         for prefix in ("", "strict_"):
             rank = ranks[direction][f"{prefix}rank"]
@@ -67,6 +64,16 @@ def report_retrieval(
             told[f"{prefix}median_rank"] = bootstrap(median, patients, n, seed).as_json()
         metrics[direction] = told
     return metrics, ranks
+
+
+def _block_ranks(block: ScoreBlock, group: NDArray[np.intp]) -> dict[str, Floats]:
+    """`rank`, `strict_rank` and `nearest` (n,) of a block of studies whose reports have groups (S,)."""
+    studies = np.arange(len(group))
+    return {
+        "rank": block.ranks(group[block.rows, None] == group),
+        "strict_rank": block.ranks(studies[block.rows, None] == studies),
+        "nearest": block.nearest().astype(np.float64),
+    }
 
 
 def _median(rank: Floats, rows: NDArray[np.intp]) -> float:

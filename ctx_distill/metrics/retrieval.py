@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ctx_distill.metrics.bootstrap import Groups, bootstrap_mean
+from ctx_distill.metrics.score_blocks import CELLS, Candidates, Floats
 
-Floats = NDArray[np.float64]
 _BLOCK = 4_000_000
 """Cells of a query-by-pool matrix that are held at once."""
 
@@ -168,53 +168,60 @@ def _mean(values: Floats) -> float | None:
     return float(values.mean()) if len(values) else None
 
 
-def best_ranks(similarity: ArrayLike, query_studies: Groups, candidate_studies: Groups) -> Floats:
-    """The rank of each query's best positive, 1 the best: (N,), NaN for a query without a positive.
+def best_ranks(
+    queries: ArrayLike, candidates: ArrayLike, query_studies: Groups, candidate_studies: Groups, cells: int = CELLS
+) -> Floats:
+    """Return the rank of each query's best positive by inner product, 1 the best: (N,), NaN for a query without a positive.
 
     Candidates of the query's own study are all positives (images and reports of one study are duplicates): they do
-    not push each other down. Ties count against the query, so a constant similarity gives the worst rank.
+    not push each other down. Ties count against the query, so a constant similarity gives the worst rank. Collective:
+    the ranks of a run share the queries; the result does not depend on how many they are, or on `cells`.
 
     Args:
-        similarity: (N, M), larger is nearer.
+        queries: (N, D) features.
+        candidates: (M, D) features.
         query_studies: N study ids.
         candidate_studies: M study ids.
+        cells: of the N x M similarities, held at once.
 
     Raises:
-        ValueError: shapes that do not fit, or NaN.
+        ValueError: shapes that do not fit, or features that are not finite.
     """
-    scores = np.asarray(similarity, dtype=np.float64)
-    queries, candidates = np.asarray(query_studies), np.asarray(candidate_studies)
-    if scores.shape != (len(queries), len(candidates)):
-        raise ValueError(f"similarity is {scores.shape}, expected ({len(queries)}, {len(candidates)}).")
-    if np.isnan(scores).any():
-        raise ValueError("similarity holds NaN: the embeddings are not numbers.")
-    ranks = np.full(len(queries), np.nan)
-    for i, row in enumerate(scores):
-        positive = candidates == queries[i]
-        if positive.any():
-            ranks[i] = 1 + int((row[~positive] >= row[positive].max()).sum())
-    return ranks
+    x, y = np.asarray(queries, dtype=np.float64), np.asarray(candidates, dtype=np.float64)
+    ids = np.asarray(query_studies), np.asarray(candidate_studies)
+    fit = x.ndim == y.ndim == 2 and x.shape[1] == y.shape[1]
+    if not fit or (len(x), len(y)) != (len(ids[0]), len(ids[1])):
+        raise ValueError(
+            f"queries are {x.shape} with {len(ids[0])} studies, candidates {y.shape} with {len(ids[1])}; expected (N, D) and"
+            " (M, D) with N and M studies."
+        )
+    codes = np.unique(np.concatenate(ids), return_inverse=True)[1].reshape(-1)
+    asked, others = codes[: len(x)], codes[len(x) :]
+    ranks = Candidates(y).of_all(x, lambda block: block.ranks(asked[block.rows, None] == others), cells)
+    return np.concatenate([np.zeros(0), *ranks])
 
 
 def recall_at_k(
-    similarity: ArrayLike,
+    queries: ArrayLike,
+    candidates: ArrayLike,
     query_studies: Groups,
     candidate_studies: Groups,
     ks: Sequence[int] = (1, 5, 10, 50, 100),
 ) -> dict[str, float | int | None]:
-    """Recall and median rank of image-to-text or text-to-image retrieval.
+    """Return recall and median rank of image-to-text or text-to-image retrieval; collective (see `best_ranks`).
 
     Args:
-        similarity: (N, M).
+        queries: (N, D) features.
+        candidates: (M, D) features.
         query_studies: N study ids.
-        candidate_studies: M study ids; duplicates of a study are all positives (see `best_ranks`).
+        candidate_studies: M study ids; duplicates of a study are all positives.
         ks: ranks.
 
     Returns:
         `recall_at_k` for k in `ks` and `median_rank`, over the queries that have a positive (None where none has),
         and `queries`, how many those are.
     """
-    ranks = best_ranks(similarity, query_studies, candidate_studies)
+    ranks = best_ranks(queries, candidates, query_studies, candidate_studies)
     ranks = ranks[~np.isnan(ranks)]
     result: dict[str, float | int | None] = {
         f"recall_at_{k}": float((ranks <= k).mean()) if len(ranks) else None for k in ks

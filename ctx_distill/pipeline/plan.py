@@ -6,7 +6,7 @@ Nothing heavy is imported here: `ctx-distill all` sees within a second or two th
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from ctx_distill.errors import InputError
-from ctx_distill.files import hash_file, hash_json
+from ctx_distill.files import hash_file, hash_json, restore_folder
 
 
 @dataclass(frozen=True)
@@ -153,12 +153,39 @@ def override_for(stage: Stage, arguments: Iterable[str]) -> list[str]:
 def source_fingerprint(source: str | Path) -> str:
     """Fingerprint of an artefact folder or of an expert's folder, from its files; a hub name stands for itself."""
     folder = Path(source)
+    restore_folder(folder)
     if not folder.is_dir():
         return str(source)
     files = sorted(path for pattern in ("*.json", "*.safetensors", "*.bin") for path in folder.glob(pattern))
     return hash_json({path.name: hash_file(path) for path in files})
 
 
+WITHOUT_EFFECT = ("cache", "cache_gb")
+"""Arguments of a stage's model that change no result, only where features are kept (`tasks/row_features.py`)."""
+
+
 def request_key(config: Mapping[str, Any], overrides: list[str], inputs: Mapping[str, str], version: str) -> str:
-    """The key of what is asked of a stage: equal keys mean that a finished stage need not run again."""
-    return hash_json({"config": dict(config), "overrides": overrides, "inputs": dict(inputs), "version": version})
+    """Return the key of what is asked of a stage: equal keys mean that a finished stage need not run again.
+
+    Settings that change no result (`WITHOUT_EFFECT`) are left out, in the layers and in the overrides.
+    """
+    counted = copy.deepcopy(dict(config))
+    model = counted.get("model")
+    arguments = model.get("init_args") if isinstance(model, dict) else None
+    if isinstance(arguments, dict):
+        for name in WITHOUT_EFFECT:
+            arguments.pop(name, None)
+    key = {"config": counted, "overrides": list(_with_effect(overrides)), "inputs": dict(inputs), "version": version}
+    return hash_json(key)
+
+
+def _with_effect(overrides: Iterable[str]) -> Iterator[str]:
+    """The overrides without those of `WITHOUT_EFFECT`, whether written `--name=value` or `--name value`."""
+    counts = True
+    for argument in overrides:
+        if argument.startswith("--"):
+            path = argument.removeprefix("--").partition("=")[0].split(".")
+            name = [part for part in path if part != "init_args"][:2]
+            counts = not (len(name) == 2 and name[0] == "model" and name[1] in WITHOUT_EFFECT)
+        if counts:
+            yield argument

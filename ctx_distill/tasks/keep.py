@@ -11,6 +11,7 @@ from ctx_distill.errors import InputError
 from ctx_distill.retrieval.lookup import NeighbourLookup
 from ctx_distill.retrieval.store import XrayIndexArtefact
 from ctx_distill.tasks.distillation_targets import ProjectionTeacher
+from ctx_distill.tasks.row_features import MEMORY_GB
 from ctx_distill.tasks.training_reports import TrainingReports
 from ctx_distill.types import CTBatch
 
@@ -35,9 +36,20 @@ class KeepTargets:
     """target_i = norm(u*_i + projection u'_i): retrieved X-rays, and the CT's own projection through the expert.
 
     Both depend on the row alone: u* is computed once for all training rows, u' when a row is first seen.
+
+    Attributes:
+        retrieved: (N, D_v) u* of the training rows, 4 D_v bytes each.
+        projection: u', kept within a limit.
     """
 
-    def __init__(self, settings: KeepSettings, reports: TrainingReports, store: XrayIndexArtefact, space: int) -> None:
+    def __init__(
+        self,
+        settings: KeepSettings,
+        reports: TrainingReports,
+        store: XrayIndexArtefact,
+        space: int,
+        memory_gb: float = MEMORY_GB,
+    ) -> None:
         """Look all training reports up.
 
         Args:
@@ -45,6 +57,7 @@ class KeepTargets:
             reports: of the training rows.
             store: the X-ray index.
             space: dimension of the features that are to be near the targets.
+            memory_gb: see `ProjectionTeacher`.
 
         Raises:
             InputError: they do not lie in the space of the X-rays' features.
@@ -57,7 +70,7 @@ class KeepTargets:
             )
         self.settings, self.reports = settings, reports
         self.retrieved = reports.retrieved(NeighbourLookup(store, min(settings.k, len(store)), "mean"))
-        self._projection = ProjectionTeacher()
+        self.projection = ProjectionTeacher(memory_gb)
 
     def __call__(self, batch: CTBatch) -> Tensor:
         """(b, D_v) unit rows on the batch's device.
@@ -67,6 +80,6 @@ class KeepTargets:
         """
         target = self.retrieved[self.reports.places(batch.row)].to(batch.row.device)
         if self.settings.projection > 0:
-            own = self._projection(batch, self.reports.expert)
+            own = self.projection(batch, self.reports.expert)
             target = F.normalize(target + self.settings.projection * own, dim=-1)
         return target

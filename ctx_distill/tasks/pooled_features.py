@@ -1,4 +1,7 @@
-"""The CT encoder's pooled features of a manifest on disk: computed once, read by whatever is fitted on them."""
+"""The CT encoder's pooled features of a manifest on disk: computed once, read by whatever is fitted on them.
+
+They take 4 D_c bytes per row on disk and 8 D_c bytes where they are read: 3 and 6 KB at D_c = 768, so 6 GB at a million rows.
+"""
 
 from __future__ import annotations
 

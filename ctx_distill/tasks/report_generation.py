@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ctx_distill.data.datamodules import CTDataModule
 from ctx_distill.data.manifest import Manifest
-from ctx_distill.distributed import gather_objects, own_first_rows, rank
+from ctx_distill.distributed import gather_objects, own_first_rows, rank, run_on_rank_zero
 from ctx_distill.files import write_text
 from ctx_distill.losses.report import IGNORE, report_loss
 from ctx_distill.metrics.report_baselines import beside_baselines, most_frequent_report, nearest_reports
@@ -28,7 +28,7 @@ from ctx_distill.models.lora import LoraSettings
 from ctx_distill.models.report_decoder import ReportDecoder
 from ctx_distill.models.sampling import SamplingSettings
 from ctx_distill.tasks.base import TrainedTask, adamw, check_volume_spec, last_values
-from ctx_distill.tasks.row_features import RowFeatures
+from ctx_distill.tasks.row_features import CacheSettings, RowFeatures
 from ctx_distill.tasks.survival import SurvivalSettings
 from ctx_distill.text.findings import load_vocabulary, vocabulary_for
 from ctx_distill.types import CTBatch, InputError
@@ -54,6 +54,7 @@ class ReportTask(TrainedTask):
         lora: train adapters of `source` alone, for large models.
         extras: scores that need Java or weights: meteor, radgraph, chexbert, green.
         vocabulary: findings for the clinical score where the manifest has no label columns.
+        cache: where the frozen encoder's tokens are kept: 4 D_c bytes per token, 21 MB per volume with the preset `base`.
         optimizer: see `TrainedTask`.
         scheduler: see `TrainedTask`.
         warmup: see `TrainedTask`.
@@ -79,6 +80,7 @@ class ReportTask(TrainedTask):
         lora: LoraSettings | None = None,
         extras: Sequence[Extra] = (),
         vocabulary: str = "ct-rate",
+        cache: CacheSettings = CacheSettings(),
         optimizer: OptimizerCallable = adamw,
         scheduler: LRSchedulerCallable | None = None,
         warmup: float = 0.05,
@@ -102,7 +104,7 @@ class ReportTask(TrainedTask):
         self.vocabulary = vocabulary
         self._writes = True
         self.decoder: ReportDecoder | None = None
-        self._tokens = RowFeatures()
+        self._tokens = RowFeatures(cache)
 
     def run(self, trainer: L.Trainer, datamodule: L.LightningDataModule, folder: Path) -> dict[str, Any]:
         """Make the decoder; its vocabulary comes from the `train` reports alone. Then train."""
@@ -123,15 +125,31 @@ class ReportTask(TrainedTask):
                 self.decoder = small_decoder(
                     texts, Path(scratch), width, places, max_length=self.max_length, **self.sizes
                 )
-        return super().run(trainer, datamodule, folder)
+        try:
+            return super().run(trainer, datamodule, folder)
+        finally:
+            self._tokens.close()
+
+    def setup(self, stage: str) -> None:
+        """Give the volumes of `train` and `val`, which are seen in every epoch, their places in the cache on disk."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if stage == "fit" and isinstance(datamodule, CTDataModule):
+            val = datamodule.with_text(datamodule.manifest.split("val"))
+            self._tokens.open_disk(self.trainer, [*datamodule.training_rows().frame.index, *val.frame.index])
+
+    def on_train_epoch_end(self) -> None:
+        """Log the means, and once what the cache of tokens holds."""
+        super().on_train_epoch_end()
+        self._tokens.report_once("report: tokens of CT volumes")
 
     def _ct_tokens(self, batch: CTBatch) -> Tensor:
-        """(B, T, D_c), computed once a volume, since the encoder is frozen."""
+        """(B, T, D_c), as the cache has room computed once per volume, since the encoder is frozen."""
         return self._outputs(batch)[:, 1:]
 
     def _outputs(self, batch: CTBatch) -> Tensor:
         """(B, 1 + T, D_c): the encoder's pooled vector, then its tokens."""
-        return self._tokens(batch.row.tolist(), lambda new: self._frozen(batch.volume[new])).to(batch.volume.device)
+        outputs = self._tokens.get(batch.row.tolist(), lambda new: self._frozen(batch.volume[new]))
+        return outputs.to(batch.volume.device)
 
     @torch.no_grad()
     def _frozen(self, volume: Tensor) -> Tensor:
@@ -209,8 +227,8 @@ class ReportTask(TrainedTask):
         """Write the decoder; write and score the reports of the `test` studies, beside the baselines'."""
         assert isinstance(datamodule, CTDataModule)
         assert self.decoder is not None
-        if rank() == 0:
-            save_decoder(self.decoder, folder / "artefact", {"dual-encoder": self.artefact.fingerprint})
+        decoder, upstream = self.decoder, {"dual-encoder": self.artefact.fingerprint}
+        run_on_rank_zero(lambda: save_decoder(decoder, folder / "artefact", upstream))
         metrics = last_values(self)
         test = datamodule.with_text(datamodule.manifest.split("test"))
         test = test.where(~test.frame["study_id"].duplicated().to_numpy())

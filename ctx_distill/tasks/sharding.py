@@ -86,12 +86,18 @@ class Shards:
 
     @torch.no_grad()
     def gather(self) -> None:
-        """Put modules with whole weights back in the task; collective."""
+        """Put modules with whole weights back in the task; collective.
+
+        Lightning has moved the shards to the CPU at the end of the loop, whose tensors NCCL refuses: each goes to the
+        device of its mesh while it is gathered.
+        """
         for sharded, whole in self._pairs:
             values = dict(sharded.named_parameters()) | dict(sharded.named_buffers())
             for name, place in [*whole.named_parameters(), *whole.named_buffers()]:
                 value = values[name]
-                place.copy_(value.full_tensor() if isinstance(value, DTensor) else value)
+                if isinstance(value, DTensor):
+                    value = value.to(value.device_mesh.device_type).full_tensor()
+                place.copy_(value)
             whole.train(sharded.training)
             for parent in list(self._task.modules()):
                 for name, child in list(parent._modules.items()):

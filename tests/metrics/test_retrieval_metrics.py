@@ -130,11 +130,12 @@ def test_common_labels_ignores_case_and_order() -> None:
 
 def test_ranks_by_hand() -> None:
     similarity = np.array([[0.9, 0.8, 0.7, 0.1], [0.9, 0.8, 0.7, 0.1], [0.2, 0.2, 0.2, 0.2], [1, 2, 3, 4]])
-    ranks = best_ranks(similarity, ["a", "b", "c", "z"], ["a", "b", "a", "c"])
+    ranks = best_ranks(similarity, np.eye(4), ["a", "b", "c", "z"], ["a", "b", "a", "c"])
+    # against the unit vectors, similarities are the queries' own features
     # b is behind one image of a and before the other; c ties with all and loses; z has no positive
     assert ranks[:3].tolist() == [1, 2, 4]
     assert math.isnan(ranks[3])
-    result = recall_at_k(similarity, ["a", "b", "c", "z"], ["a", "b", "a", "c"], ks=(1, 2, 4))
+    result = recall_at_k(similarity, np.eye(4), ["a", "b", "c", "z"], ["a", "b", "a", "c"], ks=(1, 2, 4))
     assert result == {
         "recall_at_1": pytest.approx(1 / 3),
         "recall_at_2": pytest.approx(2 / 3),
@@ -142,18 +143,18 @@ def test_ranks_by_hand() -> None:
         "median_rank": 2.0,
         "queries": 3,
     }
-    assert recall_at_k(np.zeros((1, 1)), ["a"], ["b"])["median_rank"] is None
+    assert recall_at_k(np.zeros((1, 1)), np.ones((1, 1)), ["a"], ["b"])["median_rank"] is None
     with pytest.raises(ValueError, match="NaN"):
-        best_ranks([[np.nan]], ["a"], ["a"])
+        best_ranks([[np.nan]], [[1.0]], ["a"], ["a"])
     with pytest.raises(ValueError, match="expected"):
-        best_ranks([[1.0]], ["a", "b"], ["a"])
+        best_ranks([[1.0]], [[1.0]], ["a", "b"], ["a"])
 
 
 def test_duplicates_do_not_push_each_other_down() -> None:
     rng = np.random.default_rng(1)
     studies = np.repeat(np.arange(12), 3)
     similarity = rng.normal(size=(36, 36))
-    for query, rank in enumerate(best_ranks(similarity, studies, studies)):
+    for query, rank in enumerate(best_ranks(similarity, np.eye(36), studies, studies)):
         order = np.argsort(-similarity[query])
         others = list(itertools.takewhile(lambda j, q=query: studies[j] != studies[q], order))
         assert rank == len(others) + 1

@@ -65,3 +65,20 @@ def test_the_key_follows_every_input() -> None:
         request_key({"a": 1}, ["--x=1"], {"ct": "f"}, "0.2"),
     ]
     assert len({base, *others}) == 5
+
+
+def test_where_features_are_kept_is_no_part_of_the_key() -> None:
+    def key(arguments: dict[str, object], overrides: list[str]) -> str:
+        return request_key({"model": {"class_path": "A", "init_args": arguments}}, overrides, {}, "0.1")
+
+    plain = key({"beams": 1}, ["--trainer.max_epochs", "3"])
+    config: dict[str, object] = {"beams": 1, "cache": {"disk_gb": 5.0}, "cache_gb": 2.0}
+    overrides = [
+        "--model.init_args.cache.disk_gb=0", "--trainer.max_epochs", "3", "--model.cache.memory_gb", "1",
+        "--model.init_args.cache", "{memory_gb: 0}", "--model.init_args.cache_gb=0.5",
+    ]  # fmt: skip
+    assert key(config, overrides) == plain
+    assert config["cache"] == {"disk_gb": 5.0}
+    assert key({"beams": 2, "cache": None}, ["--trainer.max_epochs", "3"]) != plain
+    assert key({"beams": 1}, ["--trainer.max_epochs", "3", "--model.init_args.cached=1"]) != plain
+    assert key({"beams": 1}, ["--trainer.max_epochs", "3", "--data.init_args.cache_gb=1"]) != plain

@@ -114,7 +114,7 @@ def test_features_of_a_row_do_not_depend_on_the_batch_that_asked_first(finished_
     asked: list[list[int]] = []
     kept = RowFeatures()
     for part in (rows[:3], rows[1:6]):
-        kept(part, lambda new: (asked.append(new), torch.zeros(1, 2))[1])
+        kept.get(part, lambda new: (asked.append(new), torch.zeros(1, 2))[1])
     assert asked == [[0], [1], [2], [2], [3], [4]]
 
 

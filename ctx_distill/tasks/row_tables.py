@@ -1,0 +1,83 @@
+"""Tables with one row per training row, computed once before a stage: in memory up to a limit, beyond it in a mapped file."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+PART = 4096
+"""Rows that are computed at once."""
+
+
+class RowTables:
+    """Allocates tables within one limit for all of them together.
+
+    A table beyond the limit is a file that is mapped into memory: reading it gives the same bits, and the operating system
+    writes its pages out and drops them when memory is short. The file has no name, so it is freed with the table or when
+    the process ends, however it ends. Its space is allocated first: a full disk is noticed here and not in the middle.
+
+    Attributes:
+        held_bytes: of tables in memory.
+        mapped_bytes: of tables in files.
+    """
+
+    def __init__(self, memory_gb: float, folder: Path | None = None) -> None:
+        """Begin with nothing.
+
+        Args:
+            memory_gb: gigabytes of tables in memory, per rank.
+            folder: where files are made; None keeps everything in memory.
+        """
+        self.limit_bytes, self.folder = memory_gb * 1e9, folder
+        self.held_bytes = self.mapped_bytes = 0
+
+    def collect(self, rows: int, parts: Iterable[Tensor]) -> Tensor:
+        """Return the parts (n, ...) one after the other as a table (rows, ...) on the CPU.
+
+        Args:
+            rows: of all parts together.
+            parts: at least one, of the same type.
+
+        Raises:
+            ValueError: they have another number of rows.
+        """
+        table, at = None, 0
+        for part in parts:
+            if table is None:
+                table = self._empty((rows, *part.shape[1:]), part.dtype)
+            table[at : at + len(part)] = part.cpu()
+            at += len(part)
+        if table is None or at != rows:
+            raise ValueError(f"a table of {rows} rows got {at}.")
+        return table
+
+    def describe(self) -> str:
+        """Return what the tables take, for the log."""
+        return f"{self.held_bytes / 1e9:.3f} GB in this rank's memory, {self.mapped_bytes / 1e9:.3f} GB in mapped files"
+
+    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        count = math.prod(shape)
+        size = count * dtype.itemsize
+        if self.folder is not None and size and self.held_bytes + size > self.limit_bytes:
+            try:
+                with tempfile.TemporaryFile(dir=self.folder) as file:
+                    os.posix_fallocate(file.fileno(), 0, size)
+                    table = torch.from_file(f"/proc/self/fd/{file.fileno()}", shared=True, size=count, dtype=dtype)
+            except OSError as error:
+                warnings.warn(
+                    f"{self.folder}: {error.strerror or error}. A table of {size / 1e9:.1f} GB is kept in memory instead,"
+                    f" beyond the limit of {self.limit_bytes / 1e9:g} GB (cache_gb).",
+                    stacklevel=3,
+                )
+            else:
+                self.mapped_bytes += size
+                return table.view(shape)
+        self.held_bytes += size
+        return torch.empty(shape, dtype=dtype)
