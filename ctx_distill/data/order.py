@@ -122,19 +122,15 @@ class EpochBatches(DistributedSampler[list[int]]):
 
     def __init__(self, items: EpochShuffle, batch_size: int) -> None:
         Sampler.__init__(self)
-        self.items, self.batch_size = items, batch_size
+        self.items, self.batch_size, self.epoch = items, batch_size, items.epoch
         self._resumed: EpochPart | None = None
 
     def __len__(self) -> int:
         return max(len(self.items) // self.batch_size, min(len(self.items), 1))
 
-    @property
-    def epoch(self) -> int:
-        """Which epoch is read."""
-        return self.items.epoch
-
     def set_epoch(self, epoch: int) -> None:
         """Read this epoch from now on."""
+        self.epoch = epoch
         self.items.set_epoch(epoch)
 
     def part(self, epoch: int) -> EpochPart:
