@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 
 from ctx_distill import signals
 from ctx_distill.data.datamodules import ManifestDataModule
+from ctx_distill.data.order import EpochBatches, EpochShuffle
 from ctx_distill.distributed import rank, world_size
 from ctx_distill.tasks.base import TrainedTask
 from ctx_distill.tasks.survival import SurvivalSettings
@@ -196,3 +197,19 @@ def test_a_scheduler_of_the_configuration_goes_on_from_its_step_and_says_so(
     assert second["seen"][0][1] == pytest.approx(RATE * 0.9 ** len(first["seen"]))
     assert second["seen"][1][1] == pytest.approx(RATE * 0.9 ** (len(first["seen"]) + 1))
     assert "counts optimiser steps" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("opened", [False, True])
+@pytest.mark.parametrize(
+    "state", [{"epoch": 1, "items": 10}, {"epoch": 1, "start": 10, "end": 24, "batches": 7, "ranks": 1}]
+)
+def test_the_data_go_on_where_a_checkpoint_stopped(opened: bool, state: dict[str, int]) -> None:
+    """Also a checkpoint of before ranks could change, and one that is restored when the loader is open (FSDP2)."""
+    whole = EpochBatches(EpochShuffle(24, 3), BATCH)
+    whole.set_epoch(1)
+    data = Data(24)
+    loader = data.train_dataloader() if opened else None
+    data.load_state_dict(state)
+    assert data.reopen == opened
+    loader = loader or data.train_dataloader()
+    assert [batch.row.tolist() for batch in loader] == list(whole)[5:]  # type: ignore[attr-defined]
