@@ -2,15 +2,17 @@
 
 A checkpoint is taken **before a training batch**, when everything of the batch before it is done: Lightning's progress
 then says how many batches are complete, and neither a batch nor a log row is lost or doubled. It is taken at the first
-batch of every epoch but the first, every so many minutes, before the last batch of an epoch whose validation takes long,
-when a signal asks the run to stop, and once when training is over.
+batch of every epoch but the first, every so many minutes, before the last step of an epoch whose validation takes long,
+when a signal asks the run to stop, and once when training is over. With gradient accumulation all of these wait for the
+first batch of a step, when no gradients are held that a checkpoint would lose.
 """
 
 from __future__ import annotations
 
 import io
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -20,7 +22,7 @@ import torch
 from ctx_distill import signals
 from ctx_distill.callbacks import random_state
 from ctx_distill.callbacks.checkpoint_files import BEST, LAST, OWN, PREVIOUS, part_of, settle
-from ctx_distill.distributed import any_rank, gather_objects, rank, run_on_rank_zero
+from ctx_distill.distributed import any_rank, gather_objects, rank, run_on_rank_zero, world_size
 from ctx_distill.errors import InputError
 
 LONG_VALIDATION = 60.0
@@ -35,6 +37,21 @@ class Resumable(Protocol):
 
     def load_rank_state(self, state: dict[str, Any]) -> None:
         """Take `rank_state` back."""
+
+    def merge_rank_states(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """One rank's state out of those of another number of ranks."""
+
+    def resume_schedule(self, step: int, in_epoch: int, per_epoch: int) -> None:
+        """Spread what is left of the learning-rate schedule over the steps that are left."""
+
+
+class ResumableData(Protocol):
+    """What a data module knows of an epoch that was interrupted."""
+
+    reopen: bool
+
+    def batches_left(self, most: int) -> int:
+        """Global batches that are left of it, of a whole epoch of `most`."""
 
 
 class Checkpoints(L.Callback):
@@ -74,6 +91,19 @@ class Checkpoints(L.Callback):
                 left.unlink(missing_ok=True)
         self._saved_at = time.monotonic()
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Where the number of ranks has changed, count the epoch's batches and the schedule's steps anew."""
+        if self._restored is None or self._restored["over"]:
+            return
+        data = cast(ResumableData, getattr(trainer, "datamodule", None))
+        regrouped = len(self._restored["ranks"]) != world_size()
+        if regrouped:
+            self._regroup(trainer, cast(Resumable, pl_module), data)
+        if regrouped or getattr(data, "reopen", False):
+            fetcher = trainer.fit_loop._data_fetcher
+            assert fetcher is not None
+            iter(fetcher)  # workers may have read ahead in another order
+
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
@@ -81,11 +111,13 @@ class Checkpoints(L.Callback):
         del batch
         if self._restored is not None:
             self._take_up(trainer, pl_module)
-        last_batch = batch_idx + 1 == trainer.num_training_batches
+        if batch_idx % trainer.accumulate_grad_batches:
+            return  # gradients are held that a checkpoint would lose
+        last_step = batch_idx + trainer.accumulate_grad_batches >= trainer.num_training_batches
         asked, due = any_rank(
             signals.requested() is not None,
             time.monotonic() - self._saved_at >= 60 * self.minutes
-            or (last_batch and self._validation_s >= LONG_VALIDATION),
+            or (last_step and self._validation_s >= LONG_VALIDATION),
         )
         if asked or due or (batch_idx == 0 and trainer.current_epoch > 0):
             self._save(trainer)
@@ -155,21 +187,34 @@ class Checkpoints(L.Callback):
         self.best, self.logged = own["best"], own["logged"]
         self._restored, self._saved_step = own, int(checkpoint["global_step"])
         if own["over"]:
-            cast(Resumable, pl_module).load_rank_state(self._own_rank()["task"])
+            cast(Resumable, pl_module).load_rank_state(self._own_rank(pl_module)["task"])
 
-    def _own_rank(self) -> dict[str, Any]:
+    def _own_rank(self, pl_module: L.LightningModule) -> dict[str, Any]:
+        """This rank's part of the checkpoint; of another number of ranks, the random state of one of them."""
         assert self._restored is not None
         ranks: list[dict[str, Any]] = self._restored["ranks"]
-        return ranks[rank() % len(ranks)]
+        own = ranks[rank() % len(ranks)]
+        if len(ranks) == world_size():
+            return own
+        return {**own, "task": cast(Resumable, pl_module).merge_rank_states([each["task"] for each in ranks])}
+
+    def _regroup(self, trainer: L.Trainer, task: Resumable, data: ResumableData) -> None:
+        assert self._restored is not None
+        if trainer.is_global_zero:
+            print(
+                f"resumed with {world_size()} ranks from a checkpoint of {len(self._restored['ranks'])}: the same schedule, "
+                "each row of the epoch once, but not bit for bit"
+            )
+        batches, together = int(trainer.num_training_batches), trainer.accumulate_grad_batches
+        done = batches - data.batches_left(batches)
+        progress = trainer.fit_loop.epoch_loop.batch_progress.current
+        progress.ready = progress.started = progress.processed = progress.completed = done
+        per_epoch = math.ceil(batches / together)
+        task.resume_schedule(trainer.global_step, per_epoch - done // together, per_epoch)
 
     def _take_up(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert self._restored is not None
-        ranks = len(self._restored["ranks"])
-        if ranks != trainer.world_size and trainer.is_global_zero:
-            print(
-                f"resumed with {trainer.world_size} ranks from a checkpoint of {ranks}: the run goes on, not bit for bit"
-            )
-        own = self._own_rank()
+        own = self._own_rank(pl_module)
         cast(Resumable, pl_module).load_rank_state(own["task"])
         random_state.restore(own)
         # Lightning adds a step to what it restores in mid-epoch, as if the batch were done that is run now.

@@ -109,7 +109,7 @@ class LossGuard(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Remember the rows, and the running statistics as they were before the accumulated step."""
-        if batch_idx % trainer.accumulate_grad_batches == 0:
+        if batch_idx % trainer.accumulate_grad_batches == 0 or not self._rows:
             self._rows, self._losses = [], []
             self._statistics = [(each, each.clone()) for each in _running_statistics(pl_module)]
         self._rows.append(getattr(batch, "row", None))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import socket
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -60,20 +58,6 @@ class RankRecord:
     def where(self) -> str:
         """For a message."""
         return f"training step {self.step}, {self.phase}, at {self.at}"
-
-    def is_gone(self) -> bool:
-        """Whether it is a process of this machine that is no more; False where that cannot be known from here."""
-        if self.host != socket.gethostname():
-            return False
-        try:
-            os.kill(self.pid, 0)
-        except ProcessLookupError:
-            return True
-        except PermissionError:
-            return False
-        with contextlib.suppress(OSError):  # killed, and its parent has not asked yet
-            return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-        return False
 
 
 def record_file(folder: Path, rank: int) -> Path:

@@ -184,7 +184,6 @@ class Watchdog(L.Callback):
         """All records, and the ranks that have ceased to write; takes up to two and a half intervals."""
         first = read_records(self._records, world_size(), self._since)
         unsure = {one for one, record in first.items() if record is not None and not record.ended and one != rank()}
-        silent: set[int] = set()
         end = time.monotonic() + 2.5 * self.interval_s
         while True:
             self._write()
@@ -193,11 +192,8 @@ class Watchdog(L.Callback):
                 before, now = first[one], records[one]
                 if now is None or before is None or now.ended or now.beat != before.beat:
                     unsure.discard(one)
-                elif now.is_gone():
-                    unsure.discard(one)
-                    silent.add(one)
             if not unsure or time.monotonic() >= end:
-                return records, silent | unsure
+                return records, unsure
             time.sleep(self.interval_s / 4)
 
     def _write(self, ended: str = "", hung: bool = False) -> None:

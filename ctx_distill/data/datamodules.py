@@ -26,7 +26,7 @@ from ctx_distill.data.datasets import (
 )
 from ctx_distill.data.index_rows import leave_out_for_index
 from ctx_distill.data.manifest import Manifest, read_manifest
-from ctx_distill.data.order import EpochShuffle, InOrder, Mixing
+from ctx_distill.data.order import EpochBatches, EpochPart, EpochShuffle, InOrder, Mixing
 from ctx_distill.data.prepared import PreparedFolder
 from ctx_distill.data.projection import PROJECTION_VERSION
 from ctx_distill.data.set_aside import SetAside
@@ -60,7 +60,9 @@ class ManifestDataModule(L.LightningDataModule):
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.num_workers, self.seed = num_workers, seed
         self.cache = shared_cache(cache_gb)
-        self._done: dict[str, int] = {}
+        self.batches: EpochBatches | None = None
+        self.reopen = False
+        self._left: dict[str, int] = {}
 
     def describe(self) -> dict[str, Any]:
         """Facts of the data for `run.json`."""
@@ -87,14 +89,13 @@ class ManifestDataModule(L.LightningDataModule):
         """A loader over (part of) a manifest; training shuffles and drops a last batch that is not full."""
         dataset = self.dataset(manifest)
         dataset.replace_unreadable = train
-        batch_size = self.batch_size if train else self.eval_batch_size
-        sampler = self.order(manifest) if train else InOrder(len(manifest))
         kind = PreparedLoader if isinstance(dataset, PreparedDataset) else DataLoader
+        batches: dict[str, Any] = {"sampler": InOrder(len(manifest)), "batch_size": self.eval_batch_size}
+        if train:
+            batches = {"sampler": EpochBatches(self.order(manifest), self.batch_size), "batch_size": None}
         return kind(
             dataset,
-            batch_size=batch_size,
-            sampler=sampler,
-            drop_last=train and len(sampler) >= batch_size,
+            **batches,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             collate_fn=self.collate,
@@ -115,24 +116,56 @@ class ManifestDataModule(L.LightningDataModule):
         rows = self.training_rows()
         self.set_aside = SetAside(len(rows), self.unreadable_share)
         loader = self.loader(rows, train=True)
-        if self._done and isinstance(loader.sampler, EpochShuffle):
-            loader.sampler.go_on(self._done["epoch"], self._done["items"])
-            loader.sampler.set_epoch(self._done["epoch"])  # workers read ahead before Lightning says which epoch it is
+        assert isinstance(loader.sampler, EpochBatches)
+        self.batches = loader.sampler
+        self._resume()
         return loader
 
     def state_dict(self) -> dict[str, Any]:
-        """How far the epoch is, for a checkpoint."""
+        """What is left of the epoch, for a checkpoint."""
         trainer = self.trainer
         assert trainer is not None
+        assert self.batches is not None
         loop = trainer.fit_loop
         # Past the last batch Lightning counts the epoch as done already, and its batches still.
         within = loop.epoch_progress.current.ready > trainer.current_epoch
-        batches = loop.epoch_loop.batch_progress.current.completed if within else 0
-        return {"epoch": trainer.current_epoch, "items": batches * self.batch_size * trainer.world_size}
+        part, most = self.batches.part(trainer.current_epoch), int(trainer.num_training_batches)
+        if part.batches > most:  # limit_train_batches
+            part = replace(part, end=part.after(most).start, batches=most)
+        done = loop.epoch_loop.batch_progress.current.completed - (most - part.batches) if within else 0
+        return dict(vars(part.after(done)))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Begin the epoch where the checkpoint stopped."""
-        self._done = state_dict
+        self._left = state_dict
+        self.reopen = (
+            self.batches is not None
+        )  # FSDP2 restores once the loader is open, and its workers have read ahead
+        self._resume()
+
+    def _resume(self) -> None:
+        if not self._left or self.batches is None:
+            return
+        left = self._left
+        if "items" in left:  # a checkpoint of before the number of ranks could change
+            whole = self.batches.part(left["epoch"])
+            done = left["items"] * whole.batches // whole.end if whole.end else 0
+            self.batches.resume(replace(whole.after(done), epoch=left["epoch"]))
+            return
+        self.batches.resume(EpochPart(**left))
+
+    def batches_left(self, most: int) -> int:
+        """Global batches that are left of the epoch at which the run is resumed, with the ranks that there are now.
+
+        Args:
+            most: batches of a whole epoch.
+        """
+        assert self.batches is not None
+        part = self.batches.part(self._left["epoch"])
+        if part.start > 0 and part.batches > most:
+            part = replace(part, batches=most)
+            self.batches.resume(part)
+        return min(part.batches, most)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Count what could not be read; too much of it ends the run."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any, cast, overload
 
 import numpy as np
 import torch
@@ -82,7 +82,17 @@ class ManifestDataset(Dataset[Item]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> Item:
+    @overload
+    def __getitem__(self, index: int) -> Item: ...
+
+    @overload
+    def __getitem__(self, index: list[int]) -> list[Item]: ...
+
+    def __getitem__(self, index: int | list[int]) -> Item | list[Item]:
+        """One image, or those of a batch."""
+        return [self._readable(one) for one in index] if isinstance(index, list) else self._readable(index)
+
+    def _readable(self, index: int) -> Item:
         unreadable: list[Unreadable] = []
         for place in (np.arange(len(self.rows)) + index) % len(self.rows):
             row = self.rows[place]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -22,8 +22,8 @@ class EpochShuffle(DistributedSampler[int]):
     """A shuffle that is a function of seed and epoch alone, so that a resumed run sees the order it would have seen.
 
     Each rank takes every n-th item of the same shuffle; what does not go into n equal parts is left out of that epoch, so
-    that no item is read twice and all ranks take as many steps. It is a `DistributedSampler` so that Lightning does not wrap
-    it in one of its own, which repeats items to fill up.
+    that no item is read twice and all ranks take as many steps. It is a `DistributedSampler`, as `EpochBatches` is, so that
+    Lightning does not wrap it in one of its own, which repeats items to fill up.
 
     Args:
         size: number of items.
@@ -37,7 +37,6 @@ class EpochShuffle(DistributedSampler[int]):
     ) -> None:
         Sampler.__init__(self)
         self.size, self.seed, self.epoch = size, seed, 0
-        self._done = (-1, 0)
         self.groups, self.shares = groups, dict(shares or {})
         self.taken = self._taken()
         self.length = sum(self.taken.values()) if self.taken else size
@@ -53,25 +52,111 @@ class EpochShuffle(DistributedSampler[int]):
     def __len__(self) -> int:
         return self.length // world_size()
 
-    def go_on(self, epoch: int, done: int) -> None:
-        """Leave out what a stopped run has done of an epoch already.
-
-        Args:
-            epoch: which.
-            done: items of all ranks together.
-        """
-        self._done = (epoch, done)
+    def whole(self) -> NDArray[np.int64]:
+        """(length,) the epoch's items in order, of all ranks together."""
+        generator = torch.Generator().manual_seed(self.seed * _SEED_STEP + self.epoch)
+        order: NDArray[np.int64] = torch.randperm(self.size, generator=generator).numpy()
+        if self.groups is None:
+            return order
+        chosen = [order[self.groups[order] == group][:count] for group, count in self.taken.items()]
+        return order[np.isin(order, np.concatenate(chosen))]
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * _SEED_STEP + self.epoch)
-        order = torch.randperm(self.size, generator=generator).numpy()
-        if self.groups is not None:
-            chosen = [order[self.groups[order] == group][:count] for group, count in self.taken.items()]
-            members = np.isin(order, np.concatenate(chosen))
-            order = order[members]
-        ranks = world_size()
-        done = self._done[1] if self._done[0] == self.epoch else 0
-        yield from order[done + rank() : len(order) // ranks * ranks : ranks].tolist()
+        order, ranks = self.whole(), world_size()
+        yield from order[rank() : len(order) // ranks * ranks : ranks].tolist()
+
+
+@dataclass(frozen=True)
+class EpochPart:
+    """What is left of an epoch, as positions in its order of all ranks together.
+
+    Attributes:
+        epoch: which.
+        start: first position that has not been seen.
+        end: position after the last one that is seen in this epoch.
+        batches: global batches in which the rest is seen.
+        ranks: world size that this is meant for.
+    """
+
+    epoch: int
+    start: int
+    end: int
+    batches: int
+    ranks: int
+
+    def after(self, batches: int) -> EpochPart:
+        """What is left after so many global batches."""
+        start, left = self.start, self.batches
+        for _ in range(batches):
+            start, left = start + -(-(self.end - start) // left), left - 1
+        return replace(self, start=start, batches=left)
+
+    def among(self, ranks: int, batch_size: int, most: int) -> EpochPart:
+        """The same rows for another number of ranks.
+
+        They are spread evenly, so that every rank has rows in every batch. Batches are not larger than usual, unless
+        there would be more of them than in a whole epoch, or the rest would leave a rank without a row.
+
+        Args:
+            ranks: the other number.
+            batch_size: usual rows of a batch, per rank.
+            most: batches of a whole epoch.
+        """
+        if ranks == self.ranks:
+            return self
+        rows = self.end - self.start
+        batches = min(-(-rows // (batch_size * ranks)), rows // ranks, most)
+        return replace(self, batches=max(batches, min(rows, 1)), ranks=ranks)
+
+
+class EpochBatches(DistributedSampler[list[int]]):
+    """This rank's batches of an `EpochShuffle`, for a loader with `batch_size=None`.
+
+    The order is cut into global batches, and each rank takes every n-th item of each. The last batch of an epoch is
+    dropped where it is not full, unless there is no other. A resumed epoch is what its `EpochPart` says.
+
+    Args:
+        items: the order.
+        batch_size: rows of a batch, per rank.
+    """
+
+    def __init__(self, items: EpochShuffle, batch_size: int) -> None:
+        Sampler.__init__(self)
+        self.items, self.batch_size, self.epoch = items, batch_size, items.epoch
+        self._resumed: EpochPart | None = None
+
+    def __len__(self) -> int:
+        return max(len(self.items) // self.batch_size, min(len(self.items), 1))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Read this epoch from now on."""
+        self.epoch = epoch
+        self.items.set_epoch(epoch)
+
+    def part(self, epoch: int) -> EpochPart:
+        """What this process reads of an epoch: all of it, or what a stopped run has left of it."""
+        if self._resumed is not None and self._resumed.epoch == epoch:
+            return self._resumed
+        rows = len(self) * min(self.batch_size, len(self.items)) * world_size()
+        return EpochPart(epoch, 0, rows, len(self), world_size())
+
+    def resume(self, part: EpochPart) -> None:
+        """Read what a stopped run, of any number of ranks, has left of an epoch.
+
+        An epoch of which nothing was seen is read as if it had begun here.
+        """
+        anew = part.start == 0 and part.ranks != world_size()
+        self._resumed = None if anew else part.among(world_size(), self.batch_size, len(self))
+        self.set_epoch(part.epoch)  # workers read ahead before Lightning says which epoch it is
+
+    def __iter__(self) -> Iterator[list[int]]:
+        part, order = self.part(self.epoch), self.items.whole()
+        while part.batches:
+            rest = part.after(1)
+            rows = order[part.start : rest.start].tolist()
+            own = rows[rank() :: world_size()]
+            yield own or rows[-1:]  # fewer rows are left than there are ranks: the last one is seen more than once
+            part = rest
 
 
 class InOrder(DistributedSampler[int]):

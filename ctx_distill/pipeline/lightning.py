@@ -105,7 +105,7 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", message=".*number of training batches .* is smaller than the logging interval.*")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
-    warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")  # it is: `EpochShuffle.go_on`
+    warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")  # it is: `EpochBatches.resume`
     warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", message="The `srun` command is available on your system but is not used.*")
     warnings.filterwarnings("ignore", message=".*when logging on epoch level in distributed setting.*")

@@ -6,8 +6,7 @@ import hashlib
 import json
 import math
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator
-from functools import partial
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,6 +38,7 @@ from ctx_distill.models.ct_encoder import CTEncoder
 from ctx_distill.seeds import seed_of
 from ctx_distill.tasks.curves import cut_logs, join_history
 from ctx_distill.tasks.epoch_means import EpochMeans
+from ctx_distill.tasks.schedule import WarmupCosine
 from ctx_distill.tasks.sharding import Shards, by_layout, shard_for_training
 from ctx_distill.tasks.survival import SurvivalSettings
 
@@ -100,6 +100,7 @@ class TrainedTask(StageTask):
         self.survival = survival
         self.checkpoints: Checkpoints | None = None
         self.guard: LossGuard | None = None
+        self.schedule: WarmupCosine | None = None
         self._means = {split: EpochMeans() for split in ("train", "val")}
         self._order = ""
 
@@ -196,6 +197,37 @@ class TrainedTask(StageTask):
             means.load(state["means"][split])
         self._order = state["order"]
 
+    def merge_rank_states(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """One rank's state out of those of another number of ranks.
+
+        What is summed is of the global batch, and so the same on every rank. The orders are chained to one.
+        """
+        return {**states[0], "order": hash_json([state["order"] for state in states])}
+
+    def resume_schedule(self, step: int, in_epoch: int, per_epoch: int) -> None:
+        """Have the default schedule go on as a function of the share of the training that is done.
+
+        A schedule of a configuration's own counts optimiser steps, of which there is another number now.
+
+        Args:
+            step: optimiser steps so far.
+            in_epoch: steps that are left of the epoch at hand.
+            per_epoch: steps of a whole epoch.
+        """
+        epochs, most = self.trainer.max_epochs or 0, self.trainer.max_steps
+        if self.schedule is None:
+            if rank() == 0:
+                print(
+                    "the learning-rate scheduler of this configuration counts optimiser steps, and with another number of "
+                    "ranks there are more or fewer of them; it goes on from its step. Leave model.init_args.scheduler "
+                    "out for a schedule that goes by the share of the training that is done."
+                )
+            return
+        if epochs < 0 or 0 < most <= self.schedule.steps:
+            return  # a training of so many steps has as many with any number of ranks
+        epoch = self.trainer.current_epoch + 1
+        self.schedule.resume(step, in_epoch, per_epoch * (epochs - epoch), epoch / epochs)
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Chain the rows of this batch to those before."""
         del batch_idx
@@ -224,8 +256,8 @@ class TrainedTask(StageTask):
             group["lr"] *= factor
         if self.make_scheduler is None:
             steps = max(2, int(self.trainer.estimated_stepping_batches))
-            rate = partial(warmup_cosine, steps=steps, warmup=max(1, round(self.warmup * steps)))
-            scheduler: Any = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+            self.schedule = WarmupCosine(steps, max(1, round(self.warmup * steps)))
+            scheduler: Any = torch.optim.lr_scheduler.LambdaLR(optimizer, self.schedule)
         else:
             scheduler = self.make_scheduler(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -300,13 +332,6 @@ def check_volume_spec(artefact: Artefact, datamodule: CTDataModule) -> None:
 def adamw(params: Any) -> torch.optim.Optimizer:
     """The optimizer where a configuration names none."""
     return torch.optim.AdamW(params, lr=1e-3, weight_decay=0.05)
-
-
-def warmup_cosine(step: int, steps: int, warmup: int) -> float:
-    """Factor of the learning rate: linear warm-up, then half a cosine to zero at the last step."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
 
 
 def last_values(task: TrainedTask) -> dict[str, Any]:

@@ -240,17 +240,6 @@ def test_records_of_an_earlier_run_and_torn_ones_are_none(tmp_path: Path) -> Non
     assert records == {0: None, 1: of(1, written=5000.0), 2: of(2, written=4990.0), 3: None, 4: None}
 
 
-def test_a_process_of_this_machine_is_known_to_be_gone() -> None:
-    mine = replace(ONE, host=socket.gethostname(), pid=os.getpid())
-    assert not mine.is_gone()
-    child = subprocess.Popen([sys.executable, "-c", ""])
-    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # over, and not yet asked for
-    assert replace(mine, pid=child.pid).is_gone()
-    assert not replace(mine, pid=child.pid, host="another").is_gone()
-    child.wait()
-    assert replace(mine, pid=child.pid).is_gone()
-
-
 if __name__ == "__main__":
     fit(Faulty(), Path(sys.argv[2]), Watchdog(0))  # on a busy machine the first imports take long; they are no hang
     fit(Faulty(sys.argv[1]), Path(sys.argv[2]), Watchdog(MINUTES), int(sys.argv[3]))

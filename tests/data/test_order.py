@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from ctx_distill.data import order
 from ctx_distill.data.datamodules import CTDataModule
 from ctx_distill.data.manifest import read_manifest
-from ctx_distill.data.order import EpochShuffle, InOrder, Mixing
+from ctx_distill.data.order import EpochBatches, EpochShuffle, InOrder, Mixing
 from ctx_distill.data.transforms import VolumeSpec
 from ctx_distill.distributed import gather_with_gradient, own_first_rows, world_size
 from ctx_distill.errors import InputError
@@ -65,14 +66,80 @@ def test_ranks_never_read_a_scan_twice_an_epoch(pool: Callable[[int], Any], size
         assert len(left_out) > 1  # not the same scan every time
 
 
-def test_what_is_left_of_an_epoch_is_read_once() -> None:
-    sampler = EpochShuffle(50, 3)
-    sampler.set_epoch(2)
-    whole = list(sampler)
-    sampler.go_on(2, 20)
-    assert list(sampler) == whole[20:]
-    sampler.set_epoch(3)
-    assert len(list(sampler)) == 50
+class Ranks:
+    """`EpochBatches` of each rank of a world, without processes."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, ranks: int, size: int, batch: int) -> None:
+        self.patch, self.ranks = monkeypatch, ranks
+        monkeypatch.setattr(order, "world_size", lambda: ranks)
+        self.batches = EpochBatches(EpochShuffle(size, 3), batch)
+
+    def read(self) -> list[list[list[int]]]:
+        """Per global batch, the items of each rank."""
+        each = []
+        for rank in range(self.ranks):
+            self.patch.setattr(order, "rank", lambda rank=rank: rank)
+            each.append(list(self.batches))
+        return [list(parts) for parts in zip(*each, strict=True)]
+
+
+@pytest.mark.parametrize(("size", "batch", "ranks"), [(50, 4, 1), (50, 4, 2), (50, 4, 3), (3, 4, 1), (5, 4, 2)])
+def test_batches_are_the_order_cut_up_as_a_data_loader_would(
+    monkeypatch: pytest.MonkeyPatch, size: int, batch: int, ranks: int
+) -> None:
+    world = Ranks(monkeypatch, ranks, size, batch)
+    found = world.read()
+    for rank in range(ranks):
+        monkeypatch.setattr(order, "rank", lambda rank=rank: rank)
+        own = list(EpochShuffle(size, 3))
+        expected = list(torch.utils.data.BatchSampler(own, batch, drop_last=len(own) >= batch))
+        assert [parts[rank] for parts in found] == expected
+    assert len(world.batches) == len(found)
+
+
+def test_what_is_left_of_an_epoch_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = Ranks(monkeypatch, 1, 50, 4)
+    world.batches.set_epoch(2)
+    whole = world.read()
+    world.batches.resume(world.batches.part(2).after(5))
+    assert world.read() == whole[5:]
+    world.batches.set_epoch(3)
+    assert len(world.read()) == 12
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "size", "done", "sizes"),
+    [
+        (1, 2, 24, 6, [[2, 2]] * 3),  # 12 rows
+        (1, 2, 26, 8, [[2, 2], [2, 1], [2, 1]]),  # 10 rows: 4, 3 and 3
+        (2, 1, 24, 2, [[2]] * 8),
+        (2, 4, 27, 3, [[2, 2, 1, 1], [2, 2, 1, 1]]),
+        (4, 2, 27, 1, [[2, 2]] * 4),
+        (1, 4, 24, 11, [[1, 1, 1, 1]]),  # two rows for four ranks: the last of them fills up
+        (1, 4, 31, 1, [[3, 3, 2, 2], [3, 2, 2, 2], [3, 2, 2, 2]]),  # 28 rows, and an epoch of three batches of 8
+        (1, 2, 24, 0, [[2, 2]] * 6),  # at an epoch's border
+    ],
+)
+def test_what_is_left_is_spread_over_another_number_of_ranks(
+    monkeypatch: pytest.MonkeyPatch, before: int, after: int, size: int, done: int, sizes: list[list[int]]
+) -> None:
+    old = Ranks(monkeypatch, before, size, 2)
+    old.batches.set_epoch(1)
+    whole = old.read()
+    part = old.batches.part(1).after(done)
+    new = Ranks(monkeypatch, after, size, 2)
+    new.batches.resume(part)
+    found = new.read()
+    rest = [item for parts in whole[done:] for own in parts for item in own]
+    read = [item for parts in found for own in parts for item in own]
+    assert set(read) == set(rest)
+    assert len(read) == len(rest) or len(rest) < after
+    assert [[len(own) for own in parts] for parts in found] == sizes
+    # stopped once more, on as many ranks: what was planned goes on
+    new.batches.resume(new.batches.part(1).after(1))
+    assert new.read() == found[1:]
+    new.batches.set_epoch(2)
+    assert len(new.read()) == len(new.batches)
 
 
 def held_out(size: int, batch: int) -> dict[str, Any]:

@@ -17,11 +17,12 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from ctx_distill.data.manifest import read_manifest
-from ctx_distill.tasks.base import decay_groups, warmup_cosine
+from ctx_distill.tasks.base import decay_groups
 from ctx_distill.tasks.curves import cut_logs, join_history
 from ctx_distill.tasks.epoch_means import EpochMeans
 from ctx_distill.tasks.predict import study_means
 from ctx_distill.tasks.prompting import pair_probabilities, prompt_features
+from ctx_distill.tasks.schedule import warmup_cosine
 
 
 def test_study_means_are_pandas_group_means_in_manifest_order(cohort: Path) -> None:

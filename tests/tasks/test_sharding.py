@@ -186,7 +186,12 @@ def refusals(run: str, cohort: str, folder: str) -> list[tuple[str, str, str]]:
         ("align", "micro_batch", {"micro_batch": 1}, {}),
         ("align", "robust.evidence ema", {"robust": RobustSettings(evidence=["ema"], thresholds={"ema": 0.9})}, {}),
         ("align", "masking.weight", {"masking": MaskingSettings(weight=0.1, vocabulary="phantom")}, {}),
-        ("align", "trainer.gradient_clip_algorithm=value", {}, {"gradient_clip_val": 1.0, "gradient_clip_algorithm": "value"}),
+        (
+            "align",
+            "trainer.gradient_clip_algorithm=value",
+            {},
+            {"gradient_clip_val": 1.0, "gradient_clip_algorithm": "value"},
+        ),
         ("distill", "compute.compile", {"compute": ComputeSettings(compile=True)}, {}),
     ]
     found = []
