@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ctx_distill.errors import InputError
-from ctx_distill.files import hash_file, hash_json, write_json
+from ctx_distill.files import hash_file, hash_json, replace_folder, restore_folder, write_json
 
 __all__ = [
     "Artefact",
@@ -70,7 +70,7 @@ def write_artefact(
     upstream: Mapping[str, str] | None = None,
     extra: Callable[[Path], None] | None = None,
 ) -> Artefact:
-    """Write an artefact beside its place and move it there, replacing an earlier one.
+    """Write an artefact beside its place and move it there; at no moment is there none where there was one before.
 
     Args:
         folder: the artefact's folder.
@@ -81,7 +81,10 @@ def write_artefact(
         extra: called with the temporary folder to add more files (a tokenizer, an index) before the move.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    restore_folder(folder)
+    for left in folder.parent.glob(f".{folder.name}.new-*"):  # of a writer that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.new-", dir=folder.parent))
     try:
         save_file(_apart(tensors), temporary / WEIGHTS_FILE)
         if extra is not None:
@@ -89,10 +92,8 @@ def write_artefact(
         fingerprint = hash_json({"kind": kind, "config": dict(config), "weights": hash_file(temporary / WEIGHTS_FILE)})
         record = {"kind": kind, "fingerprint": fingerprint, "upstream": dict(upstream or {}), "config": dict(config)}
         write_json(temporary / ARTEFACT_FILE, record)
-        if folder.exists():
-            shutil.rmtree(folder)
         temporary.chmod(0o755)
-        temporary.replace(folder)
+        replace_folder(temporary, folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -118,6 +119,7 @@ def read_artefact(folder: Path, kind: Kind) -> Artefact:
         InputError: the folder holds no artefact, a torn one, or one of another kind.
     """
     path = folder / ARTEFACT_FILE
+    restore_folder(folder)
     if not path.is_file():
         raise InputError(
             f"{folder}: no {kind} artefact here ({ARTEFACT_FILE} is missing). "

@@ -18,7 +18,7 @@ LAYERS = [
     {"tasks"},
     {"callbacks", "page"},
     {"metrics", "retrieval", "losses", "models", "data", "sources", "text", "phantom"},
-    {"checkpoint", "distributed", "parallel", "types", "files", "errors", "signals"},
+    {"checkpoint", "distributed", "parallel", "types", "files", "errors", "signals", "seeds"},
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 HEAVY = {"torch", "lightning", "monai", "open_clip", "transformers", "pandas", "matplotlib", "faiss", "numpy"}

@@ -263,7 +263,9 @@ def config_hash(plan: Plan, job: Job, preset: str, data: str) -> str:
     layers = {name: stage_config(STAGES[name], preset) for name in upstream}
     layers |= {name: job_layers(plan, job, name, preset) for name in job.arm.stages}
     for layer in layers.values():
-        layer["trainer"] = {key: value for key, value in layer["trainer"].items() if key not in _UNHASHED}
+        # null is the trainer's own default, as where nothing is said
+        said = {key: value for key, value in layer["trainer"].items() if value is not None}
+        layer["trainer"] = {key: value for key, value in said.items() if key not in _UNHASHED}
     return hash_json(
         {
             "data": data,

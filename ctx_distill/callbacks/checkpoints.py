@@ -20,7 +20,7 @@ import torch
 from ctx_distill import signals
 from ctx_distill.callbacks import random_state
 from ctx_distill.callbacks.checkpoint_files import BEST, LAST, OWN, PREVIOUS, part_of, settle
-from ctx_distill.distributed import any_rank, gather_objects, rank
+from ctx_distill.distributed import any_rank, gather_objects, rank, run_on_rank_zero
 from ctx_distill.errors import InputError
 
 LONG_VALIDATION = 60.0
@@ -62,6 +62,12 @@ class Checkpoints(L.Callback):
         """Note signals here rather than where Lightning would end the epoch on them; drop what a kill left half-written."""
         del pl_module
         signals.install()
+        steps = gather_objects([self._saved_step])
+        if len(set(steps)) > 1:  # each rank looked for its checkpoint before there was a process group
+            raise InputError(
+                f"{self.folder}: the ranks would resume from different checkpoints (steps {steps}, -1 is none); expected one."
+                " All nodes must see the same files. Give the same command again."
+            )
         if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
             for left in self.folder.glob(".*.part"):
@@ -107,17 +113,24 @@ class Checkpoints(L.Callback):
         """Keep the weights of the lowest validation loss."""
         del pl_module
         value = None if self.monitor is None else trainer.callback_metrics.get(self.monitor)
-        if value is None or not (self.best is None or float(value) < self.best):
+        if value is None:
+            return
+        better = self.best is None or float(value) < self.best
+        # Rank 0 decides: on GPUs the last bits of a loss may differ, and what follows is collective.
+        if not any_rank(better and trainer.is_global_zero)[0]:
             return
         self.best = float(value)
         weights = trainer.strategy.lightning_module_state_dict()
         path = self.folder / BEST
-        if trainer.is_global_zero:
+
+        def write() -> None:
             with self._room(trainer, path):
                 content = io.BytesIO()  # torch's own writer says RuntimeError where the disk is full
                 torch.save({"state_dict": weights, "global_step": trainer.global_step}, content)
                 part_of(path).write_bytes(content.getbuffer())
                 settle(path)
+
+        run_on_rank_zero(write)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add what Lightning's state lacks."""
@@ -171,8 +184,7 @@ class Checkpoints(L.Callback):
         path = self.folder / LAST
         with self._room(trainer, path):
             trainer.save_checkpoint(part_of(path))
-            if trainer.is_global_zero:
-                settle(path, keep=self.folder / PREVIOUS)
+            run_on_rank_zero(lambda: settle(path, keep=self.folder / PREVIOUS))
         self._saved_step, self._saved_at = trainer.global_step, time.monotonic()
 
     def _room(self, trainer: L.Trainer, path: Path) -> _Room:
@@ -191,7 +203,8 @@ class _Room:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if error is None:
             return
-        part_of(self.path).unlink(missing_ok=True)
+        if rank() == 0:  # another rank would delete what rank 0 is writing
+            part_of(self.path).unlink(missing_ok=True)
         if isinstance(error, OSError):
             stands = f"that of step {self.before} stands" if self.before >= 0 else "none stands yet"
             raise InputError(

@@ -32,6 +32,7 @@ from ctx_distill.data.projection import PROJECTION_VERSION
 from ctx_distill.data.set_aside import SetAside
 from ctx_distill.data.transforms import VolumeSpec
 from ctx_distill.errors import InputError
+from ctx_distill.seeds import run_seed
 from ctx_distill.types import CTBatch, XrayBatch
 
 
@@ -43,7 +44,7 @@ class ManifestDataModule(L.LightningDataModule):
         eval_batch_size: items of a validation or prediction batch, a rank.
         num_workers: reading processes; 0 reads in the training process and lets stages share the cache.
         cache_gb: gigabytes of prepared tensors to keep in memory, a process.
-        seed: of the shuffle.
+        seed: of the shuffle; None: the run's seed (`seed_everything`).
     """
 
     collate: Collate
@@ -52,7 +53,9 @@ class ManifestDataModule(L.LightningDataModule):
     unreadable_share = 0.01
     set_aside: SetAside | None = None
 
-    def __init__(self, batch_size: int, eval_batch_size: int, num_workers: int, cache_gb: float, seed: int) -> None:
+    def __init__(
+        self, batch_size: int, eval_batch_size: int, num_workers: int, cache_gb: float, seed: int | None
+    ) -> None:
         super().__init__()
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.num_workers, self.seed = num_workers, seed
@@ -96,12 +99,16 @@ class ManifestDataModule(L.LightningDataModule):
             persistent_workers=self.num_workers > 0,
             collate_fn=self.collate,
             # of its own, so that opening a loader does not move the random state that training draws from
-            generator=torch.Generator().manual_seed(self.seed),
+            generator=torch.Generator().manual_seed(self.shuffle_seed()),
         )
+
+    def shuffle_seed(self) -> int:
+        """Return the seed of the order of an epoch."""
+        return run_seed() if self.seed is None else self.seed
 
     def order(self, manifest: Manifest) -> EpochShuffle:
         """The order of a training epoch over these rows."""
-        return EpochShuffle(len(manifest), self.seed)
+        return EpochShuffle(len(manifest), self.shuffle_seed())
 
     def train_dataloader(self) -> DataLoader[Item]:
         """Shuffled `train` rows."""
@@ -176,7 +183,7 @@ class CTDataModule(ManifestDataModule):
         eval_batch_size: int = 8,
         num_workers: int = 0,
         cache_gb: float = 1.0,
-        seed: int = 0,
+        seed: int | None = None,
         with_labels: bool = False,
         text: Literal["required", "optional"] = "optional",
         projection: bool = False,
@@ -215,7 +222,7 @@ class CTDataModule(ManifestDataModule):
         if self.mixing is None:
             return super().order(manifest)
         groups, shares = self.mixing.groups(manifest, self.with_labels)
-        return EpochShuffle(len(manifest), self.seed, groups, shares)
+        return EpochShuffle(len(manifest), self.shuffle_seed(), groups, shares)
 
     def dataset(self, manifest: Manifest) -> ManifestDataset:
         """CT volumes of (part of) the manifest."""
@@ -252,7 +259,7 @@ class XrayDataModule(ManifestDataModule):
         eval_batch_size: int = 64,
         num_workers: int = 0,
         cache_gb: float = 1.0,
-        seed: int = 0,
+        seed: int | None = None,
         frontal_only: bool = True,
         language: str | None = None,
     ) -> None:

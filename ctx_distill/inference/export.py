@@ -15,7 +15,7 @@ from ctx_distill import __version__
 from ctx_distill.checkpoint import WEIGHTS_FILE
 from ctx_distill.data.projection import SIDE
 from ctx_distill.errors import InputError
-from ctx_distill.files import write_json, write_text
+from ctx_distill.files import replace_folder, write_json, write_text
 from ctx_distill.inference.card import model_card, read_record
 from ctx_distill.inference.licences import CardFacts, licences, unknown_licences
 from ctx_distill.inference.model import CTModel
@@ -66,10 +66,8 @@ def export_model(source: Path, out: Path, facts: CardFacts = CardFacts()) -> dic
         )
         told["version"], told["fingerprint"] = __version__, model.fingerprint
         write_json(place / "export.json", told)
-        if out.exists():
-            shutil.rmtree(out)
         place.chmod(0o755)
-        place.replace(out)
+        replace_folder(place, out)
     except BaseException:
         shutil.rmtree(place, ignore_errors=True)
         raise

@@ -5,7 +5,9 @@ Two studies with the same findings have interchangeable reports, yet InfoNCE pus
 the pair is suspected; a correction turns suspects into soft positives or leaves them out of the denominator. The
 paper's thresholds are not public: the evidence and the corrections are this project's (`README.md` says so).
 
-All matrices are (B, B) over the global batch: image i in rows, report j in columns. No function has a gradient.
+All matrices are (B, B) over the global batch: image i in rows, report j in columns. No function has a gradient. What is
+suspected and corrected depends on the studies of the global batch, never on their order in it or on the rank that read
+them.
 """
 
 from __future__ import annotations
@@ -21,15 +23,23 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ctx_distill.losses.contrastive import study_targets, working_precision
+from ctx_distill.losses.pair_order import pair_order
 from ctx_distill.types import InputError
 
 EvidenceKind = Literal["report", "findings", "retrieved", "ema"]
 CorrectionMode = Literal["relabel", "mask", "soft"]
 
+TOLERANCE = 1e-6
+"""Evidence passes a threshold from this much below it. A cosine of two identical reports is 1 up to rounding, and the
+threshold, a quantile of cosines that were summed in another order, may be one bit above 1."""
+
 
 def _cosine(rows: Tensor, columns: Tensor) -> Tensor:
-    rows, columns = working_precision(rows.detach()), working_precision(columns.detach())
-    return F.normalize(rows, dim=-1) @ F.normalize(columns, dim=-1).T
+    """Cosines of float64 products, under autocast too: the last bits of narrower ones differ from batch to batch."""
+    dtype = working_precision(rows).dtype
+    with torch.autocast(rows.device.type, enabled=False):
+        rows, columns = F.normalize(rows.detach().double(), dim=-1), F.normalize(columns.detach().double(), dim=-1)
+        return (rows @ columns.T).to(dtype)
 
 
 def report_evidence(report_embeddings: Tensor) -> Tensor:
@@ -88,8 +98,8 @@ def findings_evidence(findings: Tensor, known: Tensor | None = None) -> Tensor:
 
 
 def suspects(evidence: Tensor, threshold: float) -> Tensor:
-    """(B, B) bool: evidence at or above the threshold."""
-    return evidence >= threshold
+    """(B, B) bool: evidence at or above the threshold, up to `TOLERANCE`."""
+    return evidence >= threshold - TOLERANCE
 
 
 def identify(
@@ -107,7 +117,7 @@ def identify(
     Returns:
         Suspects (B, B) bool, and strength (B, B) in [0, 1]: (evidence - threshold) / (1 - threshold), the largest
         over kinds for "any", the smallest for "all"; 0 where not suspected. Evidence that cannot pass its threshold
-        by any margin (findings that agree or do not) has strength 1 where it reaches it.
+        by more than `TOLERANCE` (findings that agree or do not) has strength 1 where it reaches it.
 
     Raises:
         ValueError: no thresholds, or one without its evidence.
@@ -121,7 +131,9 @@ def identify(
         values = evidence[kind].detach()
         found.append(suspects(values, threshold))
         margin = 1 - threshold
-        strengths.append(((values - threshold) / margin).clamp(0, 1) if margin > 1e-6 else found[-1].to(values.dtype))
+        strengths.append(
+            ((values - threshold) / margin).clamp(0, 1) if margin > TOLERANCE else found[-1].to(values.dtype)
+        )
     every, strength = torch.stack(found), torch.stack(strengths)
     suspected = every.any(dim=0) if combine == "any" else every.all(dim=0)
     joined = strength.amax(dim=0) if combine == "any" else strength.amin(dim=0)
@@ -140,7 +152,7 @@ class Correction:
         corrected: () number of them that were corrected.
         pairs: (B, B) bool, the suspected pairs (without true positives).
         chosen: (B, B) bool, those of them that were corrected.
-        strength: (B, B), the evidence that they were chosen by.
+        order: (B, B) int64, by which suspected pairs were chosen (`pair_order.pair_order`); -1 for all others.
     """
 
     targets: Tensor
@@ -150,15 +162,23 @@ class Correction:
     corrected: Tensor
     pairs: Tensor
     chosen: Tensor
-    strength: Tensor
+    order: Tensor
 
 
-def _strongest(candidates: Tensor, strength: Tensor, negatives: Tensor) -> Tensor:
-    """Keeps, a row, the strongest candidates up to half of the row's negatives; ties by column."""
-    order = strength.masked_fill(~candidates, -torch.inf).argsort(dim=1, descending=True, stable=True)
-    places = torch.arange(order.shape[1], device=order.device).expand_as(order)
-    place = torch.empty_like(order).scatter_(1, order, places)
-    return candidates & (place < (negatives.sum(dim=1, keepdim=True) // 2))
+def _strongest(order: Tensor, limit: Tensor) -> Tensor:
+    """Choose the first candidates of each row.
+
+    Pairs that are equal (several images of the same two studies) are all chosen or, where they do not all fit, none.
+
+    Args:
+        order: (B, B) of `pair_order`.
+        limit: (B, 1) int64, most that may be chosen in each row, at most B // 2.
+
+    Returns:
+        (B, B) bool.
+    """
+    first = order.topk(order.shape[1] // 2 + 1, dim=1).values
+    return order > first.gather(1, limit)  # the first that does not fit, or -1
 
 
 @torch.no_grad()
@@ -169,24 +189,32 @@ def correct(
     mode: CorrectionMode,
     weight: float = 0.5,
     watch: bool = False,
+    *,
+    identity: Tensor,
 ) -> Correction:
     """Correct suspected false negatives.
 
     True positives (a target above 0: the diagonal and pairs of one study) are never corrected away. Of each row, and
-    of each column, at most half of the negatives is corrected, the strongest first.
+    of each column, at most half of the negatives is corrected, the strongest first. Pairs of equal evidence are taken
+    in the order of a hash of their study ids (`pair_order`). It is the same for (i, j) and (j, i), so that symmetric
+    evidence is corrected symmetrically, and both directions of the loss leave out the same pairs in any case.
 
     Args:
         targets: (B, B) true positives, rows sum to 1 (`contrastive.study_targets`).
         suspects: (B, B) bool.
-        evidence: (B, B), larger is stronger (`identify` gives one on a common scale).
-        mode: `relabel`: a corrected pair is a positive of `weight` against 1 of a true one; `soft`: of its evidence,
-            clamped to [0, 1]; `mask`: it is left out of the denominator and is neither.
+        evidence: (B, B) in [0, 1], larger is stronger (`identify` gives one on a common scale).
+        mode: `relabel`: a corrected pair is a positive of `weight` against 1 of a true one; `soft`: of its evidence;
+            `mask`: it is left out of the denominator and is neither.
         weight: of `relabel`, in (0, 1].
         watch: count, and correct nothing (the warm-up).
+        identity: (B,) int64, a hash of each row's study id (`pair_order.study_identity`).
     """
     positives = (targets > 0) | torch.eye(len(targets), dtype=torch.bool, device=targets.device)
     candidates = suspects & ~positives
-    chosen = _strongest(candidates, evidence, ~positives) & _strongest(candidates.T, evidence.T, ~positives.T).T
+    order = pair_order(candidates, evidence, identity)
+    # Positives are symmetric: a row has as many negatives as the column of the same place.
+    limit = (~positives).sum(dim=1, keepdim=True) // 2
+    chosen = _strongest(order, limit) & _strongest(order.T, limit).T
     if watch:
         chosen = torch.zeros_like(chosen)
     denominator = torch.ones_like(chosen)
@@ -207,7 +235,7 @@ def correct(
         corrected=chosen.sum(),
         pairs=candidates,
         chosen=chosen,
-        strength=evidence,
+        order=order,
     )
 
 
@@ -230,11 +258,10 @@ def sample_similarities(
     study = torch.arange(len(rows)) if study is None else study.cpu()
     draw = torch.randint(len(rows), (2, pairs), generator=torch.Generator().manual_seed(seed))
     left, right = draw[:, study[draw[0]] != study[draw[1]]]
-    rows, columns = F.normalize(rows.detach().float(), dim=-1), F.normalize(columns.detach().float(), dim=-1)
-    parts = [
-        (rows[a] * columns[b]).sum(dim=-1)
-        for a, b in zip(left.split(65_536), right.split(65_536), strict=True)  # (pairs, D) at once would be gigabytes
-    ]
+    parts = []
+    for a, b in zip(left.split(16_384), right.split(16_384), strict=True):  # (pairs, D) at once would be gigabytes
+        one, other = (F.normalize(side.detach().double(), dim=-1) for side in (rows[a], columns[b]))
+        parts.append((one * other).sum(dim=-1))
     return torch.cat(parts) if parts else rows.new_zeros(0)
 
 

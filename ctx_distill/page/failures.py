@@ -91,7 +91,7 @@ def _bad_losses(place: Path) -> Iterator[Told]:
     skipped, steps = to_number(training.get("skipped_steps")), to_number(training.get("steps"))
     if skipped:
         of = f" of {int(steps):,}" if steps else ""
-        what = f"{int(skipped):,}{of} steps were skipped: their loss or gradient was not finite or far out of line."
+        what = f"{int(skipped):,}{of} steps were skipped: their loss or gradient was not finite."
         yield what, [], f"{place.name}/logs/metrics.csv, train/skipped_steps"
     for path in sorted((place / "fault").glob("step-*.json")):
         fault = mapping(_json(path))

@@ -11,11 +11,11 @@ from typing import Any
 
 from ctx_distill import __version__, signals
 from ctx_distill.errors import InputError
-from ctx_distill.pipeline.plan import Stage
+from ctx_distill.pipeline.plan import Stage, override_for, stage_config
 from ctx_distill.pipeline.run_folder import is_first_process, join_metrics, note_run
 from ctx_distill.pipeline.runner import StageRequest, run_stage
 from ctx_distill.pipeline.table import result_table
-from ctx_distill.pipeline.topology import job_topology
+from ctx_distill.pipeline.topology import starts_with_others
 
 
 def run_stages(stages: list[Stage], options: argparse.Namespace, overrides: list[str]) -> None:
@@ -24,15 +24,20 @@ def run_stages(stages: list[Stage], options: argparse.Namespace, overrides: list
     The caller holds the lock on the run folder.
 
     Raises:
-        InputError: bad input, or an isolated stage that ended with an error; several stages in one SLURM step of several
-            tasks, since its ranks would pass from stage to stage at different times.
+        InputError: bad input, or an isolated stage that ended with an error; several stages, or a forced one, in
+            processes that were started together, since ranks would pass from stage to stage at different times.
     """
-    topology = job_topology()
-    if topology and topology.size > 1 and len(stages) > 1:
-        raise InputError(
-            f"{len(stages)} stages in one SLURM step of {topology.size} tasks: run them one by one, as `ctx-distill submit"
-            " all` and `ctx-distill submit heads` do."
-        )
+    if starts_with_others(max(_nodes(stage, options.preset, overrides) for stage in stages)):
+        if len(stages) > 1:
+            raise InputError(
+                f"{len(stages)} stages in processes that srun or torchrun started together, or on several nodes"
+                " (NODE_RANK): run them one by one, as `ctx-distill submit all` and `ctx-distill submit heads` do."
+            )
+        if options.force:
+            raise InputError(
+                "FORCE=1 in processes that srun or torchrun started together, or on several nodes (NODE_RANK): one of them"
+                f" could still read what another one moves away. Move {options.run / stages[0].folder} away instead."
+            )
     for stage in stages:
         request = StageRequest(stage, options.data, options.run, options.preset, overrides, options.expert_source)
         alone = len(stages) > 1 and (getattr(options, "isolated", False) or _several_devices(request))
@@ -49,6 +54,13 @@ def run_stages(stages: list[Stage], options: argparse.Namespace, overrides: list
     print(f"\nresults: {options.run / 'metrics.json'}\npage:    {page}")
 
 
+def _nodes(stage: Stage, preset: str, overrides: list[str]) -> int:
+    """`trainer.num_nodes` of a stage."""
+    given = [argument for argument in override_for(stage, overrides) if argument.startswith("--trainer.num_nodes=")]
+    trainer: dict[str, Any] = stage_config(stage, preset).get("trainer", {})
+    return int(given[-1].partition("=")[2] if given else trainer.get("num_nodes", 1))
+
+
 def _several_devices(request: StageRequest) -> bool:
     trainer: dict[str, Any] = request.config.get("trainer", {})
     devices = str(trainer.get("devices", 1))
@@ -59,7 +71,7 @@ def _several_devices(request: StageRequest) -> bool:
         import torch
 
         return torch.cuda.device_count() > 1
-    return devices != "1" or int(trainer.get("num_nodes", 1)) > 1
+    return devices != "1" or _nodes(request.stage, request.preset, request.overrides) > 1
 
 
 def _run_alone(stage: Stage, options: argparse.Namespace, overrides: list[str]) -> None:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from datetime import timedelta
+from itertools import pairwise
+from pathlib import Path
 
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
 from ctx_distill.data.datamodules import ManifestDataModule
 from ctx_distill.errors import InputError
+from ctx_distill.pipeline.plan import read_layer
 from ctx_distill.retrieval.index import refuse_two_faiss
 from ctx_distill.tasks.base import StageTask, TrainedTask
+from ctx_distill.tasks.survival import REMOVED
 
 
 class StageCLI(LightningCLI):
@@ -30,6 +35,7 @@ def build(arguments: list[str]) -> LightningCLI:
         arguments: LightningCLI arguments, `--config FILE` first.
     """
     quieten()
+    _refuse_removed(arguments)
     refuse_two_faiss()
     try:
         cli = _stage_cli(arguments)
@@ -37,6 +43,22 @@ def build(arguments: list[str]) -> LightningCLI:
         raise _own_error(error) from None
     _outlast_the_watchdog(cli)
     return cli
+
+
+def _refuse_removed(arguments: list[str]) -> None:
+    """Name settings that were removed, which the parser would report as unknown.
+
+    Raises:
+        InputError: one is given, on the command line or in a file.
+    """
+    files = [value for flag, value in pairwise(arguments) if flag == "--config"]
+    texts = [text for text in arguments if ".survival" in text]
+    for path in files:
+        model = read_layer(Path(path)).get("model") or {}
+        texts.append(str((model.get("init_args") or {}).get("survival", "")))
+    for name, reason in REMOVED.items():
+        if any(re.search(rf"\b{name}\b", text) for text in texts):
+            raise InputError(f"model.init_args.survival.{name} was removed: {reason}. Remove the setting.")
 
 
 def _outlast_the_watchdog(cli: LightningCLI) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from ctx_distill.errors import InputError
-from ctx_distill.files import hash_file, hash_json
+from ctx_distill.files import hash_file, hash_json, restore_folder
 
 
 @dataclass(frozen=True)
@@ -153,6 +153,7 @@ def override_for(stage: Stage, arguments: Iterable[str]) -> list[str]:
 def source_fingerprint(source: str | Path) -> str:
     """Fingerprint of an artefact folder or of an expert's folder, from its files; a hub name stands for itself."""
     folder = Path(source)
+    restore_folder(folder)
     if not folder.is_dir():
         return str(source)
     files = sorted(path for pattern in ("*.json", "*.safetensors", "*.bin") for path in folder.glob(pattern))

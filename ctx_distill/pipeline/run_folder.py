@@ -27,9 +27,14 @@ PUBLISHED = {
 _HELD = "CTX_DISTILL_LOCK_HELD"
 
 
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "NODE_RANK", "GROUP_RANK")
+"""Each is 0 in rank zero's process: set by torchrun (RANK, LOCAL_RANK, GROUP_RANK: the node's), by srun, and by whoever
+starts one process per node for Lightning to start the others there (NODE_RANK)."""
+
+
 def is_first_process() -> bool:
     """Whether this process is rank zero of its job, asked before torch is there to ask."""
-    return all(int(os.environ.get(name) or 0) == 0 for name in ("LOCAL_RANK", "RANK", "SLURM_PROCID"))
+    return all(int(os.environ.get(name) or 0) == 0 for name in RANK_VARIABLES)
 
 
 @contextmanager

@@ -196,4 +196,6 @@ def _execute(request: StageRequest, job: TrainerSettings) -> tuple[dict[str, Any
         metrics["unreadable_set_aside"] = len(aside.reasons)
     artefact = request.folder / ARTEFACT
     facts = cli.datamodule.describe() | cli.model.describe()
-    return metrics, source_fingerprint(artefact) if artefact.is_dir() else "", facts
+    # Of the other ranks none reads it: rank zero may be writing it still.
+    written = is_first_process() and artefact.is_dir()
+    return metrics, source_fingerprint(artefact) if written else "", facts

@@ -77,6 +77,22 @@ def job_topology(environment: Mapping[str, str] = os.environ) -> Topology | None
     return Topology(nodes, each, gpus)
 
 
+def starts_with_others(nodes: int, environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether other ranks' processes start at the same time as this one: by srun, by torchrun, or on other nodes.
+
+    The processes that Lightning starts for the devices of its node begin when rank zero has made the folder ready; those
+    do not count.
+
+    Args:
+        nodes: `trainer.num_nodes`; some platforms set NODE_RANK on a single node too.
+        environment: of this process.
+    """
+    topology = job_topology(environment)
+    by_torchrun = "RANK" in environment and _number(environment, "WORLD_SIZE", 1) > 1
+    by_node = nodes > 1 and "NODE_RANK" in environment and "LOCAL_RANK" not in environment
+    return by_torchrun or by_node or (topology is not None and topology.size > 1)
+
+
 def trainer_settings(environment: Mapping[str, str] = os.environ) -> TrainerSettings:
     """The arguments for LightningCLI that the job's topology asks for; none outside of SLURM.
 

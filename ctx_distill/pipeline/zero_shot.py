@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,10 +83,13 @@ def evaluate(asked: Asked, overrides: list[str]) -> str:
         "trainer": {"logger": False},
     }  # fmt: skip
     paths = {"{model}": str(artefact), "{ct}": str(asked.manifest), "{folder}": str(out)}
-    layers = out / "layers.yaml"
-    # by every rank, all with the same words: none waits for another to have written them
-    write_text(layers, yaml.safe_dump(fill(merge(config, own), paths), sort_keys=False))
-    cli = build(["--config", str(layers), *overrides])
+    filled = yaml.safe_dump(fill(merge(config, own), paths), sort_keys=False)
+    if is_first_process():
+        write_text(out / "layers.yaml", filled)
+    with tempfile.TemporaryDirectory() as scratch:  # each rank reads its own file: none has to wait for another's
+        layers = Path(scratch) / "layers.yaml"
+        layers.write_text(filled, encoding="utf-8")
+        cli = build(["--config", str(layers), *overrides])
     metrics: dict[str, Any] = cli.model.run(cli.trainer, cli.datamodule, out)
     if not metrics["studies"]:
         raise InputError(f"{asked.manifest}: no row has split `{asked.split}`; give another one with --split.")

@@ -81,23 +81,21 @@ class NeighbourLookup:
             self.permutation = torch.empty_like(order).scatter_(0, order, order.roll(1))
 
     @torch.no_grad()
-    def __call__(
-        self, queries: Tensor, findings: Tensor | None = None, generator: torch.Generator | None = None
-    ) -> Neighbours:
+    def __call__(self, queries: Tensor, findings: Tensor | None = None, draws: Tensor | None = None) -> Neighbours:
         """Look up one batch.
 
         Args:
             queries: (B, D_k) unit rows: the reports in the key space.
             findings: (B, F) the CT reports' findings (1, 0, -1 uncertain, NaN), in the index's order of names; the
                 re-rank needs them.
-            generator: of `sample`, on the CPU; default: torch's own.
+            draws: (B,) uniform in [0, 1), of `sample`: a query's neighbour is a function of its own; default: torch's own.
         """
         similarity, positions = self.store.search(queries, self.candidates if self.findings_rerank else self.k)
         if self.findings_rerank and self.store.findings is not None:
             if findings is None:
                 raise ValueError("lookup with findings_rerank got no findings")
             similarity, positions = self._rerank(similarity, positions, findings, self.store.findings)
-        weights = self._weights(similarity, generator)
+        weights = self._weights(similarity, draws)
         if self.permutation is not None:
             positions = self.permutation[positions.cpu()].to(positions.device)
         # In float64: the sum's last bits depend on the number of rows, and a row's target must not.
@@ -122,13 +120,15 @@ class NeighbourLookup:
         order = differs.sum(dim=-1).argsort(dim=1, stable=True)[:, : self.k]
         return similarity.gather(1, order), positions.gather(1, order)
 
-    def _weights(self, similarity: Tensor, generator: torch.Generator | None) -> Tensor:
+    def _weights(self, similarity: Tensor, draws: Tensor | None) -> Tensor:
         if self.mode == "mean":
             return torch.full_like(similarity, 1 / similarity.shape[1])
         if self.mode == "softmax":
             return (similarity / self.temperature).softmax(dim=1)
         chosen = torch.zeros(len(similarity), dtype=torch.int64)
         if self.mode == "sample" and len(similarity):
-            probability = (similarity.cpu() / self.temperature).softmax(dim=1)
-            chosen = torch.multinomial(probability, 1, generator=generator)[:, 0]
+            cumulative = (similarity.cpu().double() / self.temperature).softmax(dim=1).cumsum(dim=1)
+            draws = torch.rand(len(similarity)) if draws is None else draws
+            chosen = torch.searchsorted(cumulative, draws.double()[:, None], right=True)[:, 0]
+            chosen = chosen.clamp_max(similarity.shape[1] - 1)  # the last sum may be a bit below 1
         return F.one_hot(chosen, similarity.shape[1]).to(similarity)

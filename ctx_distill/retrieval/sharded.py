@@ -10,7 +10,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ctx_distill.distributed import rank, world_size
+from ctx_distill.distributed import host_group, rank, world_size
 from ctx_distill.retrieval.exact import WIDE, exact_neighbours, merge
 from ctx_distill.retrieval.index import Device, as_matrix, check_query, flat_on_gpu, gpu_wanted, knn, refuse_worker
 
@@ -19,8 +19,8 @@ class ShardedIndex:
     """Exact nearest keys of a table that no rank holds whole.
 
     Every search is collective: each rank calls it equally often and in the same order, with as many queries as it has,
-    none included. Collectives run in a process group of their own on the CPU (gloo), made at the first search, so that
-    they never come between those of the gradients. The result is that of `XrayIndex` of kind `exact`, bit for bit, at
+    none included. Collectives run on the CPU, in the group of `distributed.host_group`, so that they never come between
+    those of the gradients. The result is that of `XrayIndex` of kind `exact`, bit for bit, at
     any number of ranks. With one rank, or without a process group, the one part is the whole.
 
     Args:
@@ -89,7 +89,7 @@ class ShardedIndex:
         if self._world is world:
             return
         ranks = world_size()
-        self._group = dist.new_group(backend="gloo") if ranks > 1 else None
+        self._group = host_group() if ranks > 1 else None
         self._start = len(self) * rank() // ranks
         self._part = self._table[self._start : len(self) * (rank() + 1) // ranks].numpy()
         self._on_gpu = flat_on_gpu(self._part) if gpu_wanted(self._device) and len(self._part) else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +14,7 @@ from torch import Tensor
 from ctx_distill.checkpoint import hash_json, require_same
 from ctx_distill.data.augment import Augmentation
 from ctx_distill.data.datamodules import CTDataModule
-from ctx_distill.distributed import gather_with_gradient, rank, world_size
+from ctx_distill.distributed import gather_with_gradient, rank, run_on_rank_zero, world_size
 from ctx_distill.errors import InputError
 from ctx_distill.losses.contrastive import contrastive_loss
 from ctx_distill.losses.distillation import pair_loss
@@ -39,12 +38,12 @@ from ctx_distill.tasks.objective import Objective, SoftTargetSettings, check_obj
 from ctx_distill.tasks.predict import predict_rows
 from ctx_distill.tasks.prior import PriorSettings, ProjectionPrior
 from ctx_distill.tasks.report_tower import TextSettings, build_report_tower
+from ctx_distill.tasks.report_views import report_views
 from ctx_distill.tasks.row_features import MEMORY_GB
 from ctx_distill.tasks.row_tables import RowTables
 from ctx_distill.tasks.survival import SurvivalSettings
 from ctx_distill.tasks.teacher import open_queries, open_teacher
 from ctx_distill.tasks.training_reports import TrainingReports
-from ctx_distill.text.report import sample_sentences
 from ctx_distill.types import CTBatch
 
 
@@ -244,14 +243,6 @@ class AlignmentTask(TrainedTask):
             if "pairs" in state:  # a checkpoint of before they were recorded: they count from here on
                 self.false_negatives.pairs.load_state(state["pairs"])
 
-    def _views(self, batch: CTBatch) -> list[str]:
-        """This epoch's view of each report: a function of epoch and row alone."""
-        views = []
-        for row, report in zip(batch.row.tolist(), batch.report, strict=True):
-            rng = random.Random(f"{self.current_epoch}-{row}")
-            views.append(sample_sentences(report, rng) if rng.random() < self.subset_share else report)
-        return views
-
     def transfer_batch_to_device(self, batch: CTBatch, device: torch.device, dataloader_idx: int) -> CTBatch:
         """With `micro_batch`, the volumes of a training batch stay on the host until they are encoded."""
 
@@ -271,10 +262,10 @@ class AlignmentTask(TrainedTask):
         a volume, and gathers wait for `_contrast`.
         """
         image, output = self.dual.encode_alone(self.augmentation(batch.volume, self.row_seeds(batch.row)))
-        text = self.dual.encode_text(self._views(batch))
+        text = self.dual.encode_text(report_views(batch.report, self.row_seeds(batch.row, "view"), self.subset_share))
         if self.entity_masking is None:
             return image, text
-        seeds = [f"masking-{self.current_epoch}-{row}" for row in batch.row.tolist()]
+        seeds = self.row_seeds(batch.row, "masking")
         return image, text, *self.entity_masking(self.dual.text_encoder, batch.report, seeds, output.tokens)
 
     def _contrast(self, image: Tensor, text: Tensor, batch: CTBatch) -> dict[str, Tensor]:
@@ -377,21 +368,28 @@ class AlignmentTask(TrainedTask):
         image, _ = self.dual.encode_volume(batch.volume, prior)
         return {"image": image, "text": self.dual.encode_text(batch.report), "row": batch.row}
 
+    def _save(self, folder: Path, datamodule: CTDataModule) -> None:
+        """Write the dual encoder; with the prior, a copy of the expert."""
+        expert = resolve_source(*self.text_source) if self.prior is not None else None
+        self.dual.save(folder, self.upstream, datamodule.volume.to_config(), expert)
+
+    def _write_pairs(self, path: Path, datamodule: CTDataModule) -> None:
+        """Write the corrected pairs under the names of their studies."""
+        assert self.false_negatives is not None
+        train = datamodule.training_rows()
+        studies = dict(zip(train.study_codes().tolist(), train.frame["study_id"].astype(str), strict=True))
+        self.false_negatives.pairs.write(path, studies, self.false_negatives.all_thresholds())
+
     def finish(self, trainer: L.Trainer, datamodule: L.LightningDataModule, folder: Path) -> dict[str, Any]:
         """Write the dual encoder and the corrected pairs; report-to-volume recall on CT `val`."""
         assert isinstance(datamodule, CTDataModule)
-        if rank() == 0:
-            expert = resolve_source(*self.text_source) if self.prior is not None else None
-            self.dual.save(folder / "artefact", self.upstream, datamodule.volume.to_config(), expert)
+        run_on_rank_zero(lambda: self._save(folder / "artefact", datamodule))
         metrics = last_values(self)
         if self.false_negatives is not None:
             fixed = self.false_negatives.all_thresholds()
             metrics["thresholds"] = {kind: x if math.isfinite(x) else None for kind, x in fixed.items()}
             metrics["pairs"] = dict(self.false_negatives.pairs.totals)
-            if rank() == 0:
-                train = datamodule.training_rows()
-                studies = dict(zip(train.study_codes().tolist(), train.frame["study_id"].astype(str), strict=True))
-                self.false_negatives.pairs.write(folder / "corrected.csv", studies, fixed)
+            run_on_rank_zero(lambda: self._write_pairs(folder / "corrected.csv", datamodule))
         val = datamodule.with_text(datamodule.manifest.split("val"))
         if len(val) > 1:
             found = predict_rows(trainer, self, datamodule.loader(val), list(val.frame.index))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -25,10 +24,19 @@ from ctx_distill.callbacks.loss_guard import LossGuard
 from ctx_distill.callbacks.watchdog import Watchdog
 from ctx_distill.checkpoint import Artefact, hash_json, require_same
 from ctx_distill.data.datamodules import CTDataModule
-from ctx_distill.distributed import any_rank, first_rows, gather_objects, gather_with_gradient, rank
+from ctx_distill.distributed import (
+    any_rank,
+    copy_from_rank_zero,
+    first_rows,
+    gather_objects,
+    gather_with_gradient,
+    rank,
+    run_on_rank_zero,
+)
 from ctx_distill.files import write_json
 from ctx_distill.models.compute import ComputeSettings, check_compiler
 from ctx_distill.models.ct_encoder import CTEncoder
+from ctx_distill.seeds import seed_of
 from ctx_distill.tasks.curves import cut_logs, join_history
 from ctx_distill.tasks.epoch_means import EpochMeans
 from ctx_distill.tasks.sharding import Shards, by_layout, shard_for_training
@@ -97,12 +105,15 @@ class TrainedTask(StageTask):
 
     @abstractmethod
     def finish(self, trainer: L.Trainer, datamodule: L.LightningDataModule, folder: Path) -> dict[str, Any]:
-        """Write the artefact and return the metrics, after training."""
+        """Write the artefact and return the metrics, after training.
+
+        What takes rank 0 long alone goes through `run_on_rank_zero`, since the other ranks wait in the next collective.
+        """
 
     def run(self, trainer: L.Trainer, datamodule: L.LightningDataModule, folder: Path) -> dict[str, Any]:
         """Train, from the last checkpoint where there is one, then finish."""
         found = standing(folder / "checkpoints", self._identity(folder))
-        if found is not None:
+        if found is not None and trainer.is_global_zero:
             print(f"resuming from {found.path}, step {found.step}")
         history = cut_logs(trainer, folder / "logs" / "metrics.csv", found.step if found else 0)
         self.train()
@@ -118,7 +129,7 @@ class TrainedTask(StageTask):
             self.shards.gather()
         facts = {"steps": trainer.global_step, "data_order": hash_json(gather_objects([self._order]))}
         if self.guard is not None:
-            facts["skipped_steps"] = self.guard.skipped
+            facts |= {"skipped_steps": self.guard.skipped, "clipped_steps": self.guard.clipped}
         if self.select == "best":
             self._load_best(folder)
         self.eval()
@@ -134,10 +145,16 @@ class TrainedTask(StageTask):
         return {"stage": type(self).__name__, "request": key}
 
     def _load_best(self, folder: Path) -> None:
-        path = folder / "checkpoints" / BEST
-        if path.is_file():
-            state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-            self.load_state_dict(state, strict=False)
+        """Take the chosen weights; collective. Rank 0 wrote the file: others may still see none, or the one before."""
+
+        def load() -> None:
+            path = folder / "checkpoints" / BEST
+            if path.is_file():
+                state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+                self.load_state_dict(state, strict=False)
+
+        run_on_rank_zero(load)
+        copy_from_rank_zero(self)
 
     def unfit_for_shards(self) -> dict[str, bool]:
         """What keeps this stage from FSDP2: settings by name, and whether they are asked for."""
@@ -166,7 +183,7 @@ class TrainedTask(StageTask):
             self._identity(folder),
             "val/loss" if selects else None,
         )
-        self.guard = LossGuard(self.survival.explosion, self.survival.largest_skips, self.survival.back_off)
+        self.guard = LossGuard(self.survival.largest_skips)
         return [self.checkpoints, self.guard, Watchdog(self.survival.hang_minutes)]
 
     def rank_state(self) -> dict[str, Any]:
@@ -185,14 +202,14 @@ class TrainedTask(StageTask):
         rows = ",".join(str(row) for row in batch.row.tolist())
         self._order = hashlib.sha256(f"{self._order} {rows}".encode()).hexdigest()
 
-    def row_seeds(self, rows: Tensor) -> list[int]:
-        """A seed a row, of the run, the epoch and the row alone: what is drawn from it does not depend on the rank,
-        the place in the batch, or on whether the run was stopped."""
-        run = os.environ.get("PL_GLOBAL_SEED", "0")
-        return [
-            int.from_bytes(hashlib.sha256(f"{run} {self.current_epoch} {row}".encode()).digest()[:7], "big")
-            for row in rows.tolist()
-        ]
+    def row_seeds(self, rows: Tensor, *purpose: str) -> list[int]:
+        """Return one seed per row: a function of the run's seed, the epoch, the row and what it is for.
+
+        Args:
+            rows: (b,) manifest rows.
+            purpose: tells draws of one row apart; none for the augmentation.
+        """
+        return [seed_of(self.current_epoch, row, *purpose) for row in rows.tolist()]
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Groups for the optimizer; `lr_factor` scales a group's learning rate."""
@@ -212,6 +229,18 @@ class TrainedTask(StageTask):
         else:
             scheduler = self.make_scheduler(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as the trainer is set; by norm with the norm that the guard has computed already."""
+        if self.guard is not None and gradient_clip_val and gradient_clip_algorithm != "value":
+            self.guard.clip(optimizer, float(gradient_clip_val))
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def log_terms(self, terms: dict[str, Tensor], split: Literal["train", "val"], rows: int) -> None:
         """Sum named terms for the mean of the epoch, logged at its end as `split/term`.

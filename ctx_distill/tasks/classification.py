@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +16,7 @@ from torch import Tensor
 from ctx_distill.checkpoint import Artefact, write_artefact
 from ctx_distill.data.augment import Augmentation
 from ctx_distill.data.datamodules import CTDataModule
-from ctx_distill.distributed import global_ratio, own_first_rows, rank
+from ctx_distill.distributed import global_ratio, own_first_rows, rank, run_on_rank_zero
 from ctx_distill.errors import InputError
 from ctx_distill.losses.findings import LossSettings, findings_terms, mixup
 from ctx_distill.metrics.findings_report import findings_report
@@ -25,6 +24,7 @@ from ctx_distill.metrics.operating import THRESHOLD_RULE, choose_thresholds
 from ctx_distill.models.ct_encoder import CTEncoder
 from ctx_distill.models.dual_encoder import DualEncoder
 from ctx_distill.models.heads import FindingsHead
+from ctx_distill.seeds import run_seed
 from ctx_distill.tasks.base import TrainedTask, adamw, check_volume_spec, decay_groups, last_values
 from ctx_distill.tasks.layer_decay import layer_groups
 from ctx_distill.tasks.pooled_features import features_key, write_features
@@ -109,7 +109,7 @@ class ClassifierTask(TrainedTask):
         if not names:
             raise InputError(f"{datamodule.manifest.path}: has no label:<finding> columns; the classifier needs them.")
         with torch.random.fork_rng(devices=[]):  # DDP seeds anew before `setup`, one process does not
-            torch.manual_seed(int(os.environ.get("PL_GLOBAL_SEED", "0")))
+            torch.manual_seed(run_seed())
             self.head = FindingsHead(self.encoder.embed_dim, len(names))
         labels = datamodule.manifest.split("train").labels()
         positives, negatives = (labels == 1).sum(axis=0), (labels == 0).sum(axis=0)
@@ -216,20 +216,28 @@ class ClassifierTask(TrainedTask):
         finally:
             self._features.close()
 
+    def _save(self, folder: Path, datamodule: CTDataModule) -> None:
+        """Write the head; under `finetune`, the encoder too."""
+        assert self.head is not None
+        tensors = self.head.state_dict(prefix="head.")
+        if self.mode == "finetune":
+            tensors |= self.encoder.state_dict(prefix="encoder.")
+        config = {
+            "findings": list(datamodule.manifest.finding_names),
+            "mode": self.mode,
+            "volume_spec": datamodule.volume.to_config(),
+            "encoder": self.encoder.config(),
+        }
+        upstream = {} if self.artefact is None else {"dual-encoder": self.artefact.fingerprint}
+        write_artefact(folder, "classifier", config, tensors, upstream)
+
     def finish(self, trainer: L.Trainer, datamodule: L.LightningDataModule, folder: Path) -> dict[str, Any]:
         """Write the head and its predictions; score `test`, at thresholds chosen on `val`."""
         assert isinstance(datamodule, CTDataModule)
         assert self.head is not None
         names = list(datamodule.manifest.finding_names)
         metrics = last_values(self)
-        if rank() == 0:
-            tensors = self.head.state_dict(prefix="head.")
-            if self.mode == "finetune":
-                tensors |= self.encoder.state_dict(prefix="encoder.")
-            config = {"findings": names, "mode": self.mode, "volume_spec": datamodule.volume.to_config()}
-            config["encoder"] = self.encoder.config()
-            upstream = {} if self.artefact is None else {"dual-encoder": self.artefact.fingerprint}
-            write_artefact(folder / "artefact", "classifier", config, tensors, upstream)
+        run_on_rank_zero(lambda: self._save(folder / "artefact", datamodule))
         self._keep_features(trainer, datamodule, folder)
         test = datamodule.manifest.split("test")
         if not len(test):

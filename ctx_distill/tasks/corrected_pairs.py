@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ctx_distill.files import write_text
+from ctx_distill.losses.pair_order import strength_of
 from ctx_distill.losses.robust import Correction, identify
 
 KEPT = {"strongest": 200, "contradicted": 50, "borderline": 50}
@@ -82,7 +83,8 @@ class CorrectedPairs:
         first = study[:, None] < study[None, :]
         pairs = (correction.pairs | correction.pairs.T) & first
         chosen = (correction.chosen | correction.chosen.T) & first
-        strength = torch.maximum(correction.strength, correction.strength.T)
+        strength = strength_of(correction.order)
+        strength = torch.maximum(strength, strength.T)
         wanted = self._may_be_kept(strength, _contradictions(labels, study))
         i, j = (pairs & wanted).nonzero(as_tuple=True)
         self.totals["suspected"] += int(pairs.sum())

@@ -10,12 +10,13 @@ from pathlib import Path
 import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from ctx_distill.distributed import rank
 from ctx_distill.files import write_bytes
 
 
 def cut_logs(trainer: L.Trainer, curves: Path, step: int) -> Path:
     """Cut the logs back to the restored step; what was logged before it is put aside until the rest is there.
+
+    Rank 0 alone cuts. It is the trainer that knows the rank: there is no process group yet.
 
     Lightning's CSV logger begins a new file in a run that is resumed; TensorBoard is told to forget what comes later.
 
@@ -31,7 +32,7 @@ def cut_logs(trainer: L.Trainer, curves: Path, step: int) -> Path:
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger) and step:
             logger._kwargs["purge_step"] = step
-    if rank() != 0 or not (curves.is_file() or history.is_file()):
+    if not trainer.is_global_zero or not (curves.is_file() or history.is_file()):
         return history
     join_history(history, curves)
     kept = [row for row in _logged_rows(curves) if int(row["step"]) < step]

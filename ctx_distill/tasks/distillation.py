@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor
 from ctx_distill.data.augment import Augmentation
 from ctx_distill.data.datamodules import CTDataModule
 from ctx_distill.data.projection import PROJECTION_VERSION
-from ctx_distill.distributed import rank
+from ctx_distill.distributed import rank, run_on_rank_zero
 from ctx_distill.errors import InputError
 from ctx_distill.losses.distillation import NEAR_UNIFORM, distillation_loss, mix_neighbours, scheduled
 from ctx_distill.metrics.classification import classification_report
@@ -38,10 +37,10 @@ from ctx_distill.tasks.distillation_targets import (
 from ctx_distill.tasks.lookup_cost import LookupClock
 from ctx_distill.tasks.predict import predict_rows, study_means
 from ctx_distill.tasks.prompting import pair_probabilities, prompt_features
+from ctx_distill.tasks.report_views import report_views
 from ctx_distill.tasks.row_features import MEMORY_GB, ReportFeatures
 from ctx_distill.tasks.survival import SurvivalSettings
 from ctx_distill.tasks.teacher import open_queries, open_teacher
-from ctx_distill.text.report import sample_sentences
 from ctx_distill.types import CTBatch
 
 
@@ -235,13 +234,6 @@ class DistillationTask(TrainedTask):
             "relation": scheduled(self.weights.relation, end.relation_end, progress, "linear"),
         }
 
-    def _view(self, row: int, report: str) -> str:
-        """This epoch's view of a report: a function of epoch and row alone."""
-        if not self.neighbours.subset_share:
-            return report
-        draw = random.Random(f"{self.current_epoch}-{row}")
-        return sample_sentences(report, draw) if draw.random() < self.neighbours.subset_share else report
-
     def _target(self, batch: CTBatch, views: list[str]) -> Tensor:
         """u_i of this rank's rows: (b, D_v) unit rows."""
         device, known = batch.row.device, [bool(view) for view in views]
@@ -251,7 +243,7 @@ class DistillationTask(TrainedTask):
             retrieved = self.oracle(batch)
         else:
             with self.lookup_clock.measure(device):
-                retrieved = self.retrieved(batch.row, batch.report, views)
+                retrieved = self.retrieved(batch.row, batch.report, views, self.row_seeds(batch.row, "neighbour"))
         if self.teachers.projection == 0:
             return retrieved
         both = torch.stack([retrieved, self.own_projection(batch, self.teacher)], dim=1)
@@ -273,7 +265,7 @@ class DistillationTask(TrainedTask):
         volume = self.augmentation(batch.volume, self.row_seeds(batch.row)) if train else batch.volume
         views = batch.report
         if train:
-            views = [self._view(row, report) for row, report in zip(batch.row.tolist(), batch.report, strict=True)]
+            views = report_views(batch.report, self.row_seeds(batch.row, "view"), self.neighbours.subset_share)
         with torch.no_grad():
             target, anchors = self._target(batch, views), self._anchors_of(batch, views)
         student, target = self.gather_once(batch.row, self.features(volume), target)
@@ -328,14 +320,8 @@ class DistillationTask(TrainedTask):
     def finish(self, trainer: L.Trainer, datamodule: L.LightningDataModule, folder: Path) -> dict[str, Any]:
         """Write the student; ask it with the expert's prompts on CT `val`, where there are labels."""
         assert isinstance(datamodule, CTDataModule)
-        if rank() == 0:
-            save_ct_encoder(
-                folder / "artefact",
-                self.encoder,
-                self.projection,
-                self._upstream(),
-                datamodule.volume.to_config(),
-            )
+        upstream, spec = self._upstream(), datamodule.volume.to_config()
+        run_on_rank_zero(lambda: save_ct_encoder(folder / "artefact", self.encoder, self.projection, upstream, spec))
         metrics: dict[str, Any] = last_values(self)
         metrics["tau"] = self.tau
         val = datamodule.manifest.split("val")

@@ -11,18 +11,18 @@ from torch import Tensor
 from ctx_distill.errors import InputError
 from ctx_distill.models.xray_expert import XrayExpert
 from ctx_distill.retrieval.store import XrayIndexArtefact
+from ctx_distill.seeds import run_seed
 from ctx_distill.tasks.prompting import prompt_features
 from ctx_distill.text.findings import load_vocabulary
 
 AnchorKind = Literal["batch", "bank", "prompts"]
-BANK_SEED = 0
 
 
 class Anchors:
     """(K, D_v) unit rows in the space of u.
 
     Args:
-        kind: `batch`: the reports of the global batch; `prompts`: findings prompts; `bank`: a fixed random sample of
+        kind: `batch`: the reports of the global batch; `prompts`: findings prompts; `bank`: a random sample of
             the pool's image features.
         expert: the teacher.
         store: the X-ray index.
@@ -44,7 +44,7 @@ class Anchors:
                     f"stage 2: a bank of {min(bank_size, len(store))} anchors; expected two or more. Raise "
                     "bank_size, or index more X-rays."
                 )
-            order = torch.randperm(len(store), generator=torch.Generator().manual_seed(BANK_SEED))
+            order = torch.randperm(len(store), generator=torch.Generator().manual_seed(run_seed()))
             self._fixed = F.normalize(store.values(order[:bank_size].sort().values), dim=-1)
         elif not expert.has_joint_space:
             found = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from ctx_distill.models.xray_expert import XrayExpert
 from ctx_distill.retrieval.index import Device, Placement
 from ctx_distill.retrieval.lookup import LookupMode, NeighbourLookup
 from ctx_distill.retrieval.store import XrayIndexArtefact
+from ctx_distill.seeds import run_seed
 from ctx_distill.tasks.findings_reader import FindingsReader
 from ctx_distill.tasks.row_features import MEMORY_GB, CacheSettings, ReportFeatures, RowFeatures
 from ctx_distill.types import CTBatch
@@ -59,7 +61,7 @@ class NeighbourSettings:
             (**ours**): another target each time.
         control: for the ablation alone. `shuffled`: each X-ray stands for a random other. `oracle`: the k X-rays whose
             labels are nearest the CT's labels; it reads labels, so it is a bound and no method.
-        control_seed: of either control.
+        control_seed: of either control; None: the run's seed.
         oracle_manifest: the X-ray manifest that the index was built from, for the pool's labels.
         lookup: `live`: each step's views of the reports are embedded, searched and fetched; `static`: those of all
             training and validation rows, whole, once before the training, with the same result.
@@ -74,7 +76,7 @@ class NeighbourSettings:
     rerank: bool = False
     subset_share: float = 0.0
     control: Literal["none", "shuffled", "oracle"] = "none"
-    control_seed: int = 0
+    control_seed: int | None = None
     oracle_manifest: str | None = None
     lookup: Literal["live", "static"] = "live"
     placement: Placement = "replicated"
@@ -94,6 +96,10 @@ class NeighbourSettings:
                 "stage 2: neighbours.control is oracle, but neighbours.oracle_manifest names no X-ray manifest. Give "
                 "the one that the index was built from."
             )
+
+    def seed_of_control(self) -> int:
+        """Return the seed of the controls' draws."""
+        return run_seed() if self.control_seed is None else self.control_seed
 
 
 class RetrievedTeacher:
@@ -124,7 +130,7 @@ class RetrievedTeacher:
             settings.temperature,
             findings_rerank=self._reader is not None,
             visible=None if self._reader is None else self._reader.visible,
-            shuffle_seed=settings.control_seed if settings.control == "shuffled" else None,
+            shuffle_seed=settings.seed_of_control() if settings.control == "shuffled" else None,
         )
 
     def prepare(self, rows: Sequence[int], reports: Sequence[str], device: torch.device, batch: int = 64) -> None:
@@ -146,27 +152,35 @@ class RetrievedTeacher:
         whole = gather_with_gradient(torch.cat(found)).cpu() if found else torch.zeros(0)
         self._static = dict(zip(rows, whole, strict=True))
 
-    def __call__(self, rows: Tensor, reports: Sequence[str], views: Sequence[str]) -> Tensor:
+    def __call__(self, rows: Tensor, reports: Sequence[str], views: Sequence[str], seeds: Sequence[int]) -> Tensor:
         """(b, D_v) unit rows on the rows' device; zero where there is no text.
 
         Args:
             rows: (b,) manifest rows.
             reports: b whole reports.
             views: b texts that ask: the report, or a part of it.
+            seeds: b, of the draws of mode `sample`.
         """
         if self._static is None:
-            return self._live(rows, reports, views)
+            return self._live(rows, reports, views, seeds)
         nothing = torch.zeros(self.lookup.store.value_dim)
         kept = [self._static[row] if view else nothing for row, view in zip(rows.tolist(), views, strict=True)]
         return torch.stack(kept).to(rows.device)
 
     @torch.no_grad()
-    def _live(self, rows: Tensor, reports: Sequence[str], views: Sequence[str]) -> Tensor:
+    def _live(
+        self, rows: Tensor, reports: Sequence[str], views: Sequence[str], seeds: Sequence[int] | None = None
+    ) -> Tensor:
         known, told = [bool(view) for view in views], [view for view in views if view]
         asked = torch.tensor(known, dtype=torch.bool, device=rows.device)
         queries = self._queries(rows, reports, views)[asked]
         features = torch.zeros(len(known), self.lookup.store.value_dim, device=rows.device)
-        found = self.lookup(queries, None if self._reader is None else self._reader(told))
+        draws = None
+        if seeds is not None and self.lookup.mode == "sample":
+            draws = torch.tensor(
+                [random.Random(seed).random() for seed, view in zip(seeds, views, strict=True) if view]
+            )
+        found = self.lookup(queries, None if self._reader is None else self._reader(told), draws)
         features[asked] = found["features"].to(features)
         return features
 
@@ -202,7 +216,7 @@ class OracleTeacher:
         self._own = [list(finding_names).index(name) for name in shared]
         labels = pool.labels()[:, [pool.finding_names.index(name) for name in shared]]
         self._pool = torch.from_numpy(labels[store.items["row"].to_numpy()] == 1).double()
-        self.store, self.k, self.seed = store, min(settings.k, len(store)), settings.control_seed
+        self.store, self.k, self.seed = store, min(settings.k, len(store)), settings.seed_of_control()
 
     def positions(self, labels: Tensor, rows: Sequence[int]) -> Tensor:
         """(b, k) places in the index, on the CPU, of CTs with labels (b, F) and their manifest rows."""

@@ -128,13 +128,13 @@ class EntityMasking(nn.Module):
             tokens = dual.ct_encoder(torch.zeros(1, 1, *shape)).tokens
             return cls(settings, dual.text_encoder, tokens.shape[2], tokens.shape[1])
 
-    def mask(self, encoder: TextEncoder, reports: Sequence[str], seeds: Sequence[str]) -> MaskedText:
+    def mask(self, encoder: TextEncoder, reports: Sequence[str], seeds: Sequence[int]) -> MaskedText:
         """Masked reports; of one longer than the context, one chunk that fits, drawn too.
 
         Args:
             encoder: the text encoder.
             reports: B reports.
-            seeds: B strings; what is drawn for a report is a function of its seed alone.
+            seeds: B; what is drawn for a report is a function of its own seed.
         """
         sources = [random.Random(seed) for seed in seeds]
         texts = [rng.choice(encoder.chunks(report)) for report, rng in zip(reports, sources, strict=True)]
@@ -159,14 +159,14 @@ class EntityMasking(nn.Module):
         )  # fmt: skip
 
     def forward(
-        self, encoder: TextEncoder, reports: Sequence[str], seeds: Sequence[str], tokens: Tensor
+        self, encoder: TextEncoder, reports: Sequence[str], seeds: Sequence[int], tokens: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Sums and counts a report, for `masked_language_loss`.
 
         Args:
             encoder: the text encoder; the masked text takes its own way through it.
             reports: B reports.
-            seeds: B strings, see `mask`.
+            seeds: B, see `mask`.
             tokens: (B, T, D_c) of the CTs.
         """
         masked = self.mask(encoder, reports, seeds)

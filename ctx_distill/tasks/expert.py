@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any, Literal
@@ -18,15 +17,18 @@ from torch import Tensor
 from ctx_distill.data.augment import Augmentation
 from ctx_distill.data.datamodules import XrayDataModule
 from ctx_distill.data.manifest import Manifest
-from ctx_distill.distributed import barrier, gather_row_counts, gather_with_gradient, rank, world_size
+from ctx_distill.distributed import gather_row_counts, gather_with_gradient, rank, run_on_rank_zero, world_size
 from ctx_distill.errors import InputError
+from ctx_distill.files import replace_folder
 from ctx_distill.losses.contrastive import contrastive_loss
 from ctx_distill.metrics.classification import classification_report
 from ctx_distill.models.experts.open_clip_expert import expert_preprocessing, make_expert_folder, save_expert_folder
 from ctx_distill.models.xray_expert import open_expert
+from ctx_distill.seeds import run_seed, seed_of
 from ctx_distill.tasks.base import LARGEST_LOGIT_SCALE, TrainedTask, adamw, last_values
 from ctx_distill.tasks.predict import predict_rows, study_means
 from ctx_distill.tasks.prompting import pair_probabilities, prompt_features
+from ctx_distill.tasks.report_views import report_views
 from ctx_distill.tasks.survival import SurvivalSettings
 from ctx_distill.tasks.vocabulary_texts import vocabulary_texts
 from ctx_distill.text.report import sample_sentences
@@ -109,14 +111,12 @@ class ExpertTask(TrainedTask):
         self._ct_sections += corpus
         texts = vocabulary_texts(*manifests, more=[" ".join(pair) for pair in corpus])
         with tempfile.TemporaryDirectory() as scratch:
-            self.model, self.tokenizer, self.config = make_expert_folder(Path(scratch), texts, **self.sizes)
+            self.model, self.tokenizer, self.config = make_expert_folder(
+                Path(scratch), texts, seed=run_seed(), **self.sizes
+            )
         datamodule.preprocess = expert_preprocessing(self.config)
         datamodule.preprocess_key = f"expert-{self.sizes['image_size']}"
         return super().run(trainer, datamodule, folder)
-
-    def _view(self, row: int, report: str) -> str:
-        rng = random.Random(f"{self.current_epoch}-{row}")
-        return sample_sentences(report, rng) if rng.random() < self.subset_share else report
 
     def _text(self, reports: list[str]) -> Tensor:
         """(b, D) unit rows; of no reports none, with a gradient all the same, as every rank gathers alike."""
@@ -139,10 +139,11 @@ class ExpertTask(TrainedTask):
         What is drawn depends on the row, and on the place in the global batch's draw, not on the rank.
         """
         epoch = self.current_epoch
-        own = [(*self._sections[row], f"sections {epoch}-{row}") for row in rows if row in self._sections]
+        own = [(*self._sections[row], seed_of(epoch, row, "sections")) for row in rows if row in self._sections]
         wanted = min(len(rows) * world_size(), len(self._ct_sections))
-        drawn = random.Random(f"{epoch}-{batch_idx}").sample(self._ct_sections, wanted)
-        own += [(*pair, f"ct sections {epoch}-{batch_idx}-{n}") for n, pair in enumerate(drawn)][rank() :: world_size()]
+        drawn = random.Random(seed_of(epoch, batch_idx, "CT sections")).sample(self._ct_sections, wanted)
+        seeds = [seed_of(epoch, batch_idx, "CT sections", n) for n in range(wanted)]
+        own += [(*pair, seed) for pair, seed in zip(drawn, seeds, strict=True)][rank() :: world_size()]
         if sum(gather_row_counts(len(own), self.device)) < 2:
             return None
         findings = self._text([sample_sentences(text, random.Random(seed)) for text, _, seed in own])
@@ -152,13 +153,12 @@ class ExpertTask(TrainedTask):
 
     def training_step(self, batch: XrayBatch, batch_idx: int) -> Tensor:
         """InfoNCE of radiographs and reports, and of the reports' sections."""
-        rows = batch.row.tolist()
-        views = [self._view(row, report) for row, report in zip(rows, batch.report, strict=True)]
+        views = report_views(batch.report, self.row_seeds(batch.row, "view"), self.subset_share)
         image = self.augmentation(batch.image, self.row_seeds(batch.row))
         contrast, count = self._image_to_report(image, views, batch)
         terms = {"image_to_report": contrast}
         terms["loss"] = terms["image_to_report"]
-        sections = self._section_to_section(rows, batch_idx) if self.section_weight else None
+        sections = self._section_to_section(batch.row.tolist(), batch_idx) if self.section_weight else None
         if sections is not None:
             terms["section_to_section"] = sections
             terms["loss"] = terms["loss"] + self.section_weight * sections
@@ -182,16 +182,17 @@ class ExpertTask(TrainedTask):
         del batch_idx
         return {"image": F.normalize(self.model.encode_image(batch.image), dim=-1), "row": batch.row}
 
+    def _save(self, target: Path) -> None:
+        """Write the expert beside its place and move it there."""
+        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+            save_expert_folder(self.model, self.config, self.tokenizer, Path(scratch) / "expert")
+            replace_folder(Path(scratch) / "expert", target)
+
     def finish(self, trainer: L.Trainer, datamodule: L.LightningDataModule, folder: Path) -> dict[str, Any]:
         """Write the expert; ask it about the X-ray `test` studies, where there are labels."""
         assert isinstance(datamodule, XrayDataModule)
         target = folder / "artefact"
-        if rank() == 0:
-            with tempfile.TemporaryDirectory(dir=folder) as scratch:
-                save_expert_folder(self.model, self.config, self.tokenizer, Path(scratch) / "expert")
-                shutil.rmtree(target, ignore_errors=True)
-                (Path(scratch) / "expert").rename(target)
-        barrier()
+        run_on_rank_zero(lambda: self._save(target))
         metrics = last_values(self) | {"macro_auroc": None}
         test = datamodule.manifest.split("test")
         if len(test) and test.finding_names:

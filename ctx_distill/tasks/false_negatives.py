@@ -34,6 +34,7 @@ from ctx_distill.losses.robust import (
     threshold_from_quantile,
 )
 from ctx_distill.retrieval.lookup import NeighbourLookup
+from ctx_distill.seeds import run_seed
 from ctx_distill.tasks.corrected_pairs import CorrectedPairs
 from ctx_distill.tasks.moving_average import MovingAverage
 from ctx_distill.tasks.predict import join_rows
@@ -140,7 +141,7 @@ class FalseNegatives:
         self.known = torch.tensor([bool(text) for text in reports.reports])
 
     def _quantile(self, rows: Tensor, columns: Tensor, study: Tensor) -> float:
-        drawn = sample_similarities(rows, columns, study=study, pairs=PAIRS)
+        drawn = sample_similarities(rows, columns, study=study, pairs=PAIRS, seed=run_seed())
         return threshold_from_quantile(drawn, self.settings.quantile)
 
     def features(self, batch: CTBatch) -> dict[str, Tensor]:
@@ -148,6 +149,7 @@ class FalseNegatives:
         places, device = self.reports.places(batch.row), batch.row.device
         brought = {kind: table[places].to(device) for kind, table in self.tables.items()}
         brought["known"] = self.known[places].to(device)
+        brought["identity"] = self.reports.identity[places].to(device)
         if self.moving_average is not None and math.isfinite(self.moving_average.threshold):
             image, text = self.moving_average.encode(batch.volume, batch.report)
             brought |= {"ema_image": image, "ema_text": text}
@@ -165,7 +167,7 @@ class FalseNegatives:
         outputs = []
         # Neither the sample nor its reading may move the random state that the rest of the stage draws from.
         with torch.random.fork_rng(devices=[]):
-            drawn = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:MEASURED_VOLUMES]
+            drawn = torch.randperm(len(train), generator=torch.Generator().manual_seed(run_seed()))[:MEASURED_VOLUMES]
             taken = np.zeros(len(train), dtype=bool)
             taken[drawn.numpy()] = True
             measured = train.where(taken)
@@ -198,7 +200,7 @@ class FalseNegatives:
         Returns:
             The correction and the suspects (B, B) bool.
         """
-        return self._correct(self._evidence(features, study), study, epoch)
+        return self._correct(self._evidence(features, study), features["identity"], study, epoch)
 
     def _evidence(self, features: dict[str, Tensor], study: Tensor) -> dict[str, Tensor]:
         """(B, B) by kind."""
@@ -216,11 +218,15 @@ class FalseNegatives:
                 evidence[kind] = torch.zeros(len(study), len(study), device=study.device)
         return evidence
 
-    def _correct(self, evidence: dict[str, Tensor], study: Tensor, epoch: int) -> tuple[Correction, Tensor]:
+    def _correct(
+        self, evidence: dict[str, Tensor], identity: Tensor, study: Tensor, epoch: int
+    ) -> tuple[Correction, Tensor]:
         settings = self.settings
         suspects, strength = identify(evidence, self.all_thresholds(), settings.combine)
         watch = epoch < settings.warmup_epochs
-        correction = correct(study_targets(study), suspects, strength, settings.mode, settings.weight, watch)
+        correction = correct(
+            study_targets(study), suspects, strength, settings.mode, settings.weight, watch, identity=identity
+        )
         return correction, suspects
 
     def loss(
@@ -249,7 +255,7 @@ class FalseNegatives:
         """
         gathered = {name: gather_with_gradient(value) for name, value in self.features(batch).items()}
         evidence = self._evidence(gathered, study)
-        correction, suspects = self._correct(evidence, study, epoch)
+        correction, suspects = self._correct(evidence, gathered["identity"], study, epoch)
         counts = self.counts
         counts["suspected"] += float(correction.suspected)
         counts["corrected"] += float(correction.corrected)

@@ -30,7 +30,9 @@ def predict_rows(trainer: L.Trainer, task: L.LightningModule, loader: Any, rows:
     Returns:
         Each tensor (N, ...) in that order, on the CPU; what was computed in 16 bits as float32, which NumPy knows.
     """
-    return join_rows(trainer.predict(task, dataloaders=loader) or [], rows, task.device)
+    outputs = trainer.predict(task, dataloaders=loader) or []
+    # Not `task.device`: by now Lightning has moved the module to the CPU, whose tensors NCCL refuses.
+    return join_rows(outputs, rows, trainer.strategy.root_device)
 
 
 def join_rows(outputs: Sequence[Any], rows: Sequence[int], device: torch.device) -> dict[str, Tensor]:

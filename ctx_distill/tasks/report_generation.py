@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ctx_distill.data.datamodules import CTDataModule
 from ctx_distill.data.manifest import Manifest
-from ctx_distill.distributed import gather_objects, own_first_rows, rank
+from ctx_distill.distributed import gather_objects, own_first_rows, rank, run_on_rank_zero
 from ctx_distill.files import write_text
 from ctx_distill.losses.report import IGNORE, report_loss
 from ctx_distill.metrics.report_baselines import beside_baselines, most_frequent_report, nearest_reports
@@ -227,8 +227,8 @@ class ReportTask(TrainedTask):
         """Write the decoder; write and score the reports of the `test` studies, beside the baselines'."""
         assert isinstance(datamodule, CTDataModule)
         assert self.decoder is not None
-        if rank() == 0:
-            save_decoder(self.decoder, folder / "artefact", {"dual-encoder": self.artefact.fingerprint})
+        decoder, upstream = self.decoder, {"dual-encoder": self.artefact.fingerprint}
+        run_on_rank_zero(lambda: save_decoder(decoder, folder / "artefact", upstream))
         metrics = last_values(self)
         test = datamodule.with_text(datamodule.manifest.split("test"))
         test = test.where(~test.frame["study_id"].duplicated().to_numpy())

@@ -86,12 +86,18 @@ class Shards:
 
     @torch.no_grad()
     def gather(self) -> None:
-        """Put modules with whole weights back in the task; collective."""
+        """Put modules with whole weights back in the task; collective.
+
+        Lightning has moved the shards to the CPU at the end of the loop, whose tensors NCCL refuses: each goes to the
+        device of its mesh while it is gathered.
+        """
         for sharded, whole in self._pairs:
             values = dict(sharded.named_parameters()) | dict(sharded.named_buffers())
             for name, place in [*whole.named_parameters(), *whole.named_buffers()]:
                 value = values[name]
-                place.copy_(value.full_tensor() if isinstance(value, DTensor) else value)
+                if isinstance(value, DTensor):
+                    value = value.to(value.device_mesh.device_type).full_tensor()
+                place.copy_(value)
             whole.train(sharded.training)
             for parent in list(self._task.modules()):
                 for name, child in list(parent._modules.items()):
@@ -119,9 +125,8 @@ def shard_for_training(task: L.LightningModule, unfit: dict[str, bool]) -> Shard
             f"trainer.strategy is {type(strategy).__name__}, which divides each node's GPUs for tensor parallelism; set "
             f"--trainer.strategy={NAME}."
         )
-    asked = [
-        name for name, value in {**unfit, "trainer.gradient_clip_val": bool(trainer.gradient_clip_val)}.items() if value
-    ]
+    by_value = bool(trainer.gradient_clip_val) and trainer.gradient_clip_algorithm == "value"
+    asked = [name for name, value in {**unfit, "trainer.gradient_clip_algorithm=value": by_value}.items() if value]
     if asked:
         raise InputError(
             f"{type(task).__name__} with FSDP2 (trainer.strategy {type(strategy).__name__}): {', '.join(asked)} cannot be "

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ctx_distill.data.manifest import Manifest
+from ctx_distill.losses.pair_order import study_identity
 from ctx_distill.models.report_encoder import ReportEncoder
 from ctx_distill.models.xray_expert import XrayExpert
 from ctx_distill.retrieval.lookup import NeighbourLookup
@@ -20,6 +21,7 @@ class TrainingReports:
 
     Attributes:
         study: (N,) int64, an integer a study.
+        identity: (N,) int64, a hash of each row's study id, whatever else is in the manifest.
         reports: N texts.
     """
 
@@ -38,6 +40,7 @@ class TrainingReports:
         rows = [int(row) for row in train.frame.index]
         self._position = {row: place for place, row in enumerate(rows)}
         self.study = torch.tensor(train.study_codes())
+        self.identity = study_identity(train.frame["study_id"].astype(str).tolist())
         self.reports = [train.report(row) for row in rows]
         self.expert, self.queries = expert, queries
         self.tables = RowTables(math.inf) if tables is None else tables

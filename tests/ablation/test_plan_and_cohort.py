@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ctx_distill.ablation.cohort import draw_pairs, open_cohort, write_corpus, write_ct, write_probe, write_xray
-from ctx_distill.ablation.plan import Plan, config_hash, read_plan, selection_jobs, table_jobs
+from ctx_distill.ablation.plan import Plan, config_hash, job_layers, read_plan, selection_jobs, table_jobs
 from ctx_distill.errors import InputError
 from ctx_distill.pipeline.plan import stages_folder
 
@@ -61,6 +61,23 @@ def test_a_hash_changes_with_what_matters_and_not_with_the_pool_of_an_arm_withou
     assert config_hash(plan, job, "ablation", "") != config_hash(plan, replace(job, learning_rate=2e-3), "ablation", "")
     assert config_hash(plan, job, "ablation", "") != config_hash(replace(plan, steps=1), job, "ablation", "")
     assert config_hash(plan, job, "ablation", "") != config_hash(plan, job, "ablation", "another cohort")
+
+
+def test_a_trainer_setting_of_null_is_the_default_and_no_part_of_the_hash() -> None:
+    """So the committed arms, which switch clipping off, have the hashes of before it was a default."""
+    plan = read_plan()
+    job = table_jobs(plan, ["infonce"], ["core"], 1, {"infonce": 1e-3})[0]
+    layers = job_layers(plan, job, "align", "ablation")
+    assert layers["trainer"]["gradient_clip_val"] is None
+    before = config_hash(plan, job, "ablation", "")
+
+    def laid(value: float | None) -> str:
+        body = {**job.arm.stages["align"], "trainer": {"gradient_clip_val": value}}
+        arm = replace(job.arm, stages={**job.arm.stages, "align": body})
+        return config_hash(plan, replace(job, arm=arm), "ablation", "")
+
+    assert laid(None) == before
+    assert laid(20.0) != before
 
 
 def test_a_plan_of_another_form_is_refused(tmp_path: Path) -> None:

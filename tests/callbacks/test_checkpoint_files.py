@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import torch
 
 from ctx_distill.callbacks import random_state
 from ctx_distill.callbacks.checkpoint_files import LAST, OWN, PREVIOUS, part_of, read, settle, standing
-from ctx_distill.callbacks.checkpoints import _Room
+from ctx_distill.callbacks.checkpoints import Checkpoints, _Room
+from ctx_distill.distributed import rank
 from ctx_distill.errors import InputError
 
 IDENTITY = {"stage": "DistillationTask", "request": "abc"}
@@ -123,3 +125,41 @@ def test_random_states_come_back_through_weights_only(tmp_path: Path) -> None:
     draw()
     random_state.restore(torch.load(tmp_path / "state.pt", weights_only=True))
     assert draw() == first
+
+
+class Alone:
+    """A trainer as far as a checkpoint needs it."""
+
+    global_step, loggers = 7, ()
+
+    def __init__(self) -> None:
+        self.is_global_zero = rank() == 0
+
+    def save_checkpoint(self, path: Path) -> None:
+        if self.is_global_zero:
+            path.write_bytes(b"half a checkpoint")
+
+
+def rank_of_a_bad_checkpoint(folder: str) -> list[str]:
+    """What each rank says of a checkpoint that rank 0 cannot read back, and of a resume at different steps."""
+    callback = Checkpoints(Path(folder), 15.0, IDENTITY)
+    told = []
+    for step in (5, 5 * rank()):
+        callback._saved_step = step
+        try:
+            callback.on_fit_start(Alone(), None)
+            callback._save(Alone())
+        except InputError as error:
+            told.append(str(error))
+    return told
+
+
+@pytest.mark.ddp
+def test_what_ends_one_rank_at_a_checkpoint_ends_all(pool: Callable[[int], Any], tmp_path: Path) -> None:
+    """Rank 0 alone writes and proves; the others would wait for it until their collective's time limit."""
+    mine, other = pool(2).run(__file__, "rank_of_a_bad_checkpoint", {"folder": str(tmp_path)})
+    assert mine == other
+    assert len(mine) == 2
+    assert "cannot be read back" in mine[0]
+    assert "would resume from different checkpoints (steps [0, 5], -1 is none)" in mine[1]
+    assert not list(tmp_path.iterdir())

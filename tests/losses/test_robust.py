@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -15,10 +16,12 @@ from torch.nn import functional as F
 from ctx_distill import distributed
 from ctx_distill.losses import robust
 from ctx_distill.losses.contrastive import contrastive_loss, study_targets
+from ctx_distill.losses.pair_order import pair_hashes, study_identity
 from ctx_distill.types import InputError
 
 NAN = float("nan")
 STUDY = torch.tensor([0, 1, 2, 2, 3, 4, 5, 6])
+IDENTITY = study_identity([f"study-{code}" for code in STUDY.tolist()])
 
 
 def unit(rows: int, dimension: int, seed: int) -> Tensor:
@@ -93,7 +96,7 @@ def test_corrections_against_numpy() -> None:
     chosen = [(0, 1), (1, 0), (4, 6)]
     weights = {"relabel": dict.fromkeys(chosen, 0.25), "soft": {ij: strength[ij].item() for ij in chosen}, "mask": {}}
     for mode, added in weights.items():
-        result = robust.correct(base(), found, strength, mode, weight=0.25)  # type: ignore[arg-type]
+        result = robust.correct(base(), found, strength, mode, weight=0.25, identity=IDENTITY)  # type: ignore[arg-type]
         expected = (STUDY[:, None] == STUDY[None]).double().numpy()
         keep = np.ones((8, 8), bool)
         for ij in chosen:
@@ -104,12 +107,14 @@ def test_corrections_against_numpy() -> None:
         assert np.array_equal(result.denominator, keep), mode
         assert (result.suspected, result.corrected) == (3, 3)
     with pytest.raises(ValueError, match="'drop'"):
-        robust.correct(base(), found, strength, "drop")  # type: ignore[arg-type]
+        robust.correct(base(), found, strength, "drop", identity=IDENTITY)  # type: ignore[arg-type]
 
 
 def test_identity_no_suspects_and_the_warm_up_change_nothing() -> None:
-    none = robust.correct(base(), torch.zeros(8, 8, dtype=torch.bool), scores(0), "relabel")
-    watching = robust.correct(base(), torch.ones(8, 8, dtype=torch.bool), scores(0), "mask", watch=True)
+    none = robust.correct(base(), torch.zeros(8, 8, dtype=torch.bool), scores(0), "relabel", identity=IDENTITY)
+    watching = robust.correct(
+        base(), torch.ones(8, 8, dtype=torch.bool), scores(0), "mask", watch=True, identity=IDENTITY
+    )
     for result in (none, watching):
         assert torch.allclose(result.targets, base())
         assert torch.allclose(result.text_targets, base())
@@ -120,7 +125,7 @@ def test_identity_no_suspects_and_the_warm_up_change_nothing() -> None:
 
 def test_at_most_half_of_a_row_and_column_the_strongest_first() -> None:
     strength = scores(3)
-    result = robust.correct(base(), torch.ones(8, 8, dtype=torch.bool), strength, "mask")
+    result = robust.correct(base(), torch.ones(8, 8, dtype=torch.bool), strength, "mask", identity=IDENTITY)
     gone = ~result.denominator
     assert not gone[base() > 0].any()
     negatives = (base() == 0).sum(1)
@@ -135,8 +140,8 @@ def test_at_most_half_of_a_row_and_column_the_strongest_first() -> None:
         assert set(gone[:, i].nonzero()[:, 0].tolist()) <= set(column)
     one_row = torch.zeros(8, 8, dtype=torch.bool)
     one_row[0] = True
-    assert robust.correct(base(), one_row, strength, "mask").corrected == 3
-    tied = robust.correct(base(), torch.ones(8, 8, dtype=torch.bool), torch.ones(8, 8), "mask")
+    assert robust.correct(base(), one_row, strength, "mask", identity=IDENTITY).corrected == 3
+    tied = robust.correct(base(), torch.ones(8, 8, dtype=torch.bool), torch.ones(8, 8), "mask", identity=IDENTITY)
     assert ((~tied.denominator).sum(1) <= negatives // 2).all()
 
 
@@ -148,7 +153,9 @@ def test_a_corrected_pair_is_no_longer_pushed_apart() -> None:
     def pull(mode: str | None) -> float:
         """How the loss grows as image 0 moves towards text 1: positive pushes them apart."""
         moving = image.clone().requires_grad_()
-        corrected = None if mode is None else robust.correct(base(), found, scores(0), mode, weight=1.0)  # type: ignore[arg-type]
+        corrected = (
+            None if mode is None else robust.correct(base(), found, scores(0), mode, weight=1.0, identity=IDENTITY)  # type: ignore[arg-type]
+        )
         loss = (
             contrastive_loss(moving, text, 1.0, study=STUDY)
             if corrected is None
@@ -172,7 +179,7 @@ def test_gradients_through_each_correction() -> None:
     image, text = unit(8, 3, 0).requires_grad_(), unit(8, 3, 1).requires_grad_()
     scale = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
     for mode in ("relabel", "mask", "soft"):
-        fix = robust.correct(base(), scores(1) > 0.6, scores(2), mode)
+        fix = robust.correct(base(), scores(1) > 0.6, scores(2), mode, identity=IDENTITY)
 
         def loss(image: Tensor, text: Tensor, scale: Tensor, fix: robust.Correction = fix) -> Tensor:
             return contrastive_loss(
@@ -234,7 +241,9 @@ def rank_of_step(image: Tensor, text: Tensor, reports: Tensor, study: Tensor, fi
         "ema": robust.ema_evidence(image_features, text_features),
     }
     found, strength = robust.identify(evidence, {"report": 0.3, "ema": 0.4})
-    fix = robust.correct(study_targets(gather(study[mine]), torch.float64), found, strength, mode)
+    fix = robust.correct(
+        study_targets(gather(study[mine]), torch.float64), found, strength, mode, identity=gather(IDENTITY[mine])
+    )
     terms = contrastive_loss(
         image_features,
         text_features,
@@ -264,3 +273,125 @@ def test_several_ranks_equal_one(pool: Callable[[int], Any], size: int, mode: st
         assert torch.allclose(result["total"], expected["total"], atol=1e-12)
         for value, gradient in zip(result["grads"], expected["grads"], strict=True):
             assert torch.allclose(value, gradient, atol=1e-12)
+
+
+def normal_batch(size: int, normals: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Findings of studies of which the first `normals` agree and the others differ from all; study codes; identities."""
+    findings = torch.zeros(size, size)
+    findings[normals:, normals:] = torch.eye(size - normals)
+    return findings, torch.arange(size), study_identity([f"patient-{code}" for code in range(size)])
+
+
+def corrected_of(findings: Tensor, study: Tensor, identity: Tensor, mode: Any = "mask") -> robust.Correction:
+    found, strength = robust.identify({"findings": robust.findings_evidence(findings)}, {"findings": 1.0})
+    return robust.correct(study_targets(study), found, strength, mode, identity=identity)
+
+
+@pytest.mark.parametrize(("size", "normals"), [(64, 64), (128, 109)])
+@pytest.mark.parametrize("mode", ["relabel", "mask", "soft"])
+def test_the_order_of_the_batch_changes_no_pair(size: int, normals: int, mode: str) -> None:
+    findings, study, identity = normal_batch(size, normals)
+    straight = corrected_of(findings, study, identity, mode)
+    assert torch.equal(straight.chosen, straight.chosen.T)
+    assert straight.corrected > 0.8 * normals * min(normals - 1, size // 2)  # nearly as many as the cap allows,
+    rows = straight.chosen.sum(1)[:normals]
+    assert rows.max() <= (size - 1) // 2
+    halves = rows[: normals // 2].float().mean(), rows[normals // 2 :].float().mean()
+    assert 0.9 < halves[0] / halves[1] < 1.1  # and as many of the first half of the batch as of the second
+    for seed in range(3):
+        moved = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
+        again = corrected_of(findings[moved], study[moved], identity[moved], mode)
+        for name in ("targets", "text_targets", "denominator", "chosen", "order"):
+            assert torch.equal(getattr(again, name), getattr(straight, name)[moved][:, moved]), name
+
+
+def test_asymmetric_evidence_leaves_out_the_same_pairs_in_both_directions() -> None:
+    strength = (scores(5) * 3).round() / 3  # many ties, and (i, j) unlike (j, i)
+    every = torch.ones(8, 8, dtype=torch.bool)
+    straight = robust.correct(base(), every, strength, "soft", identity=IDENTITY)
+    turned = robust.correct(base(), every, strength.T, "soft", identity=IDENTITY)
+    assert torch.equal(turned.chosen, straight.chosen.T)
+    assert torch.equal(turned.targets, straight.text_targets)
+    moved = torch.randperm(8, generator=torch.Generator().manual_seed(1))
+    again = robust.correct(study_targets(STUDY[moved], torch.float64), every, strength[moved][:, moved], "soft",
+                           identity=IDENTITY[moved])  # fmt: skip
+    assert torch.equal(again.chosen, straight.chosen[moved][:, moved])
+
+
+def test_images_of_one_study_are_corrected_together_and_never_more_than_half() -> None:
+    study = torch.arange(12) // 3
+    identity = study_identity([f"s{code}" for code in study.tolist()])
+    fix = corrected_of(torch.zeros(12, 4), study, identity)
+    assert fix.chosen.sum(1).max() <= 9 // 2
+    groups = fix.chosen.view(4, 3, 4, 3).float().sum(dim=(1, 3))
+    assert set(groups.unique().tolist()) <= {0.0, 9.0}
+    assert fix.corrected > 0
+
+
+def test_the_hash_of_a_pair_is_splitmix64_of_the_ids_and_symmetric() -> None:
+    names = ["a", "b", "study 7"]
+    identity, mask = study_identity(names), (1 << 64) - 1
+
+    def expected(one: str, other: str) -> int:
+        both = (hashlib.blake2b(name.encode(), digest_size=8).digest() for name in (one, other))
+        mixed = sum(int.from_bytes(part, "big") for part in both) & mask
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            mixed = ((mixed ^ (mixed >> shift)) * factor) & mask
+        return (mixed ^ (mixed >> 31)) >> 21
+
+    found = pair_hashes(identity, identity)
+    assert found.tolist() == [[expected(one, other) for other in names] for one in names]
+    assert torch.equal(identity, study_identity(["x", *names])[1:])
+    many = study_identity([str(n) for n in range(400)])
+    every = pair_hashes(many[:300], many[300:])
+    assert len(every.unique()) == every.numel()
+    assert torch.equal(every, pair_hashes(many[300:], many[:300]).T)
+    # For each study the others come in an order of its own: a rank correlation near 0.
+    places = every[:2].argsort(dim=1).argsort(dim=1).double()
+    assert abs(float(torch.corrcoef(places)[0, 1])) < 0.3
+
+
+def test_a_threshold_one_bit_above_one_suspects_identical_reports() -> None:
+    rows = unit(300, 7, 4).float()[torch.arange(300) % 3]  # three reports, each a hundred times
+    same = torch.arange(300)[:, None] % 3 == torch.arange(300)[None] % 3
+    evidence = robust.report_evidence(rows)
+    above = float(np.nextafter(np.float32(1), np.float32(2)))
+    for threshold in (above, 1.0, robust.threshold_from_quantile(robust.sample_similarities(rows, pairs=5000), 0.9)):
+        found, strength = robust.identify({"report": evidence}, {"report": threshold})
+        assert torch.equal(found, same)
+        assert torch.equal(strength, same.float())
+    assert not robust.suspects(torch.tensor(1.0 - 2 * robust.TOLERANCE), above)
+
+
+def test_evidence_does_not_depend_on_autocast_or_the_company() -> None:
+    rows = unit(40, 64, 9).float()
+    plain = robust.report_evidence(rows)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(robust.report_evidence(rows), plain)
+        assert torch.equal(robust.ema_evidence(rows, rows), plain)
+    assert torch.equal(robust.report_evidence(rows[7:12]), plain[7:12, 7:12])
+
+
+def rank_of_tied_step(mode: Any) -> dict[str, Any]:
+    """A step on 48 studies, 85 % of them normal: each rank takes every n-th row, as the sampler deals them."""
+    size = 48
+    findings, study, identity = normal_batch(size, 41)
+    image, text = unit(size, 5, 0), unit(size, 5, 1)
+    gather, mine = distributed.gather_with_gradient, slice(distributed.rank(), None, distributed.world_size())
+    fix = corrected_of(gather(findings[mine]), gather(study[mine]), gather(identity[mine]), mode)
+    loss = contrastive_loss(
+        gather(image[mine]), gather(text[mine]), 4.0,
+        targets=fix.targets, text_targets=fix.text_targets, denominator=fix.denominator,
+    )  # fmt: skip
+    pairs = {tuple(sorted(ij)) for ij in gather(study[mine])[fix.chosen.nonzero()].tolist()}
+    return {"total": loss["total"], "pairs": sorted(pairs)}
+
+
+@pytest.mark.ddp
+@pytest.mark.parametrize("mode", ["relabel", "mask", "soft"])
+def test_two_ranks_correct_the_pairs_of_one_where_evidence_ties(pool: Callable[[int], Any], mode: str) -> None:
+    expected = rank_of_tied_step(mode)
+    assert len(expected["pairs"]) > 300
+    for result in pool(2).run(__file__, "rank_of_tied_step", {"mode": mode}):
+        assert result["pairs"] == expected["pairs"]
+        assert torch.allclose(result["total"], expected["total"], rtol=0, atol=1e-6)

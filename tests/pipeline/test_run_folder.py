@@ -13,7 +13,7 @@ import pytest
 
 from ctx_distill.errors import InputError
 from ctx_distill.pipeline.plan import STAGES
-from ctx_distill.pipeline.run_folder import is_complete, join_metrics, lock_run, open_stage
+from ctx_distill.pipeline.run_folder import is_complete, is_first_process, join_metrics, lock_run, open_stage
 
 HOLD = """
 import sys, time
@@ -86,3 +86,35 @@ def test_metrics_are_joined_under_the_contract_s_keys(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "metrics.json").read_text()) == joined
     assert (tmp_path / "zero_shot_predictions.csv").read_text() == "study_id,zero-shot\n"
     assert (tmp_path / "reports.csv").read_text() == "study_id,report\n"
+
+
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "WORLD_SIZE": "4"}
+
+
+@pytest.mark.parametrize(
+    ("started", "first"),
+    [
+        ({}, True),
+        ({"LOCAL_RANK": "0", "NODE_RANK": "0", "WORLD_SIZE": "2"}, True),
+        ({"LOCAL_RANK": "1", "NODE_RANK": "0", "WORLD_SIZE": "2"}, False),  # by Lightning, for the second device
+        ({"NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1"}, True),
+        ({"NODE_RANK": "1", "MASTER_ADDR": "127.0.0.1"}, False),  # by hand on the second node
+        ({"GROUP_RANK": "1", "MASTER_ADDR": "127.0.0.1"}, False),
+        (TORCHRUN | {"RANK": "0", "LOCAL_RANK": "0", "GROUP_RANK": "0"}, True),
+        (TORCHRUN | {"RANK": "2", "LOCAL_RANK": "0", "GROUP_RANK": "1"}, False),
+    ],
+)
+def test_the_first_process_is_the_one_that_lightning_gives_rank_zero(
+    monkeypatch: pytest.MonkeyPatch, started: dict[str, str], first: bool
+) -> None:
+    import lightning as L
+
+    for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in started.items():
+        monkeypatch.setenv(name, value)
+    trainer = L.Trainer(
+        accelerator="cpu", devices=2, num_nodes=2, strategy="ddp", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    assert is_first_process() is trainer.is_global_zero is first

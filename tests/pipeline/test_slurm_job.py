@@ -177,3 +177,36 @@ def test_time_limits_without_progress_end_some_time(job: Job) -> None:
     for _ in range(11):
         assert job.attempt(ends, "COMPLETING Reason=TimeLimit") == 143
     assert (job.folder / "scontrol-calls").read_text().count("requeue 7") == 10
+
+
+@pytest.mark.parametrize(
+    ("environment", "name_is_at", "route", "expected"),
+    [
+        ({"SLURM_NNODES": "2"}, "127.0.1.1", "default via 10.0.0.1 dev eth7 proto dhcp", "eth7"),
+        ({"SLURM_NNODES": "2"}, "127.0.1.1", "", "none"),
+        ({"SLURM_NNODES": "2"}, "10.0.0.5", "default via 10.0.0.1 dev eth7", "none"),
+        ({"SLURM_NNODES": "1"}, "127.0.1.1", "default via 10.0.0.1 dev eth7", "none"),
+        ({"SLURM_NNODES": "2", "GLOO_SOCKET_IFNAME": "ib0"}, "127.0.1.1", "default via 10.0.0.1 dev eth7", "ib0"),
+        ({"SLURM_NNODES": "2", "NCCL_SOCKET_IFNAME": "=lo"}, "10.0.0.5", "", "lo"),
+        ({"SLURM_NNODES": "2", "NCCL_SOCKET_IFNAME": "^docker"}, "127.0.1.1", "default dev eth7", "eth7"),
+    ],
+)
+def test_gloo_gets_an_interface_that_other_nodes_reach(
+    job: Job,
+    monkeypatch: pytest.MonkeyPatch,
+    environment: dict[str, str],
+    name_is_at: str,
+    route: str,
+    expected: str,
+) -> None:
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    for tool, text in {"getent": f"{name_is_at} node", "ip": route}.items():
+        (job.folder / tool).write_text(f"#!/bin/bash\necho '{text}'\n")
+        (job.folder / tool).chmod(0o755)
+    assert job.attempt('echo "gloo: ${GLOO_SOCKET_IFNAME:-none}"') == 0
+    assert f"gloo: {expected}\n" in job.said
+    assert ("so other nodes cannot reach it" in job.said) == (name_is_at.startswith("127") and expected == "none"
+                                                             and environment["SLURM_NNODES"] == "2")  # fmt: skip

@@ -8,7 +8,7 @@ import pytest
 
 from ctx_distill.cli import main
 from ctx_distill.errors import InputError
-from ctx_distill.pipeline.topology import Topology, job_topology, trainer_settings
+from ctx_distill.pipeline.topology import Topology, job_topology, starts_with_others, trainer_settings
 
 # As slurm 22.05 sets them in a step that srun started, and in the shell of the same job.
 SHELL = {
@@ -99,6 +99,38 @@ def test_several_stages_in_one_step_are_refused(
         monkeypatch.setenv(name, value)
     assert main(["all", "--data", str(cohort), "--run", str(tmp_path / "run"), "--preset", str(tiny_preset)]) == 2
     assert "one by one" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("started", "arguments", "told"),
+    [
+        ({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, ["all"], "one by one"),
+        ({"NODE_RANK": "1"}, ["heads", "--trainer.num_nodes=2"], "one by one"),
+        ({"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}, ["expert", "--force"], "FORCE=1 in processes"),
+    ],
+)
+def test_so_are_several_stages_and_forced_ones_in_processes_that_start_together(
+    cohort: Path,
+    tiny_preset: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    started: dict[str, str],
+    arguments: list[str],
+    told: str,
+) -> None:
+    for name, value in started.items():
+        monkeypatch.setenv(name, value)
+    assert main([*arguments, "--data", str(cohort), "--run", str(tmp_path / "run"), "--preset", str(tiny_preset)]) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_the_one_node_of_a_platform_that_numbers_nodes_starts_alone() -> None:
+    assert not starts_with_others(1, {"NODE_RANK": "0", "MASTER_ADDR": "10.0.0.4"})
+    assert not starts_with_others(1, {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"})
+    assert not starts_with_others(
+        2, {"NODE_RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}
+    )  # by Lightning, on that node
 
 
 @pytest.mark.full

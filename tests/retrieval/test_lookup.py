@@ -64,12 +64,15 @@ def test_modes_against_numpy(stores: Stores, mode: str) -> None:
         assert torch.allclose(found["features"], VALUES[order[:, 0]], atol=1e-6)
 
 
-def test_sampling_follows_the_softmax_and_its_generator(stores: Stores) -> None:
+def test_sampling_follows_the_softmax_and_its_draws(stores: Stores) -> None:
     lookup = NeighbourLookup(stores[1], k=3, mode="sample", temperature=0.5)
     many = QUERIES[:1].expand(3000, -1)
-    found = lookup(many, generator=torch.Generator().manual_seed(5))
-    again = lookup(many, generator=torch.Generator().manual_seed(5))
-    assert torch.equal(found["weights"], again["weights"])
+    draws = torch.rand(3000, generator=torch.Generator().manual_seed(5))
+    found = lookup(many, draws=draws)
+    part = lookup(many[:7], draws=draws[1000:1007])  # a query's neighbour does not depend on the others
+    assert torch.equal(found["weights"][1000:1007], part["weights"])
+    ends = lookup(many[:2], draws=torch.tensor([0.0, 1 - 1e-9], dtype=torch.float64))
+    assert ends["weights"].tolist() == [[1, 0, 0], [0, 0, 1]]
     assert torch.equal(found["weights"].sum(1), torch.ones(3000))
     expected = NeighbourLookup(stores[1], k=3, mode="softmax", temperature=0.5)(QUERIES[:1])["weights"][0]
     assert torch.allclose(found["weights"].mean(0), expected, atol=0.03)

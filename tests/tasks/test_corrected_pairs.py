@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ctx_distill.losses.contrastive import study_targets
+from ctx_distill.losses.pair_order import study_identity
 from ctx_distill.losses.robust import correct, identify
 from ctx_distill.tasks.corrected_pairs import CorrectedPairs
 
@@ -42,7 +43,8 @@ def take(record: CorrectedPairs, study: Tensor, epoch: int) -> tuple[Tensor, Ten
     rows = embeddings()[study]
     evidence = {"report": rows @ rows.T}
     suspects, strength = identify(evidence, THRESHOLDS)
-    correction = correct(study_targets(study), suspects, strength, "relabel", watch=epoch < 1)
+    identity = study_identity([ids()[code] for code in study.tolist()])
+    correction = correct(study_targets(study), suspects, strength, "relabel", watch=epoch < 1, identity=identity)
     record.observe(correction, evidence, {"report": rows}, study, THRESHOLDS, "any", labels()[study], epoch)
     return correction.pairs, correction.chosen
 

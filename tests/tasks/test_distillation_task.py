@@ -31,6 +31,7 @@ from ctx_distill.tasks import distillation
 from ctx_distill.tasks.distillation import DistillationSchedule, DistillationTask, DistillationWeights
 from ctx_distill.tasks.distillation_anchors import Anchors
 from ctx_distill.tasks.distillation_targets import NeighbourSettings, OracleTeacher, TeacherSettings
+from ctx_distill.tasks.report_views import report_views
 from ctx_distill.text.findings import extract, load_vocabulary
 from ctx_distill.types import CTBatch
 
@@ -144,7 +145,7 @@ def test_a_view_of_the_report_is_a_function_of_epoch_and_row(
 
     def views(epoch: int) -> list[str]:
         monkeypatch.setattr(DistillationTask, "current_epoch", epoch)
-        return [task._view(row, report) for row in range(200)]
+        return report_views([report] * 200, task.row_seeds(torch.arange(200), "view"), 0.6)
 
     assert views(0) == views(0) != views(1)
     whole = sum(view == report for view in views(0)) / 200

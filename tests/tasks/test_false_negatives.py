@@ -19,6 +19,7 @@ from ctx_distill import distributed
 from ctx_distill.data.manifest import Manifest, read_manifest
 from ctx_distill.errors import InputError
 from ctx_distill.losses.contrastive import contrastive_loss
+from ctx_distill.losses.pair_order import study_identity
 from ctx_distill.tasks.false_negatives import FalseNegatives, RobustSettings
 from ctx_distill.tasks.moving_average import MovingAverage
 from ctx_distill.tasks.training_reports import TrainingReports
@@ -257,6 +258,7 @@ def frozen(mode: Any) -> FalseNegatives:
     reports: Any = SimpleNamespace(
         reports=[f"report {row}" for row in range(ROWS)],
         study=torch.tensor(STUDIES),
+        identity=study_identity([f"s{code}" for code in STUDIES]),
         embeddings=unit(ROWS, 3, 4),
         places=lambda rows: rows.cpu(),
     )

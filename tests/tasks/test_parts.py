@@ -78,8 +78,8 @@ def test_only_matrices_decay_and_frozen_weights_are_left_out() -> None:
 class Logs:
     """A trainer as far as `cut_logs` looks at it."""
 
-    def __init__(self, *loggers: TensorBoardLogger) -> None:
-        self.loggers = loggers
+    def __init__(self, *loggers: TensorBoardLogger, is_global_zero: bool = True) -> None:
+        self.loggers, self.is_global_zero = loggers, is_global_zero
 
 
 def curve(path: Path, steps: list[int], losses: list[float]) -> None:
@@ -98,6 +98,24 @@ def test_curves_are_cut_back_to_the_restored_step_and_joined(tmp_path: Path) -> 
     join_history(history, curves)
     assert pd.read_csv(curves)["train/loss"].tolist() == [3.0, 2.0, 1.4, 1.2]
     assert not history.exists()
+
+
+def test_of_ranks_that_resume_at_once_one_cuts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have no process group yet. The other rank comes at the worst moment: as the first one deletes the table."""
+    curves = tmp_path / "metrics.csv"
+    curve(curves, [4, 9, 14], [3.0, 2.0, 1.5])
+    unlink = Path.unlink
+
+    def interrupted(path: Path, missing_ok: bool = False) -> None:
+        monkeypatch.setattr(Path, "unlink", unlink)
+        assert cut_logs(Logs(is_global_zero=False), curves, 10) == curves.with_name("metrics.before.csv")
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", interrupted)
+    history = cut_logs(Logs(), curves, 10)
+    assert Path.unlink is unlink
+    join_history(history, curves)
+    assert pd.read_csv(curves)["train/loss"].tolist() == [3.0, 2.0]
 
 
 def test_a_run_that_begins_again_keeps_no_curve(tmp_path: Path) -> None:

@@ -3,6 +3,9 @@
 In float64, without dropout and without batch norm (whose statistics are a rank's own on the CPU, where torch has no synchronised
 one), with the same global batch. The stages run through the command line, two ranks as two gloo processes; each starts
 from what one rank made of the stages before it, so that differences do not add up.
+
+The two ranks compute on a pretended accelerator (`tests/helpers/accelerator.py`), on which a collective refuses tensors of
+the host as NCCL does; the numbers stay those of the CPU.
 """
 
 from __future__ import annotations
@@ -23,6 +26,8 @@ from safetensors.torch import load_file
 
 from ctx_distill.cli import main
 from ctx_distill.pipeline.plan import STAGES
+
+ACCELERATOR = Path(__file__).parents[1] / "helpers" / "accelerator.py"
 
 pytestmark = [pytest.mark.slow, pytest.mark.ddp]
 
@@ -73,10 +78,14 @@ def upstream(alone: Path, stage: str, run: Path) -> Path:
 
 
 def on_two_ranks(stage: str, cohort: Path, run: Path, preset: Path, *more: str) -> None:
-    command = [sys.executable, "-m", "ctx_distill.cli", stage, "--data", str(cohort), "--run", str(run)]
+    command = [sys.executable, str(ACCELERATOR), stage, "--data", str(cohort), "--run", str(run)]
     command += ["--preset", str(preset), *DOUBLE, *more]
     done = subprocess.run(
-        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=500
+        command,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ACCELERATOR.parents[2])},
+        capture_output=True,
+        text=True,
+        timeout=500,
     )
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -1,0 +1,23 @@
+"""The part of a report that a training step reads."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from ctx_distill.text.report import sample_sentences
+
+
+def report_views(reports: Sequence[str], seeds: Sequence[int], share: float) -> list[str]:
+    """Return whole reports, or random subsets of their sentences.
+
+    Args:
+        reports: b reports.
+        seeds: b seeds (`TrainedTask.row_seeds`); a report's view is a function of its own.
+        share: of reports that are cut to a subset, in [0, 1].
+    """
+    views = []
+    for report, seed in zip(reports, seeds, strict=True):
+        draw = random.Random(seed)
+        views.append(sample_sentences(report, draw) if draw.random() < share else report)
+    return views
