@@ -24,7 +24,7 @@ from typing import Any
 from large_batch import measure
 
 SEED = 0
-ROWS = {"demo": 256, "base": 64}
+ROWS = {"demo": 64, "base": 48}
 SHAPES = {"demo": (40, 56, 56), "base": (96, 192, 192)}
 BATCH = {"demo": 8, "base": 16}
 LIMITS = {

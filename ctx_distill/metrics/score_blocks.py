@@ -104,12 +104,14 @@ class ScoreBlock:
         Args:
             positive: (n, M) the right answers; they do not push each other down.
         """
-        scores = self._scores
-        best = np.max(scores, axis=1, initial=-np.inf, where=positive, keepdims=True)
-        ranks = 1.0 + np.count_nonzero((scores > best + self._slack) & ~positive, axis=1)
-        near = np.abs(scores - best) <= self._slack
-        for row in np.flatnonzero((near & ~positive).any(axis=1)):
-            columns = np.flatnonzero(near[row])
+        scores, slack = self._scores, self._slack
+        best = np.where(positive, scores, -np.inf).max(axis=1, initial=-np.inf, keepdims=True)
+        others = np.where(positive, -np.inf, scores)
+        ahead = np.count_nonzero(others > best + slack, axis=1)
+        unsure = np.count_nonzero(others >= best - slack, axis=1) > ahead
+        ranks = 1.0 + ahead
+        for row in np.flatnonzero(unsure & np.isfinite(best[:, 0])):
+            columns = np.flatnonzero(np.abs(scores[row] - best[row]) <= slack[row])
             exact, right = self._candidates.exact(self._queries[row], columns), positive[row, columns]
             ranks[row] += np.count_nonzero(exact[~right] >= exact[right].max())
         return np.where(np.isfinite(best[:, 0]), ranks, np.nan)
