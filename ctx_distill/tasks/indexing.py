@@ -21,7 +21,7 @@ from ctx_distill.models.weights import HUB
 from ctx_distill.models.xray_expert import XrayExpert, open_expert
 from ctx_distill.retrieval.index import IndexKind
 from ctx_distill.retrieval.keys import KeyKind, make_keys
-from ctx_distill.retrieval.shards import merge_shards, open_shards, standing_blocks, write_shard
+from ctx_distill.retrieval.shards import kept_rows, merge_shards, open_shards, standing_blocks, write_shard
 from ctx_distill.retrieval.store import ReportSource, XrayIndexArtefact, write_index_artefact
 from ctx_distill.tasks.base import StageTask, stop_if_asked
 from ctx_distill.tasks.findings_reader import FindingsReader
@@ -52,8 +52,8 @@ class IndexTask(StageTask):
         report_encoder_revision: pinned commit of a hub encoder.
         vocabulary: findings that are read from the pool's reports for the findings re-rank of later stages; name or
             YAML file.
-        part_items: X-rays that a rank embeds before it writes them down; a run that was stopped goes on from what is
-            written.
+        part_items: X-rays that a rank embeds before it writes them down; a run that was stopped resumes from what is
+            written, on any number of ranks.
 
     Raises:
         InputError: expert, key and report encoder do not fit together.
@@ -135,11 +135,11 @@ class IndexTask(StageTask):
         pool, left_out = self._pool(datamodule)
         datamodule.preprocess, datamodule.preprocess_key = self.expert.preprocess, self.expert.fingerprint()
         shards = folder / "shards"
-        self._embed(trainer, datamodule, pool, shards)
+        first_block = self._embed(trainer, datamodule, pool, shards)
         metrics: dict[str, Any] = {}
         if rank() == 0:
             self.to(trainer.strategy.root_device)
-            table = merge_shards(shards, [int(row) for row in pool.frame.index])
+            table = merge_shards(shards, [int(row) for row in pool.frame.index], first_block)
             store = self._write(folder / "artefact", table, pool, datamodule, left_out)
             shutil.rmtree(shards)
             metrics = {"pool": len(pool), "left_out": left_out, "key_dim": store.key_dim, "value_dim": store.value_dim}
@@ -148,39 +148,46 @@ class IndexTask(StageTask):
         barrier()
         return metrics
 
-    def _embed(self, trainer: L.Trainer, datamodule: XrayDataModule, pool: Manifest, shards: Path) -> None:
-        """Write the shards of the pool's blocks, but for those that an earlier run of the same request left whole."""
-        size = self.part_items * world_size()
-        starts = range(0, len(pool), size)
+    def _embed(self, trainer: L.Trainer, datamodule: XrayDataModule, pool: Manifest, shards: Path) -> int:
+        """Write the shards of the pool's blocks, but for what an earlier run of the same request has written.
+
+        Returns:
+            The first block of this run's layout (`open_shards`).
+        """
+        ranks = world_size()
         request = {
             "manifest": datamodule.manifest.fingerprint,
             "rows": [int(row) for row in pool.frame.index],
             "expert": self.expert.fingerprint(),
             "reports": self.reports.fingerprint(),
             "key": self.key,
-            "ranks": world_size(),
-            "part_items": self.part_items,
             "batch": datamodule.eval_batch_size,
             "precision": str(trainer.precision),
         }
-        standing: list[int] = []
+        # Rank zero alone reads what this layout has written so far: the other ranks may be writing already.
+        opened: list[int] = []
         if rank() == 0:
-            open_shards(shards, hash_json(request))
-            standing = standing_blocks(shards, world_size(), len(starts))
-        standing = gather_objects(standing)
-        if standing:
+            opened = [open_shards(shards, hash_json(request), ranks, self.part_items)]
+        (first_block,) = gather_objects(opened)
+        kept = kept_rows(shards, first_block)
+        pool = pool.where(~np.isin(pool.frame.index.to_numpy(), kept.numpy()))
+        size = self.part_items * ranks
+        starts = range(0, len(pool), size)
+        standing = gather_objects(standing_blocks(shards, ranks, len(starts), first_block) if rank() == 0 else [])
+        if standing and rank() == 0:
             print(f"{shards}: {len(standing)} of {len(starts)} parts of the pool are embedded already")
-        for block, start in enumerate(starts):
+        for block, start in enumerate(starts, first_block):
             if block in standing:
                 continue
             stop_if_asked("between two parts of the pool")
             part = pool.where((np.arange(len(pool)) >= start) & (np.arange(len(pool)) < start + size))
             outputs: list[Any] = trainer.predict(self, dataloaders=datamodule.loader(part)) or []
             # A sampler repeats the last item where a block does not go into equal parts.
-            own = len(range(rank(), len(part), world_size()))
+            own = len(range(rank(), len(part), ranks))
             joined = {name: torch.cat([output[name] for output in outputs])[:own] for name in ("keys", "values", "row")}
-            write_shard(shards, rank(), world_size(), joined["keys"], joined["values"], joined["row"], block)
+            write_shard(shards, rank(), ranks, joined["keys"], joined["values"], joined["row"], block)
         barrier()
+        return first_block
 
     def _pool(self, datamodule: XrayDataModule) -> tuple[Manifest, dict[str, int]]:
         """The X-rays that the index takes; those without a report only where images are the key."""
