@@ -7,16 +7,25 @@ the world size is DDP's part. Both a parameter in front of the gather (an encode
 then get exactly the gradient of one process, also where ranks hold unequal numbers of rows.
 
 Gathers are collective: every rank calls them in the same order, and a tensor needs a gradient on all ranks or on none.
+
+**Devices.** NCCL refuses tensors on the CPU. Gathers of tensors therefore take them on the rank's own device, which is
+`trainer.strategy.root_device`, not `task.device`: Lightning moves the module to the CPU at the end of every loop. Objects,
+flags and barriers go through a gloo group of their own on the CPU (`host_group`), at any device.
 """
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from ctx_distill.errors import InputError
+from ctx_distill.signals import StopRequested
 
 T = TypeVar("T")
 
@@ -37,13 +46,13 @@ def rank() -> int:
 
 
 def barrier() -> None:
-    """Wait for all ranks; nothing without a process group."""
+    """Wait for all ranks; nothing without a process group. Where rank 0 works meanwhile, use `run_on_rank_zero`."""
     if world_size() > 1:
-        dist.barrier()
+        dist.barrier(group=host_group())
 
 
-def gather_row_counts(rows: int, device: torch.device | None = None) -> list[int]:
-    """The number of rows that each rank holds, in rank order."""
+def gather_row_counts(rows: int, device: torch.device) -> list[int]:
+    """The number of rows that each rank holds, in rank order; exchanged on the rank's `device`."""
     if world_size() == 1:
         return [rows]
     counts = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world_size())]
@@ -116,11 +125,14 @@ def own_first_rows(rows: Tensor) -> Tensor:
 
 
 def gather_objects(items: list[T]) -> list[T]:
-    """Items of all ranks in rank order, pickled between this run's own processes (texts, names; not tensors)."""
+    """Items of all ranks in rank order, pickled between this run's own processes (texts, names; no tensors of a GPU).
+
+    Collective, on the CPU: NCCL would copy the pickled bytes of all ranks to every GPU.
+    """
     if world_size() == 1:
         return list(items)
     parts: list[list[T] | None] = [None] * world_size()
-    dist.all_gather_object(parts, list(items))
+    dist.all_gather_object(parts, list(items), group=host_group())
     return [item for part in parts if part is not None for item in part]
 
 
@@ -176,3 +188,82 @@ def host_group() -> Any:
         # no limit of its own to speak of: callbacks/watchdog.py ends a run that hangs, and says who holds it up
         _host_group = (dist.group.WORLD, dist.new_group(backend="gloo", timeout=timedelta(days=7)))
     return _host_group[1]
+
+
+ALIVE_EVERY_S = 5.0
+"""Seconds between two signs of life of rank 0 in `run_on_rank_zero`."""
+ALIVE_LIMIT = timedelta(minutes=30)
+"""Longest time without one; a call of a library that holds Python's lock delays them."""
+_WORKING, _DONE, _FAILED = 0, 1, 2
+
+
+def run_on_rank_zero(work: Callable[[], T]) -> T | None:
+    """Run something long on rank 0 while all other ranks wait for its end; collective.
+
+    The others wait in short collectives on the CPU: a thread of rank 0 sends a sign of life every `ALIVE_EVERY_S`. So no
+    time limit of a process group bounds the work, and the others still end when rank 0 fails, dies or stands still.
+
+    Args:
+        work: must not call collectives.
+
+    Returns:
+        What `work` returned on rank 0, None on the others.
+
+    Raises:
+        InputError, StopRequested: `work` raised it; on all ranks, so that all end with the same exit status.
+        RuntimeError: on the other ranks: `work` raised another error, or rank 0 is gone.
+    """
+    if world_size() == 1:
+        return work()
+    if rank() != 0:
+        _wait_for_rank_zero()
+        return None
+    over = threading.Event()
+    signs = threading.Thread(target=_show_life, args=(over,), name="signs of life", daemon=True)
+    group = host_group()
+    signs.start()
+    try:
+        result = work()
+    except BaseException as error:
+        over.set()
+        signs.join()
+        _send_state(_FAILED)
+        dist.broadcast_object_list([type(error).__name__, str(error)], src=0, group=group)
+        raise
+    over.set()
+    signs.join()
+    _send_state(_DONE)
+    return result
+
+
+def _show_life(over: threading.Event) -> None:
+    while not over.wait(ALIVE_EVERY_S):
+        try:
+            _send_state(_WORKING)
+        except RuntimeError:  # a waiting rank is gone: the main thread gets this error with its next collective
+            return
+
+
+def _send_state(state: int) -> int:
+    """Broadcast rank 0's state; the others' argument is overwritten."""
+    value = torch.tensor([state])
+    sent = dist.broadcast(value, src=0, group=host_group(), async_op=True)
+    assert sent is not None
+    sent.wait(ALIVE_LIMIT)
+    return int(value)
+
+
+def _wait_for_rank_zero() -> None:
+    while (state := _send_state(_WORKING)) == _WORKING:
+        pass
+    if state == _FAILED:
+        told: list[Any] = [None, None]
+        dist.broadcast_object_list(told, src=0, group=host_group())
+        _raise_as_rank_zero(*told)
+
+
+def _raise_as_rank_zero(kind: str, message: str) -> NoReturn:
+    for known in (InputError, StopRequested):
+        if kind == known.__name__:
+            raise known(message)
+    raise RuntimeError(f"rank 0 ended with {kind}: {message}")

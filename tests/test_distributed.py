@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import signal
+import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ctx_distill import distributed
+from ctx_distill.errors import InputError
+from ctx_distill.signals import StopRequested
 
 ROWS = {2: [3, 5], 4: [2, 1, 4, 1]}
 
@@ -75,7 +81,8 @@ def test_one_process_without_a_group() -> None:
     assert (distributed.world_size(), distributed.rank()) == (1, 0)
     assert distributed.gather_with_gradient(x) is x
     assert distributed.gather_objects(["a", "b"]) == ["a", "b"]
-    assert distributed.gather_row_counts(4) == [4]
+    assert distributed.gather_row_counts(4, x.device) == [4]
+    assert distributed.run_on_rank_zero(lambda: 7) == 7
     distributed.barrier()
 
 
@@ -114,14 +121,121 @@ def test_gathers_in_rank_order(pool: Callable[[int], Any]) -> None:
         assert torch.allclose(result["mean_grad"], 2 * torch.tensor([n % 2 / len(odd) for n in mine]).double())
 
 
-@pytest.mark.ddp
-def test_a_failing_rank_is_an_error_here() -> None:
+def own_pool(size: int, backend: str = "gloo") -> Any:
+    """Ranks of one test alone, which may break them."""
     spec = importlib.util.spec_from_file_location("own_ddp_helper", Path(__file__).parent / "helpers" / "ddp.py")
     assert spec is not None
     assert spec.loader is not None
     helper = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(helper)
-    own = helper.Pool(1)
+    return helper.Pool(size, backend)
+
+
+@pytest.mark.ddp
+def test_a_failing_rank_is_an_error_here() -> None:
+    own = own_pool(1)
     with pytest.raises(AssertionError, match="no attribute 'nothing'"):
         own.run(__file__, "nothing", {})
     assert all(process.poll() is not None for process in own.processes)
+
+
+def rank_of_refused_tensors() -> dict[str, str]:
+    """What a group with NCCL's device map says to tensors on the CPU, by collective."""
+    rows = torch.ones(2, 3)
+    calls: dict[str, Callable[[], Any]] = {
+        "gather_with_gradient": lambda: distributed.gather_with_gradient(rows),
+        "gather_row_counts": lambda: distributed.gather_row_counts(2, rows.device),
+        "own_first_rows": lambda: distributed.own_first_rows(torch.arange(2)),
+        "global_mean": lambda: distributed.global_mean(rows[0]),
+    }
+    refused = {}
+    for name, call in calls.items():
+        try:
+            call()
+        except RuntimeError as error:
+            refused[name] = str(error)
+    return refused
+
+
+def rank_of_host_calls() -> dict[str, Any]:
+    rank = distributed.rank()
+    distributed.barrier()
+    return {
+        "objects": distributed.gather_objects([f"text {rank}"]),
+        "flags": distributed.any_rank(rank == 1, False),
+        "alone": distributed.run_on_rank_zero(lambda: "written"),
+    }
+
+
+@pytest.mark.ddp
+def test_a_group_like_nccl_s_refuses_tensors_on_the_cpu_and_carries_objects_flags_and_barriers() -> None:
+    """`cuda:gloo` has NCCL's device map. What is not a tensor must not go to a GPU, and this machine has none."""
+    own = own_pool(2, "cuda:gloo")
+    try:
+        for refused in own.run(__file__, "rank_of_refused_tensors", {}):
+            assert set(refused) == {
+                "gather_with_gradient", "gather_row_counts", "own_first_rows", "global_mean",
+            }  # fmt: skip
+            assert all("No backend type associated with device type cpu" in told for told in refused.values())
+        assert own.run(__file__, "rank_of_host_calls", {}) == [
+            {"objects": ["text 0", "text 1"], "flags": [True, False], "alone": alone} for alone in ("written", None)
+        ]
+    finally:
+        own.close()
+
+
+def rank_of_long_work(seconds: float, limit: float, ends: str) -> list[str]:
+    """Rank 0 works longer than any wait may take; how it went on this rank, and that the ranks still understand each other."""
+    first = distributed.gather_objects([os.getpid()])[0]
+    every, distributed.ALIVE_EVERY_S = distributed.ALIVE_EVERY_S, limit / 10
+    longest, distributed.ALIVE_LIMIT = distributed.ALIVE_LIMIT, timedelta(seconds=limit)
+
+    def work() -> str:
+        time.sleep(seconds)
+        if ends == "dies":
+            os._exit(3)
+        if ends == "stands still":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if ends:
+            raise {"InputError": InputError, "StopRequested": StopRequested, "KeyError": KeyError}[ends]("no room")
+        return "written"
+
+    try:
+        went = str(distributed.run_on_rank_zero(work))
+    except (InputError, StopRequested, KeyError, RuntimeError) as error:
+        if ends in ("dies", "stands still"):
+            os.kill(first, signal.SIGKILL)
+            raise
+        went = f"{type(error).__name__}: {error}"
+    finally:
+        distributed.ALIVE_EVERY_S, distributed.ALIVE_LIMIT = every, longest
+    return distributed.gather_objects([went])
+
+
+@pytest.mark.ddp
+@pytest.mark.parametrize(
+    ("ends", "expected"),
+    [
+        ("", ["written", "None"]),
+        ("InputError", ["InputError: no room"] * 2),
+        ("StopRequested", ["StopRequested: no room"] * 2),
+        ("KeyError", ["KeyError: 'no room'", "RuntimeError: rank 0 ended with KeyError: 'no room'"]),
+    ],
+)
+def test_work_of_rank_zero_may_take_longer_than_any_wait(
+    pool: Callable[[int], Any], ends: str, expected: list[str]
+) -> None:
+    arguments = {"seconds": 2.0, "limit": 1.0, "ends": ends}
+    assert pool(2).run(__file__, "rank_of_long_work", arguments) == [expected, expected]
+
+
+@pytest.mark.ddp
+@pytest.mark.parametrize("ends", ["dies", "stands still"])
+def test_a_rank_zero_that_is_gone_ends_those_that_wait_for_it(ends: str) -> None:
+    arguments = {"seconds": 0.2, "limit": 1.0, "ends": ends}
+    with pytest.raises(AssertionError) as broken:
+        own_pool(2).run(__file__, "rank_of_long_work", arguments)
+    first, second = str(broken.value).split("\nrank 1: ")
+    assert first == "rank 0: ended"
+    assert "in _wait_for_rank_zero" in second
+    assert "RuntimeError" in second

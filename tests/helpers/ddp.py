@@ -28,16 +28,16 @@ TIMEOUT = 180
 
 
 class Pool:
-    """`size` ranks, alive until the session ends."""
+    """`size` ranks, alive until the session ends; `backend` of the process group, see `torch.distributed`."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, backend: str = "gloo") -> None:
         self.size = size
         self.folder = tempfile.TemporaryDirectory(prefix="ctx-ddp-")
         self.tasks = 0
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
         self.processes = [
             subprocess.Popen(
-                [sys.executable, __file__, str(rank), str(size), f"{self.folder.name}/rendezvous"],
+                [sys.executable, __file__, str(rank), str(size), f"{self.folder.name}/rendezvous", backend],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 env=environment,
@@ -99,7 +99,7 @@ def _load(file: str) -> Any:
     return sys.modules[name]
 
 
-def _serve(rank: int, size: int, rendezvous: str) -> None:
+def _serve(rank: int, size: int, rendezvous: str, backend: str) -> None:
     import datetime
 
     replies = os.fdopen(os.dup(1), "w", buffering=1)
@@ -109,7 +109,7 @@ def _serve(rank: int, size: int, rendezvous: str) -> None:
 
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size, timeout=datetime.timedelta(seconds=120)
+        backend, init_method=f"file://{rendezvous}", rank=rank, world_size=size, timeout=datetime.timedelta(seconds=120)
     )
     for line in sys.stdin:
         task = json.loads(line)
@@ -125,4 +125,4 @@ def _serve(rank: int, size: int, rendezvous: str) -> None:
 
 
 if __name__ == "__main__":
-    _serve(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    _serve(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4])
