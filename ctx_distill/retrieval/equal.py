@@ -136,13 +136,20 @@ def first_near(keys: Keys, tolerance: float) -> NDArray[np.int64]:
 
 
 def _cells(keys: Keys) -> NDArray[np.uint64]:
-    """(N, PLANES / 64): on which side of each plane through the keys' middle each key is, as bits."""
+    """(N, PLANES / 64): on which side of each plane each key is, as bits.
+
+    Planes pass beside the keys' mean, not through it: a key that most positions share is (nearly) the mean, and its last
+    bits must not decide.
+    """
     rows, dimension = keys.shape
     sample = _rows(keys, np.linspace(0, rows - 1, min(rows, 4096)).astype(np.int64))
-    planes = np.random.default_rng(0).standard_normal((dimension, PLANES), dtype=np.float32)
-    middle = np.median(sample @ planes, axis=0)
+    draw = np.random.default_rng(0)
+    planes = draw.standard_normal((dimension, PLANES), dtype=np.float32)
+    projected = sample @ planes
+    offsets = projected.mean(axis=0) + np.maximum(projected.std(axis=0), 1e-3) * draw.normal(0, 0.5, PLANES)
     sides = [
-        np.packbits(_rows(keys, slice(start, start + CHUNK)) @ planes > middle, axis=1) for start in range(0, rows, CHUNK)
+        np.packbits(_rows(keys, slice(start, start + CHUNK)) @ planes > offsets, axis=1)
+        for start in range(0, rows, CHUNK)
     ]
     return np.concatenate(sides).view(np.uint64)
 

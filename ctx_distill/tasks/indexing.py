@@ -13,14 +13,14 @@ from torch import Tensor
 
 from ctx_distill.data.datamodules import XrayDataModule
 from ctx_distill.data.manifest import Manifest
-from ctx_distill.distributed import barrier, gather_objects, rank, world_size
+from ctx_distill.distributed import barrier, gather_objects, rank, run_on_rank_zero, world_size
 from ctx_distill.errors import InputError
 from ctx_distill.files import hash_json
 from ctx_distill.models.report_encoder import FrozenReportEncoder, ReportEncoder, open_report_encoder
 from ctx_distill.models.weights import HUB
 from ctx_distill.models.xray_expert import XrayExpert, open_expert
 from ctx_distill.retrieval.index import IndexKind
-from ctx_distill.retrieval.keys import KeyKind, make_keys
+from ctx_distill.retrieval.keys import KeyKind, make_keys, share_keys
 from ctx_distill.retrieval.shards import kept_rows, merge_shards, open_shards, standing_blocks, write_shard
 from ctx_distill.retrieval.store import ReportSource, XrayIndexArtefact, write_index_artefact
 from ctx_distill.tasks.base import StageTask, stop_if_asked
@@ -136,17 +136,20 @@ class IndexTask(StageTask):
         datamodule.preprocess, datamodule.preprocess_key = self.expert.preprocess, self.expert.fingerprint()
         shards = folder / "shards"
         first_block = self._embed(trainer, datamodule, pool, shards)
-        metrics: dict[str, Any] = {}
-        if rank() == 0:
+        findings = self._findings(pool)
+
+        def build() -> dict[str, Any]:
             self.to(trainer.strategy.root_device)
             table = merge_shards(shards, [int(row) for row in pool.frame.index], first_block)
-            store = self._write(folder / "artefact", table, pool, datamodule, left_out)
+            store = self._write(folder / "artefact", table, pool, datamodule, left_out, findings)
             shutil.rmtree(shards)
             metrics = {"pool": len(pool), "left_out": left_out, "key_dim": store.key_dim, "value_dim": store.value_dim}
-            if datamodule.ct is not None:
-                metrics |= self._quality(store, pool, held_out_studies(datamodule.ct))
-        barrier()
-        return metrics
+            if datamodule.ct is None:
+                return metrics
+            return metrics | self._quality(store, pool, held_out_studies(datamodule.ct))
+
+        # Minutes to hours on a large pool, so that the others must not wait in a collective with a time limit.
+        return run_on_rank_zero(build) or {}
 
     def _embed(self, trainer: L.Trainer, datamodule: XrayDataModule, pool: Manifest, shards: Path) -> int:
         """Write the shards of the pool's blocks, but for what an earlier run of the same request has written.
@@ -202,6 +205,20 @@ class IndexTask(StageTask):
             raise InputError(f"{datamodule.manifest.path}: no X-ray is left for the index; left out: {left_out}.")
         return pool, left_out
 
+    def _findings(self, pool: Manifest) -> Tensor | None:
+        """(N, F) extracted from the pool's texts, the ranks sharing the work; None where a text is missing. Collective.
+
+        An X-ray without a text may show anything; beside it, what a text does not mention counts as absent.
+        """
+        texts = [pool.report(row) for row in pool.frame.index]
+        if not all(texts):
+            return None
+        parts = gather_objects([extract_many(texts[rank() :: world_size()], self.vocabulary)])
+        findings = np.empty((len(texts), len(self.vocabulary.names)), dtype=np.float32)
+        for place, part in enumerate(parts):
+            findings[place :: len(parts)] = part
+        return torch.from_numpy(findings)
+
     def _write(
         self,
         folder: Path,
@@ -209,25 +226,27 @@ class IndexTask(StageTask):
         pool: Manifest,
         datamodule: XrayDataModule,
         left_out: dict[str, int],
+        findings: Tensor | None,
     ) -> XrayIndexArtefact:
-        """Keys, index, and findings read from the pool's texts, as an artefact."""
+        """Keys, index, and findings extracted from the pool's texts, as an artefact."""
         texts = [pool.report(row) for row in pool.frame.index]
-        # A silent X-ray may show anything; beside it, what a text does not mention counts as absent.
-        told = all(texts)
+        keys = table.pop("keys")
+        if self.key != "image":
+            share_keys(keys, texts)
         query_centre = self._query_centre(datamodule.ct)
         described = {name: value for name, value in self.expert.describe().items() if name != "source"}
         config = {"expert": described, "key": self.key, "vocabulary": self.vocabulary.name, "left_out": left_out,
                   "query_centre": query_centre, **self._describe_separate()}  # fmt: skip
         return write_index_artefact(
             folder,
-            make_keys(self.key, table.pop("keys"), table["values"], centred=query_centre is not None),
+            make_keys(self.key, keys, table["values"], centred=query_centre is not None),
             table["values"],
             pool.frame.assign(row=pool.frame.index),
             {"xray-expert": self.expert.fingerprint(), "xray-manifest": datamodule.manifest.fingerprint},
             config,
             texts=texts,
-            findings=torch.from_numpy(extract_many(texts, self.vocabulary)) if told else None,
-            finding_names=self.vocabulary.names if told else None,
+            findings=findings,
+            finding_names=None if findings is None else self.vocabulary.names,
             kind=self.index_kind,
             minimum_recall=self.minimum_recall if self.index_kind != "exact" else None,
             search_width=self.search_width,
