@@ -46,7 +46,12 @@ def store_of(folder: Path, keys: NDArray[np.float32]) -> XrayIndexArtefact:
     rows = range(len(keys))
     items = pd.DataFrame(dict.fromkeys(("study_id", "image_id", "patient_id", "row"), rows)).assign(split="train")
     write_index_artefact(
-        folder, torch.from_numpy(keys), torch.ones(len(keys), 1), items.astype({"study_id": str}), {"xray-expert": "-"}, {}
+        folder,
+        torch.from_numpy(keys),
+        torch.ones(len(keys), 1),
+        items.astype({"study_id": str}),
+        {"xray-expert": "-"},
+        {},
     )
     return XrayIndexArtefact.open(folder, device="cpu")
 
@@ -77,9 +82,12 @@ def main() -> None:
     spent: dict[tuple[str, int], list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         searched: dict[str, XrayIndexArtefact | XrayIndex] = {
-            name: store_of(Path(folder, str(place)), repeat(keys, *case)) for place, (name, case) in enumerate(cases.items())
+            name: store_of(Path(folder, str(place)), repeat(keys, *case))
+            for place, (name, case) in enumerate(cases.items())
         }
-        searched |= {f"{name}, no table": index_of_all(repeat(keys, *case)) for name, case in cases.items() if case[0] == many}
+        searched |= {
+            f"{name}, no table": index_of_all(repeat(keys, *case)) for name, case in cases.items() if case[0] == many
+        }
         for turn in range(options.repeats + 1):  # the first one reads the files
             for name, store in searched.items():
                 for k in NEIGHBOURS:
@@ -87,14 +95,19 @@ def main() -> None:
                     store.search(queries, k)
                     if turn:
                         spent.setdefault((name, k), []).append(time.process_time() - began)
-    print(f"{options.rows:,} keys of {DIMENSION} dimensions, {QUERIES} queries, seed {SEED}, one thread, median CPU ms of")
+    print(
+        f"{options.rows:,} keys of {DIMENSION} dimensions, {QUERIES} queries, seed {SEED}, one thread, median CPU ms of"
+    )
     print(f"{options.repeats} lookups, and the ratio to the pool without repeats")
     print(f"{'repeats of one key':<32}" + "".join(f"{f'k = {k}':>18}" for k in NEIGHBOURS))
     table = []
     for name in searched:
         medians = [1e3 * statistics.median(spent[name, k]) for k in NEIGHBOURS]
         ratios = [ms / (1e3 * statistics.median(spent["none", k])) for k, ms in zip(NEIGHBOURS, medians, strict=True)]
-        print(f"{name:<32}" + "".join(f"{f'{ms:.1f} ({ratio:.2f})':>18}" for ms, ratio in zip(medians, ratios, strict=True)))
+        print(
+            f"{name:<32}"
+            + "".join(f"{f'{ms:.1f} ({ratio:.2f})':>18}" for ms, ratio in zip(medians, ratios, strict=True))
+        )
         table.append({"repeats": name, "k": list(NEIGHBOURS), "cpu_ms": medians, "ratio": ratios})
     write_json(options.out, {"rows": options.rows, "seed": SEED, "dimension": DIMENSION, "table": table})
 

@@ -69,7 +69,9 @@ class EqualKeys:
 
     def part(self, start: int, end: int) -> EqualKeys:
         """The table of the distinct keys from `start` to `end`, numbered from 0; positions stay what they are."""
-        return EqualKeys(self.order[self.starts[start] : self.starts[end]], self.starts[start : end + 1] - self.starts[start])
+        return EqualKeys(
+            self.order[self.starts[start] : self.starts[end]], self.starts[start : end + 1] - self.starts[start]
+        )
 
     def save(self, path: Path) -> None:
         """Write the table, completely or not at all."""
