@@ -113,7 +113,7 @@ def tabulate(first: NDArray[np.int64]) -> EqualKeys | None:
 def first_near(keys: Keys, tolerance: float) -> NDArray[np.int64]:
     """(N,) the first position whose key is at most `tolerance` (Euclidean) from each of the keys (N, D); its own mostly.
 
-    Keys are read part by part; beside them some 40 bytes per key are held.
+    Keys are read part by part; beside them some 60 bytes per key are held.
     """
     cells = _cells(keys)
     first = np.arange(len(cells))

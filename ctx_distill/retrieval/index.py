@@ -251,7 +251,9 @@ class XrayIndex:
 
     def save(self, path: Path) -> None:
         """Write the index, completely or not at all; beside it the table of equal keys, where it has one."""
-        if self.equal is not None:
+        if self.equal is None:
+            path.with_name(EQUAL_FILE).unlink(missing_ok=True)
+        else:
             self.equal.save(path.with_name(EQUAL_FILE))
         part = path.with_name(f".{path.name}.part")
         faiss_module().write_index(self._cpu, str(part))

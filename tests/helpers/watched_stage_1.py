@@ -1,7 +1,7 @@
 """The command line, with stage 1 watched: each rank notes the rows that it embeds, and dies where it is told to.
 
-WATCH_FOLDER holds `rows-<rank>`, one manifest row per line. With WATCH_LIMIT a rank ends as a killed process does, in the
-first batch after that many rows.
+WATCH_FOLDER holds `rows-<rank>`, one manifest row per line. With WATCH_LIMIT, a number per rank, the last for all further ones,
+a rank ends as a killed process does, in the first batch after that many rows.
 """
 
 import functools
@@ -16,12 +16,12 @@ from ctx_distill.tasks.indexing import IndexTask
 
 def watch() -> None:
     """Put the notes in front of `IndexTask.predict_step`."""
-    step, limit, seen = IndexTask.predict_step, int(os.environ.get("WATCH_LIMIT", "1000000")), 0
+    step, limits, seen = IndexTask.predict_step, os.environ.get("WATCH_LIMIT", "1000000").split(","), 0
 
     @functools.wraps(step)
     def watched(self, batch, batch_idx):
         nonlocal seen
-        if seen >= limit:
+        if seen >= int(limits[min(rank(), len(limits) - 1)]):
             os._exit(137)
         seen += len(batch.row)
         with (Path(os.environ["WATCH_FOLDER"]) / f"rows-{rank()}").open("a") as notes:
