@@ -80,7 +80,8 @@ def _kth(rough: NDArray[np.float32], found: NDArray[np.int64], k: int, equal: Eq
     """Similarity of the candidate, they come nearest first, with which k positions are complete."""
     if equal is None:
         return float(rough[min(k, len(rough)) - 1])
-    return float(rough[min(np.searchsorted(np.cumsum(equal.sizes(found)), k), len(rough) - 1)])
+    complete = int((np.cumsum(equal.sizes(found)) < k).sum())
+    return float(rough[min(complete, len(rough) - 1)])
 
 
 def _best(
@@ -96,7 +97,8 @@ def _best(
 
 def _similarities(keys: NDArray[np.float32], query: NDArray[np.float32]) -> NDArray[np.float64]:
     """(n,) of keys (n, D): each row is summed by itself, so that its bits do not depend on the others."""
-    return (keys.astype(np.float64) * query.astype(np.float64)).sum(axis=1)
+    summed: NDArray[np.float64] = (keys.astype(np.float64) * query.astype(np.float64)).sum(axis=1)
+    return summed
 
 
 def _compared_with_all(

@@ -265,9 +265,8 @@ class XrayIndexArtefact:
         index = XrayIndex.load(self.folder / INDEX_FILE, device)
         parts = {WEIGHTS_FILE: tuple(self.keys.shape), INDEX_FILE: (len(index), index.dimension)}
         if len(set(parts.values())) > 1:
-            named = (self.config.get("items"), self.config.get("key_dim"))
-            parts = {"artefact.json": named, **parts}
-            raise InputError(_misfit(self.folder, parts, len(self.features), len(self.items)))
+            named = {"artefact.json": (self.config.get("items"), self.config.get("key_dim")), **parts}
+            raise InputError(_misfit(self.folder, named, len(self.features), len(self.items)))
         if self.placement == "replicated":
             return index
         return ShardedIndex(self.keys, self.device) if index.equal is None else ShardedIndex.of(index, self.device)
