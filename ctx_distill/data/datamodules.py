@@ -24,13 +24,20 @@ from ctx_distill.data.datasets import (
     ct_dataset,
     xray_dataset,
 )
-from ctx_distill.data.index_rows import leave_out_for_index
+from ctx_distill.data.index_rows import (
+    RowFilter,
+    leave_out_for_index,
+    leave_out_for_validation,
+    patients_of,
+    training_language,
+)
 from ctx_distill.data.manifest import Manifest, read_manifest
 from ctx_distill.data.order import EpochShuffle, InOrder, Mixing
 from ctx_distill.data.prepared import PreparedFolder
 from ctx_distill.data.projection import PROJECTION_VERSION
 from ctx_distill.data.set_aside import SetAside
 from ctx_distill.data.transforms import VolumeSpec
+from ctx_distill.distributed import world_size
 from ctx_distill.errors import InputError
 from ctx_distill.types import CTBatch, XrayBatch
 
@@ -76,6 +83,10 @@ class ManifestDataModule(L.LightningDataModule):
         """The rows that this stage trains on."""
         return self.with_text(self.manifest.split("train"))
 
+    def validation_rows(self) -> Manifest:
+        """The rows of split `val` that this stage's validation loss is taken over; may be empty."""
+        return self.with_text(self.manifest.split("val"))
+
     def dataset(self, manifest: Manifest) -> ManifestDataset:
         """A dataset over (part of) the manifest."""
         raise InputError(f"{type(self).__name__}: has no dataset; use CTDataModule or XrayDataModule.")
@@ -104,14 +115,34 @@ class ManifestDataModule(L.LightningDataModule):
         return EpochShuffle(len(manifest), self.seed)
 
     def train_dataloader(self) -> DataLoader[Item]:
-        """Shuffled `train` rows."""
+        """Shuffled `train` rows.
+
+        Raises:
+            InputError: a rank would get no batch; the same on every rank.
+        """
         rows = self.training_rows()
         self.set_aside = SetAside(len(rows), self.unreadable_share)
         loader = self.loader(rows, train=True)
+        self._refuse_no_batch(rows, len(loader))
         if self._done and isinstance(loader.sampler, EpochShuffle):
             loader.sampler.go_on(self._done["epoch"], self._done["items"])
             loader.sampler.set_epoch(self._done["epoch"])  # workers read ahead before Lightning says which epoch it is
         return loader
+
+    def _refuse_no_batch(self, rows: Manifest, batches: int) -> None:
+        """Refuse a training without a batch per rank; `batches` is the same on every rank."""
+        limit = self.trainer.limit_train_batches if self.trainer is not None else None
+        taken = int(batches * limit) if isinstance(limit, float) else batches
+        if taken:
+            return
+        found = f"{len(rows)} training rows on {world_size()} ranks"
+        if batches:
+            found += f" make {batches} batches each, of which trainer.limit_train_batches={limit} takes none"
+            remedy = "Raise the limit, or set it to 1.0."
+        else:
+            found += " leave no row for each rank"
+            remedy = "Train on fewer ranks, or give more rows with split `train`."
+        raise InputError(f"{rows.path}: {found}, so nothing would be trained. {remedy}")
 
     def state_dict(self) -> dict[str, Any]:
         """How far the epoch is, for a checkpoint."""
@@ -140,7 +171,7 @@ class ManifestDataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Item] | list[DataLoader[Item]]:
         """`val` rows in order; none where the manifest has none."""
-        val = self.with_text(self.manifest.split("val"))
+        val = self.validation_rows()
         return self.loader(val) if len(val) else []
 
 
@@ -232,7 +263,8 @@ class XrayDataModule(ManifestDataModule):
 
     Args:
         xray_manifest: CSV or Parquet manifest of the X-rays.
-        ct_manifest: manifest of the CTs, so that X-rays of held-out CT patients are left out; None leaves none out.
+        ct_manifest: manifest of the CTs, so that X-rays of held-out CT patients are excluded from index, training and
+            validation; None excludes no patient.
         batch_size: see `ManifestDataModule`.
         eval_batch_size: see `ManifestDataModule`.
         num_workers: see `ManifestDataModule`.
@@ -268,10 +300,50 @@ class XrayDataModule(ManifestDataModule):
         return {"xray": describe_manifest(self.manifest)}
 
     def pool(self) -> tuple[Manifest, dict[str, int]]:
-        """The rows that the index takes, and how many were left out, by reason."""
-        if self.ct is None:
-            return self.manifest.split("train"), {}
+        """The rows that index and expert may take, and how many were excluded, by reason."""
         return leave_out_for_index(self.manifest, self.ct, frontal_only=self.frontal_only, language=self.language)
+
+    def training_rows(self) -> Manifest:
+        """The rows that the expert trains on: those of `pool`, with text where the stage needs it."""
+        return self.with_text(self.pool()[0])
+
+    def validation_rows(self) -> Manifest:
+        """The rows of split `val` under the exclusions of `leave_out_for_validation`; may be empty."""
+        return self.with_text(self._validation_pool()[0])
+
+    def _validation_pool(self) -> tuple[Manifest, dict[str, int]]:
+        language = self.training_language()
+        return leave_out_for_validation(self.manifest, self.ct, frontal_only=self.frontal_only, language=language)
+
+    def training_language(self) -> str | None:
+        """The language of the training rows, in lower case; None where they name none."""
+        return training_language(self.manifest, self.ct, frontal_only=self.frontal_only, language=self.language)
+
+    def ct_reports(self) -> tuple[Manifest | None, dict[str, int]]:
+        """CT `train` rows whose reports the expert may read, and how many were excluded, by reason.
+
+        Those of patients of the X-rays' `val` and `test`, which score the expert, and of another language than the
+        training rows' are excluded.
+
+        Returns:
+            The rows (None without a CT manifest), and the number of excluded `train` rows by reason.
+        """
+        if self.ct is None:
+            return None, {}
+        chosen = RowFilter(self.ct.split("train"))
+        chosen.exclude_patients("patient is in X-ray val or test", patients_of(self.manifest, "val", "test"))
+        chosen.exclude_other_languages(self.training_language())
+        return self.report_rows(chosen.rows()), chosen.counts
+
+    def excluded(self) -> dict[str, int]:
+        """Rows that were excluded from training, validation and the CT reports, by reason (in words to print)."""
+        pool, counts = self.pool()
+        silent = len(pool) - len(self.with_text(pool))
+        if self.text == "required":
+            counts["no report text"] = silent
+        validation = {f"validation: {reason}": count for reason, count in self._validation_pool()[1].items()}
+        reports = {f"CT train reports: {reason}": count for reason, count in self.ct_reports()[1].items()}
+        return {**counts, **validation, **reports}
 
     def dataset(self, manifest: Manifest) -> ManifestDataset:
         """Radiographs of (part of) the manifest, as the task's expert wants them."""
