@@ -77,7 +77,7 @@ class ManifestDataModule(L.LightningDataModule):
     @staticmethod
     def report_rows(manifest: Manifest) -> Manifest:
         """The rows that have findings or an impression."""
-        return manifest.where(np.array([bool(manifest.report(row)) for row in manifest.frame.index], dtype=bool))
+        return manifest.where(manifest.has_report())
 
     def training_rows(self) -> Manifest:
         """The rows that this stage trains on."""
@@ -354,16 +354,16 @@ class XrayDataModule(ManifestDataModule):
 
 def describe_manifest(manifest: Manifest) -> dict[str, Any]:
     """Path, fingerprint and counts of a manifest, as JSON values."""
-    frame = manifest.frame
     splits: Sequence[str] = ("train", "val", "test")
+    split = manifest.column("split")
     return {
         "path": str(manifest.path.resolve()),
         "fingerprint": manifest.fingerprint,
-        "images": len(frame),
-        "studies": int(frame["study_id"].nunique()),
-        "patients": int(frame["patient_id"].nunique()),
-        "splits": {split: int((frame["split"] == split).sum()) for split in splits},
+        "images": len(manifest),
+        "studies": len(np.unique(manifest.study_codes())),
+        "patients": int(manifest.column("patient_id").nunique()),
+        "splits": {name: int((split == name).sum()) for name in splits},
         "labels": list(manifest.finding_names),
-        "sources": sorted(set(frame["source"].astype(str)) - {""}) if "source" in frame.columns else [],
+        "sources": sorted(set(manifest.column("source").unique()) - {""}) if manifest.has_column("source") else [],
         "synthetic": manifest.synthetic,
     }

@@ -74,7 +74,7 @@ class ManifestDataset(Dataset[Item]):
         with_labels: bool,
     ) -> None:
         self.manifest, self.read, self.cache, self.cache_keys = manifest, read, cache, cache_keys
-        self.rows: list[int] = [int(row) for row in manifest.frame.index]
+        self.rows = manifest.rows
         self.studies = manifest.study_codes()
         self.labels: NDArray[np.float32] | None = manifest.labels() if with_labels else None
         self._unreadable: dict[int, str] = {}
@@ -84,12 +84,13 @@ class ManifestDataset(Dataset[Item]):
 
     def __getitem__(self, index: int) -> Item:
         unreadable: list[Unreadable] = []
-        for place in (np.arange(len(self.rows)) + index) % len(self.rows):
-            row = self.rows[place]
+        for step in range(len(self.rows)):
+            place = (index + step) % len(self.rows)
+            row = int(self.rows[place])
             try:
                 if row in self._unreadable:
                     raise InputError(self._unreadable[row])
-                item = self.item(int(place))
+                item = self.item(place)
             except InputError as error:
                 if not self.replace_unreadable:
                     raise
@@ -104,7 +105,7 @@ class ManifestDataset(Dataset[Item]):
 
     def item(self, index: int) -> Item:
         """The image at a place, read or out of the cache; `InputError` where it cannot be read."""
-        row = self.rows[index]
+        row = int(self.rows[index])
         file = str(self.manifest.image_file(row))
         tensor, *more = self.cache.get_all([(file, key) for key in self.cache_keys], lambda: self.read(row))
         labels = None if self.labels is None else torch.tensor(self.labels[index])
@@ -137,7 +138,7 @@ class PreparedDataset(ManifestDataset):
 
     def __init__(self, manifest: Manifest, folder: PreparedFolder, with_labels: bool) -> None:
         def read(row: int) -> tuple[Tensor, ...]:
-            return folder.read(str(manifest.frame.at[row, "image_id"]), manifest.scan_file(row))
+            return folder.read(manifest.image_id(row), manifest.scan_file(row))
 
         super().__init__(manifest, read, TensorCache(0), ["prepared"] * (2 if folder.projection else 1), with_labels)
         self.folder, self.output_range = folder, folder.spec.output_range
@@ -147,7 +148,7 @@ class PreparedDataset(ManifestDataset):
         item = super().item(index)
         item.steps_of = self.output_range
         if get_worker_info() is not None:
-            self.folder.read_ahead(str(self.manifest.frame.at[item.row, "image_id"]))
+            self.folder.read_ahead(self.manifest.image_id(item.row))
         return item
 
     def filled(self, batch: CTBatch) -> CTBatch:

@@ -35,11 +35,11 @@ class RowFilter:
 
     def exclude_patients(self, reason: str, patients: Collection[str]) -> None:
         """Remove the rows of these patients."""
-        self.exclude(reason, self.manifest.frame["patient_id"].isin(list(patients)).to_numpy(dtype=bool))
+        self.exclude(reason, self.manifest.column("patient_id").isin(list(patients)).to_numpy(dtype=bool))
 
     def exclude_other_views(self) -> None:
         """Remove views that are not frontal (`FRONTAL_VIEWS`, in any case)."""
-        view = self.manifest.frame["view"].str.strip().str.lower()
+        view = self.manifest.column("view").str.strip().str.lower()
         self.exclude("not a frontal view", ~view.isin(FRONTAL_VIEWS).to_numpy(dtype=bool))
 
     def exclude_other_languages(self, language: str | None) -> None:
@@ -55,8 +55,7 @@ class RowFilter:
         return str(languages[counts.argmax()]) if len(languages) else None
 
     def _languages(self) -> NDArray[np.str_]:
-        languages: NDArray[np.str_] = self.manifest.frame["language"].str.strip().str.lower().to_numpy(dtype=np.str_)
-        return languages
+        return np.array(self.manifest.column("language").str.strip().str.lower().tolist(), dtype=np.str_)
 
     def rows(self) -> Manifest:
         """The rows that are left, under their original row numbers."""
@@ -67,8 +66,7 @@ def patients_of(manifest: Manifest | None, *splits: str) -> set[str]:
     """Patient ids of these splits; none without a manifest."""
     if manifest is None:
         return set()
-    frame = manifest.frame
-    return set(frame.loc[frame["split"].isin(splits).to_numpy(dtype=bool), "patient_id"])
+    return set(manifest.split(*splits).column("patient_id"))
 
 
 def leave_out_for_index(
@@ -133,7 +131,7 @@ def leave_out_for_validation(
 
 def _training_filter(xray: Manifest, ct: Manifest | None, frontal_only: bool) -> RowFilter:
     chosen = RowFilter(xray)
-    chosen.exclude("not in split train", (xray.frame["split"] != "train").to_numpy(dtype=bool))
+    chosen.exclude("not in split train", (xray.column("split") != "train").to_numpy(dtype=bool))
     if ct is not None:
         chosen.exclude_patients("patient is in CT val or test", patients_of(ct, "val", "test"))
     if frontal_only:
