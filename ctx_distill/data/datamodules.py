@@ -65,6 +65,7 @@ class ManifestDataModule(L.LightningDataModule):
         self.num_workers, self.seed = num_workers, seed
         self.cache = shared_cache(cache_gb)
         self._done: dict[str, int] = {}
+        self._training: dict[str, Manifest] = {}
 
     def describe(self) -> dict[str, Any]:
         """Facts of the data for `run.json`."""
@@ -80,7 +81,12 @@ class ManifestDataModule(L.LightningDataModule):
         return manifest.where(manifest.has_report())
 
     def training_rows(self) -> Manifest:
-        """The rows that this stage trains on."""
+        """The rows that this stage trains on; chosen once for each value of `text`."""
+        if self.text not in self._training:
+            self._training[self.text] = self._choose_training_rows()
+        return self._training[self.text]
+
+    def _choose_training_rows(self) -> Manifest:
         return self.with_text(self.manifest.split("train"))
 
     def validation_rows(self) -> Manifest:
@@ -303,7 +309,7 @@ class XrayDataModule(ManifestDataModule):
         """The rows that index and expert may take, and how many were excluded, by reason."""
         return leave_out_for_index(self.manifest, self.ct, frontal_only=self.frontal_only, language=self.language)
 
-    def training_rows(self) -> Manifest:
+    def _choose_training_rows(self) -> Manifest:
         """The rows that the expert trains on: those of `pool`, with text where the stage needs it."""
         return self.with_text(self.pool()[0])
 

@@ -92,10 +92,11 @@ def read_columns(path: Path, key: str | None) -> Any | None:
     try:
         batches = _batches(path)
         if cached is None:
-            table = pa.Table.from_batches(list(batches))
-            return table if _is_clean(table) else None
+            held = list(batches)
+            table = pa.Table.from_batches(held) if held else None
+            return table if table is not None and _is_clean(table) else None
         return _through_cache(batches, cached)
-    except (_NotClean, StopIteration, OSError, ValueError, csv.Error, pa.ArrowException):
+    except (_NotClean, OSError, ValueError, csv.Error, pa.ArrowException):
         return None
 
 
@@ -105,7 +106,9 @@ def _through_cache(batches: Iterator[Any], cached: Path) -> Any | None:
 
     part = cached.with_name(f".{cached.name}.{os.getpid()}.part")
     try:
-        first = next(batches)
+        first = next(batches, None)
+        if first is None:
+            return None
         with pa.OSFile(str(part), "wb") as sink, pa.ipc.new_file(sink, first.schema) as writer:
             writer.write_batch(first)
             for batch in batches:
@@ -138,9 +141,9 @@ def _batches(path: Path) -> Iterator[Any]:
 
 
 def _csv_batches(reader: Iterator[list[str]]) -> Iterator[Any]:
-    header = [name.strip() for name in next(reader)]
+    header = [name.strip() for name in next(reader, [])]
     _check_header(header)
-    while records := [record for record in islice(reader, _PART)]:
+    while records := list(islice(reader, _PART)):
         rows = [record for record in records if record]
         if any(len(record) != len(header) for record in rows):
             raise _NotClean

@@ -108,7 +108,7 @@ class ExpertTask(TrainedTask):
         ct_train, _ = datamodule.ct_reports()
         if self.read_ct_reports and ct_train is not None:
             manifests.append(ct_train)
-            codes = dict(zip(ct_train.frame.index.tolist(), ct_train.study_codes().tolist(), strict=True))
+            codes = dict(zip(ct_train.rows.tolist(), ct_train.study_codes().tolist(), strict=True))
             self._reports = [(codes[row], *pair) for row, pair in sections_of(ct_train).items()]
         corpus = [] if self.report_corpus is None else read_corpus(Path(self.report_corpus))
         first = max((code for code, _, _ in self._reports), default=-1) + 1
@@ -244,5 +244,5 @@ def read_corpus(path: Path) -> list[tuple[str, str]]:
 
 def sections_of(manifest: Manifest) -> dict[int, tuple[str, str]]:
     """Findings and impression of the rows that have both, by row."""
-    columns = manifest.frame[["findings", "impression"]].itertuples()
-    return {int(row): (findings, impression) for row, findings, impression in columns if findings and impression}
+    columns = zip(manifest.rows.tolist(), *(manifest.column(name) for name in ("findings", "impression")), strict=True)
+    return {row: (findings, impression) for row, findings, impression in columns if findings and impression}

@@ -26,7 +26,8 @@ from ctx_distill.retrieval.store import ReportSource, XrayIndexArtefact, write_i
 from ctx_distill.tasks.base import StageTask, stop_if_asked
 from ctx_distill.tasks.findings_reader import FindingsReader
 from ctx_distill.tasks.index_quality import held_out_studies, measure_retrieval
-from ctx_distill.text.findings import extract_many, load_vocabulary
+from ctx_distill.text.extraction import extract_in_processes
+from ctx_distill.text.findings import load_vocabulary
 from ctx_distill.types import XrayBatch
 
 
@@ -185,7 +186,7 @@ class IndexTask(StageTask):
     def _pool(self, datamodule: XrayDataModule) -> tuple[Manifest, dict[str, int]]:
         """The X-rays that the index takes; those without a report only where images are the key."""
         pool, left_out = datamodule.pool()
-        told = np.array([bool(pool.report(row)) for row in pool.frame.index], dtype=bool)
+        told = pool.has_report()
         if self.key != "image" and not told.all():
             pool, left_out = pool.where(told), {**left_out, "no report text": int((~told).sum())}
         for reason, count in left_out.items():
@@ -219,7 +220,7 @@ class IndexTask(StageTask):
             {"xray-expert": self.expert.fingerprint(), "xray-manifest": datamodule.manifest.fingerprint},
             config,
             texts=texts,
-            findings=torch.from_numpy(extract_many(texts, self.vocabulary)) if told else None,
+            findings=torch.from_numpy(extract_in_processes(texts, self.vocabulary_name)) if told else None,
             finding_names=self.vocabulary.names if told else None,
             kind=self.index_kind,
             minimum_recall=self.minimum_recall if self.index_kind != "exact" else None,

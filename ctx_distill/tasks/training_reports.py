@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 
 import torch
@@ -18,7 +19,8 @@ class TrainingReports:
 
     Attributes:
         study: (N,) int64, an integer a study.
-        reports: N texts.
+        reports: N texts, made when they are asked for.
+        has_report: (N,) bool, which of them are not empty.
     """
 
     def __init__(self, train: Manifest, expert: XrayExpert, queries: ReportEncoder) -> None:
@@ -29,10 +31,11 @@ class TrainingReports:
             expert: the frozen expert, on the device to compute on.
             queries: what the X-ray index is asked with: the expert itself, or the index's own report encoder.
         """
-        rows = [int(row) for row in train.frame.index]
+        rows = train.rows.tolist()
         self._position = {row: place for place, row in enumerate(rows)}
         self.study = torch.tensor(train.study_codes())
-        self.reports = [train.report(row) for row in rows]
+        self.reports: Sequence[str] = train.reports()
+        self.has_report = train.has_report()
         self.expert, self.queries = expert, queries
 
     def __len__(self) -> int:
