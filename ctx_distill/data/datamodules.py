@@ -112,9 +112,14 @@ class ManifestDataModule(L.LightningDataModule):
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             collate_fn=self.collate,
+            pin_memory=self._feeds_a_gpu(),
             # of its own, so that opening a loader does not move the random state that training draws from
             generator=torch.Generator().manual_seed(self.seed),
         )
+
+    def _feeds_a_gpu(self) -> bool:
+        """Whether batches go to a GPU; Lightning copies pinned ones without waiting."""
+        return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
 
     def order(self, manifest: Manifest) -> EpochShuffle:
         """The order of a training epoch over these rows."""

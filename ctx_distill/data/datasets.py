@@ -151,12 +151,12 @@ class PreparedDataset(ManifestDataset):
             self.folder.read_ahead(self.manifest.image_id(item.row))
         return item
 
-    def filled(self, batch: CTBatch) -> CTBatch:
-        """The batch of a worker process with its volumes, which are mapped here."""
+    def filled(self, batch: CTBatch, pin: bool = False) -> CTBatch:
+        """The batch of a worker process with its volumes, which are mapped here; in page-locked memory with `pin`."""
         if not batch.volume.is_meta:
             return batch
         steps = [self.read(row)[0] for row in batch.row.tolist()]
-        return replace(batch, volume=_floats(steps, self.output_range))
+        return replace(batch, volume=_floats(steps, self.output_range, pin))
 
 
 class PreparedLoader(DataLoader[Item]):
@@ -169,7 +169,7 @@ class PreparedLoader(DataLoader[Item]):
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         dataset = cast(PreparedDataset, self.dataset)
         for batch in super().__iter__():
-            yield dataset.filled(cast(CTBatch, batch))
+            yield dataset.filled(cast(CTBatch, batch), bool(self.pin_memory))
 
 
 def xray_dataset(
@@ -219,8 +219,8 @@ def _stacked(items: Sequence[Item]) -> Tensor:
     return _floats([item.tensor for item in items], items[0].steps_of)
 
 
-def _floats(steps: Sequence[Tensor], output_range: tuple[float, float]) -> Tensor:
-    out = torch.empty((len(steps), *steps[0].shape), dtype=torch.float32)
+def _floats(steps: Sequence[Tensor], output_range: tuple[float, float], pin: bool = False) -> Tensor:
+    out = torch.empty((len(steps), *steps[0].shape), dtype=torch.float32, pin_memory=pin)
     for one, place in zip(steps, out, strict=True):
         from_steps(one, output_range, place)
     return out
