@@ -38,7 +38,17 @@ FINDINGS = (
     "a hiatal hernia", "mediastinal lymphadenopathy", "ground-glass opacity", "a pericardial effusion", "calcified plaques",
     "interlobular septal thickening", "a mosaic attenuation pattern", "peribronchial thickening", "fibrotic sequelae",
 )  # fmt: skip
-OPENINGS = ("There is", "No evidence of", "Stable", "New", "Minimal", "There is no", "Mild", "Suspicious for", "Resolved")
+OPENINGS = (
+    "There is",
+    "No evidence of",
+    "Stable",
+    "New",
+    "Minimal",
+    "There is no",
+    "Mild",
+    "Suspicious for",
+    "Resolved",
+)
 PLACES = ("in the right upper lobe", "in the left lower lobe", "in the lingula", "bilaterally", "at both bases",
           "in the middle lobe", "along the aortic arch", "in the prevascular area", "adjacent to the fissure")  # fmt: skip
 TAILS = ("compared with the previous examination", "without significant change", "and clinical correlation is advised",
@@ -128,7 +138,10 @@ def make_ready(path: Path, vocabulary: str) -> dict[str, Any]:
     volume = spec(spacing=(3.0, 1.5, 1.5), shape=(96, 192, 192))
     module = part("CTDataModule", lambda: data_module(str(path), volume, text="required"))
     train = part("training_rows, 3 times", lambda: [module.training_rows() for _ in range(3)][-1])
-    part("study codes, order, dataset", lambda: (train.study_codes(), list(module.order(train))[:8], module.dataset(train)))
+    part(
+        "study codes, order, dataset",
+        lambda: (train.study_codes(), list(module.order(train))[:8], module.dataset(train)),
+    )
     part("describe (run.json)", module.describe)
 
     def extract() -> Any:
@@ -191,7 +204,9 @@ def main() -> None:
             assert len({result["findings"] for result in results.values()}) == 1
             if arguments.against:
                 first, again, before = (result["parts"]["total"]["cpu"] for result in results.values())
-                print(f"CPU seconds, before against now: {before / first:.1f} times the first, {before / again:.1f} again")
+                print(
+                    f"CPU seconds, before against now: {before / first:.1f} times the first, {before / again:.1f} again"
+                )
 
 
 if __name__ == "__main__":

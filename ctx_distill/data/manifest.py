@@ -294,7 +294,12 @@ def _check_all_images(path: Path, frame: pd.DataFrame, key: str | None) -> None:
     folder = None if key is None else cache_folder(path)
     marker = None if folder is None else folder / f"manifest-{key}.opened"
     where = str(path.parent.resolve())
-    if marker is not None and marker.is_file() and marker.read_text() == where and all_listed(path.parent, roots, paths):
+    if (
+        marker is not None
+        and marker.is_file()
+        and marker.read_text() == where
+        and all_listed(path.parent, roots, paths)
+    ):
         return
     faults, no_folders = faults_by_place(path.parent, roots, paths)
     if faults or no_folders:

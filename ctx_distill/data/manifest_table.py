@@ -163,9 +163,7 @@ def _parquet_batches(path: Path) -> Iterator[Any]:
                 raise _NotClean
         wanted = [name for name in file.schema_arrow.names if _is_used(name)]
         for batch in file.iter_batches(batch_size=_PART, columns=wanted):
-            yield _batch(
-                {n: [as_text(value) for value in batch.column(n).to_pylist()] for n in wanted}, batch.num_rows
-            )
+            yield _batch({n: [as_text(value) for value in batch.column(n).to_pylist()] for n in wanted}, batch.num_rows)
 
 
 def _is_used(name: str) -> bool:

@@ -39,7 +39,9 @@ def on_host(batch: CTBatch, storage: HostStorage, move: Callable[[CTBatch], CTBa
         move: brings a batch to the device.
     """
     volume = batch.volume
-    if storage == "float16":  # in page-locked memory where the loader's was, so that parts of it are copied without waiting
+    if (
+        storage == "float16"
+    ):  # in page-locked memory where the loader's was, so that parts of it are copied without waiting
         volume = torch.empty(volume.shape, dtype=torch.float16, pin_memory=volume.is_pinned()).copy_(volume)
     return replace(move(replace(batch, volume=volume[:0])), volume=volume)
 

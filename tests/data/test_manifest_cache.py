@@ -114,9 +114,7 @@ def test_an_image_that_has_gone_since_is_noticed(tmp_path: Path) -> None:
         read_manifest(path)
 
 
-def test_the_folder_can_be_chosen_and_need_not_be_writable(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_folder_can_be_chosen_and_need_not_be_writable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "data" / "ct.csv")
     monkeypatch.setenv(table.CACHE_VARIABLE, str(tmp_path / "elsewhere"))
     read_manifest(path)

@@ -19,7 +19,9 @@ SPEC = VolumeSpec(spacing=(12.0, 12.0, 12.0), shape=(24, 32, 32))
 
 def batch(rows: int = 2) -> CTBatch:
     codes = torch.arange(rows)
-    return CTBatch(torch.rand(rows, 1, 2, 2, 2), codes, codes, ["a"] * rows, torch.ones(rows, 3), torch.rand(rows, 2, 2))
+    return CTBatch(
+        torch.rand(rows, 1, 2, 2, 2), codes, codes, ["a"] * rows, torch.ones(rows, 3), torch.rand(rows, 2, 2)
+    )
 
 
 @pytest.fixture

@@ -55,7 +55,9 @@ def test_training_rows_are_those_of_the_index(mixed: tuple[Path, dict[str, int]]
     assert train == set(module.pool()[0].frame.index)
     assert named["kept"] in train
     assert not train & {named[word] for word in ("ct val", "ct test", "lateral", "spanish")}
-    assert {"val kept", "val of ct test"} <= {w for w, row in named.items() if row in module.validation_rows().frame.index}
+    assert {"val kept", "val of ct test"} <= {
+        w for w, row in named.items() if row in module.validation_rows().frame.index
+    }
     assert named["val lateral"] not in module.validation_rows().frame.index
 
 

@@ -29,7 +29,12 @@ def one_row(cohort: Path, folder: Path) -> Path:
 def test_one_row_on_two_ranks(cohort: Path, tiny_preset: Path, tmp_path: Path) -> None:
     data = one_row(cohort, tmp_path / "data")
     command = [sys.executable, "-m", "ctx_distill.cli", "expert", "--data", str(data), "--run", str(tmp_path / "run")]
-    command += ["--preset", str(tiny_preset), "--trainer.devices=2", "--trainer.strategy=ddp_find_unused_parameters_true"]
+    command += [
+        "--preset",
+        str(tiny_preset),
+        "--trainer.devices=2",
+        "--trainer.strategy=ddp_find_unused_parameters_true",
+    ]
     done = subprocess.run(
         command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
     )
