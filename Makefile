@@ -60,7 +60,7 @@ JOB = --data "$(DATA)" --run "$(RUN)" --preset "$(PRESET)" $(if $(EXPERT),--expe
 .PHONY: help setup demo data expert all stage-1 stage-2 stage-3 stage-4 ablation explorer page compare check lock clean \
 	slurm-stage-1 slurm-stage-2 slurm-stage-3 slurm-stage-4 slurm-expert slurm-prepare slurm-all \
 	test test-quick test-slow test-slurm test-browser test-gpu chaos bench-large-batch bench-data bench-index bench-train bench-processes bench-text \
-	bench-cache bench-retrieval bench-pairs bench-equal-keys
+	bench-cache bench-retrieval bench-pairs bench-equal-keys bench-manifest
 
 help: ## list the targets
 	@echo "ctx-distill: chest CT, taught by chest X-ray experts. A research tool, not a medical device."
@@ -212,6 +212,9 @@ bench-pairs: $(READY) ## what stage 3's record of corrected pairs costs beside i
 
 bench-text: $(READY) ## the findings extractor against labelled reports, Open-I and the clock: ARGS="--reports FOLDER"; 3 minutes
 	@$(VENV)/bin/python benchmarks/findings.py $(ARGS)
+
+bench-manifest: $(READY) ## until a run over a large manifest is ready to train: ARGS="--rows 1000000"; 3 minutes at 100,000 rows
+	@$(VENV)/bin/python benchmarks/manifest.py $(ARGS)
 
 lock: $(UV) ## compile the locks again from pyproject.toml
 	@for extra in cpu gpu; do $(UV) pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header \

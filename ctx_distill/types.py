@@ -6,7 +6,8 @@ right to left), F findings, T tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
+from typing import Self, TypeGuard
 
 from torch import Tensor
 
@@ -15,8 +16,22 @@ from ctx_distill.errors import InputError
 __all__ = ["CTBatch", "EncoderOutput", "InputError", "XrayBatch"]
 
 
+class _PinnedTensors:
+    """A batch whose tensors `DataLoader(pin_memory=True)` can pin, so that copies to a GPU do not wait."""
+
+    def pin_memory(self) -> Self:
+        """The batch with its tensors in page-locked memory; a tensor that holds no data yet (device meta) stays as it is."""
+        values = {one.name: getattr(self, one.name) for one in fields(self)}  # type: ignore[arg-type]
+        pinned = {name: value.pin_memory() for name, value in values.items() if _has_data(value)}
+        return replace(self, **pinned)  # type: ignore[type-var]
+
+
+def _has_data(value: object) -> TypeGuard[Tensor]:
+    return isinstance(value, Tensor) and not value.is_meta
+
+
 @dataclass
-class CTBatch:
+class CTBatch(_PinnedTensors):
     """CT volumes of one batch with the texts of their studies.
 
     Attributes:
@@ -40,7 +55,7 @@ class CTBatch:
 
 
 @dataclass
-class XrayBatch:
+class XrayBatch(_PinnedTensors):
     """Radiographs of one batch, preprocessed for one X-ray expert.
 
     Attributes:

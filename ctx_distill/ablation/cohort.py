@@ -124,6 +124,12 @@ def write_xray(cohort: Cohort, pool: int) -> Manifest:
     return _write(cohort.folder / f"{PREFIX}.xray.{pool}.csv", cohort.xray[:pool].assign(split="train"))
 
 
+def write_held_out(cohort: Cohort) -> Manifest:
+    """The CT manifest of everybody who is chosen on or scored, so that no X-ray of theirs trains an expert."""
+    frame = pd.concat([cohort.val.assign(split="val"), cohort.test.assign(split="test")])
+    return _write(cohort.folder / f"{PREFIX}.held_out.csv", frame)
+
+
 def write_corpus(cohort: Cohort, size: int) -> Path:
     """CT reports without images for the expert's text tower, of nobody who is drawn from, chosen on or scored.
 

@@ -18,7 +18,7 @@ import yaml
 from filelock import FileLock
 from numpy.typing import NDArray
 
-from ctx_distill.ablation.cohort import Cohort, write_corpus, write_ct, write_probe, write_xray
+from ctx_distill.ablation.cohort import Cohort, write_corpus, write_ct, write_held_out, write_probe, write_xray
 from ctx_distill.ablation.plan import CORE, Job, Plan, job_layers, laid_over
 from ctx_distill.data.manifest import Manifest
 from ctx_distill.files import hash_json, write_json, write_text
@@ -112,10 +112,11 @@ def ensure_expert(place: Place, plan: Plan, cohort: Cohort, name: str) -> Path:
             xray = write_xray(cohort, spec.xrays)
             steps = {"trainer": {"max_epochs": spec.epochs, "limit_val_batches": 0}}
             paths = {"{xray}": str(xray.path)}
-            # no report of the pairs reaches the expert: it would have read more of them than an arm is given
+            # The held-out CTs exclude their patients' X-rays. No report of the pairs reaches the expert: it would have read
+            # more of them than an arm is given.
             corpus = str(write_corpus(cohort, spec.corpus)) if spec.corpus else None
             alone = {
-                "data": {"init_args": {"ct_manifest": None}},
+                "data": {"init_args": {"ct_manifest": str(write_held_out(cohort).path)}},
                 "model": {"init_args": {"read_ct_reports": False, "report_corpus": corpus}},
             }
             run_layers(folder, paths, laid_over(stage_config(STAGES["expert"], place.preset), steps, alone))

@@ -24,13 +24,20 @@ from ctx_distill.data.datasets import (
     ct_dataset,
     xray_dataset,
 )
-from ctx_distill.data.index_rows import leave_out_for_index
+from ctx_distill.data.index_rows import (
+    RowFilter,
+    leave_out_for_index,
+    leave_out_for_validation,
+    patients_of,
+    training_language,
+)
 from ctx_distill.data.manifest import Manifest, read_manifest
 from ctx_distill.data.order import EpochBatches, EpochPart, EpochShuffle, InOrder, Mixing
 from ctx_distill.data.prepared import PreparedFolder
 from ctx_distill.data.projection import PROJECTION_VERSION
 from ctx_distill.data.set_aside import SetAside
 from ctx_distill.data.transforms import VolumeSpec
+from ctx_distill.distributed import world_size
 from ctx_distill.errors import InputError
 from ctx_distill.seeds import run_seed
 from ctx_distill.types import CTBatch, XrayBatch
@@ -63,6 +70,7 @@ class ManifestDataModule(L.LightningDataModule):
         self.batches: EpochBatches | None = None
         self.reopen = False
         self._left: dict[str, int] = {}
+        self._training: dict[str, Manifest] = {}
 
     def describe(self) -> dict[str, Any]:
         """Facts of the data for `run.json`."""
@@ -75,11 +83,20 @@ class ManifestDataModule(L.LightningDataModule):
     @staticmethod
     def report_rows(manifest: Manifest) -> Manifest:
         """The rows that have findings or an impression."""
-        return manifest.where(np.array([bool(manifest.report(row)) for row in manifest.frame.index], dtype=bool))
+        return manifest.where(manifest.has_report())
 
     def training_rows(self) -> Manifest:
-        """The rows that this stage trains on."""
+        """The rows that this stage trains on; chosen once for each value of `text`."""
+        if self.text not in self._training:
+            self._training[self.text] = self._choose_training_rows()
+        return self._training[self.text]
+
+    def _choose_training_rows(self) -> Manifest:
         return self.with_text(self.manifest.split("train"))
+
+    def validation_rows(self) -> Manifest:
+        """The rows of split `val` that this stage's validation loss is taken over; may be empty."""
+        return self.with_text(self.manifest.split("val"))
 
     def dataset(self, manifest: Manifest) -> ManifestDataset:
         """A dataset over (part of) the manifest."""
@@ -99,6 +116,7 @@ class ManifestDataModule(L.LightningDataModule):
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             collate_fn=self.collate,
+            pin_memory=self._feeds_a_gpu(),
             # of its own, so that opening a loader does not move the random state that training draws from
             generator=torch.Generator().manual_seed(self.shuffle_seed()),
         )
@@ -107,19 +125,43 @@ class ManifestDataModule(L.LightningDataModule):
         """Return the seed of the order of an epoch."""
         return run_seed() if self.seed is None else self.seed
 
+    def _feeds_a_gpu(self) -> bool:
+        """Whether batches go to a GPU; Lightning copies pinned ones without waiting."""
+        return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+
     def order(self, manifest: Manifest) -> EpochShuffle:
         """The order of a training epoch over these rows."""
         return EpochShuffle(len(manifest), self.shuffle_seed())
 
     def train_dataloader(self) -> DataLoader[Item]:
-        """Shuffled `train` rows."""
+        """Shuffled `train` rows.
+
+        Raises:
+            InputError: a rank would get no batch; the same on every rank.
+        """
         rows = self.training_rows()
         self.set_aside = SetAside(len(rows), self.unreadable_share)
         loader = self.loader(rows, train=True)
         assert isinstance(loader.sampler, EpochBatches)
         self.batches = loader.sampler
+        self._refuse_no_batch(rows, len(loader))
         self._resume()
         return loader
+
+    def _refuse_no_batch(self, rows: Manifest, batches: int) -> None:
+        """Refuse a training without a batch per rank; `batches` is the same on every rank."""
+        limit = self.trainer.limit_train_batches if self.trainer is not None else None
+        taken = int(batches * limit) if isinstance(limit, float) else batches
+        if taken:
+            return
+        found = f"{len(rows)} training rows on {world_size()} ranks"
+        if batches:
+            found += f" make {batches} batches each, of which trainer.limit_train_batches={limit} takes none"
+            remedy = "Raise the limit, or set it to 1.0."
+        else:
+            found += " leave no row for each rank"
+            remedy = "Train on fewer ranks, or give more rows with split `train`."
+        raise InputError(f"{rows.path}: {found}, so nothing would be trained. {remedy}")
 
     def state_dict(self) -> dict[str, Any]:
         """What is left of the epoch, for a checkpoint."""
@@ -180,7 +222,7 @@ class ManifestDataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Item] | list[DataLoader[Item]]:
         """`val` rows in order; none where the manifest has none."""
-        val = self.with_text(self.manifest.split("val"))
+        val = self.validation_rows()
         return self.loader(val) if len(val) else []
 
 
@@ -272,7 +314,8 @@ class XrayDataModule(ManifestDataModule):
 
     Args:
         xray_manifest: CSV or Parquet manifest of the X-rays.
-        ct_manifest: manifest of the CTs, so that X-rays of held-out CT patients are left out; None leaves none out.
+        ct_manifest: manifest of the CTs, so that X-rays of held-out CT patients are excluded from index, training and
+            validation; None excludes no patient.
         batch_size: see `ManifestDataModule`.
         eval_batch_size: see `ManifestDataModule`.
         num_workers: see `ManifestDataModule`.
@@ -308,10 +351,50 @@ class XrayDataModule(ManifestDataModule):
         return {"xray": describe_manifest(self.manifest)}
 
     def pool(self) -> tuple[Manifest, dict[str, int]]:
-        """The rows that the index takes, and how many were left out, by reason."""
-        if self.ct is None:
-            return self.manifest.split("train"), {}
+        """The rows that index and expert may take, and how many were excluded, by reason."""
         return leave_out_for_index(self.manifest, self.ct, frontal_only=self.frontal_only, language=self.language)
+
+    def _choose_training_rows(self) -> Manifest:
+        """The rows that the expert trains on: those of `pool`, with text where the stage needs it."""
+        return self.with_text(self.pool()[0])
+
+    def validation_rows(self) -> Manifest:
+        """The rows of split `val` under the exclusions of `leave_out_for_validation`; may be empty."""
+        return self.with_text(self._validation_pool()[0])
+
+    def _validation_pool(self) -> tuple[Manifest, dict[str, int]]:
+        language = self.training_language()
+        return leave_out_for_validation(self.manifest, self.ct, frontal_only=self.frontal_only, language=language)
+
+    def training_language(self) -> str | None:
+        """The language of the training rows, in lower case; None where they name none."""
+        return training_language(self.manifest, self.ct, frontal_only=self.frontal_only, language=self.language)
+
+    def ct_reports(self) -> tuple[Manifest | None, dict[str, int]]:
+        """CT `train` rows whose reports the expert may read, and how many were excluded, by reason.
+
+        Those of patients of the X-rays' `val` and `test`, which score the expert, and of another language than the
+        training rows' are excluded.
+
+        Returns:
+            The rows (None without a CT manifest), and the number of excluded `train` rows by reason.
+        """
+        if self.ct is None:
+            return None, {}
+        chosen = RowFilter(self.ct.split("train"))
+        chosen.exclude_patients("patient is in X-ray val or test", patients_of(self.manifest, "val", "test"))
+        chosen.exclude_other_languages(self.training_language())
+        return self.report_rows(chosen.rows()), chosen.counts
+
+    def excluded(self) -> dict[str, int]:
+        """Rows that were excluded from training, validation and the CT reports, by reason (in words to print)."""
+        pool, counts = self.pool()
+        silent = len(pool) - len(self.with_text(pool))
+        if self.text == "required":
+            counts["no report text"] = silent
+        validation = {f"validation: {reason}": count for reason, count in self._validation_pool()[1].items()}
+        reports = {f"CT train reports: {reason}": count for reason, count in self.ct_reports()[1].items()}
+        return {**counts, **validation, **reports}
 
     def dataset(self, manifest: Manifest) -> ManifestDataset:
         """Radiographs of (part of) the manifest, as the task's expert wants them."""
@@ -322,16 +405,16 @@ class XrayDataModule(ManifestDataModule):
 
 def describe_manifest(manifest: Manifest) -> dict[str, Any]:
     """Path, fingerprint and counts of a manifest, as JSON values."""
-    frame = manifest.frame
     splits: Sequence[str] = ("train", "val", "test")
+    split = manifest.column("split")
     return {
         "path": str(manifest.path.resolve()),
         "fingerprint": manifest.fingerprint,
-        "images": len(frame),
-        "studies": int(frame["study_id"].nunique()),
-        "patients": int(frame["patient_id"].nunique()),
-        "splits": {split: int((frame["split"] == split).sum()) for split in splits},
+        "images": len(manifest),
+        "studies": len(np.unique(manifest.study_codes())),
+        "patients": int(manifest.column("patient_id").nunique()),
+        "splits": {name: int((split == name).sum()) for name in splits},
         "labels": list(manifest.finding_names),
-        "sources": sorted(set(frame["source"].astype(str)) - {""}) if "source" in frame.columns else [],
+        "sources": sorted(set(manifest.column("source").unique()) - {""}) if manifest.has_column("source") else [],
         "synthetic": manifest.synthetic,
     }

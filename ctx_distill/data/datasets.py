@@ -74,7 +74,7 @@ class ManifestDataset(Dataset[Item]):
         with_labels: bool,
     ) -> None:
         self.manifest, self.read, self.cache, self.cache_keys = manifest, read, cache, cache_keys
-        self.rows: list[int] = [int(row) for row in manifest.frame.index]
+        self.rows = manifest.rows
         self.studies = manifest.study_codes()
         self.labels: NDArray[np.float32] | None = manifest.labels() if with_labels else None
         self._unreadable: dict[int, str] = {}
@@ -94,12 +94,13 @@ class ManifestDataset(Dataset[Item]):
 
     def _readable(self, index: int) -> Item:
         unreadable: list[Unreadable] = []
-        for place in (np.arange(len(self.rows)) + index) % len(self.rows):
-            row = self.rows[place]
+        for step in range(len(self.rows)):
+            place = (index + step) % len(self.rows)
+            row = int(self.rows[place])
             try:
                 if row in self._unreadable:
                     raise InputError(self._unreadable[row])
-                item = self.item(int(place))
+                item = self.item(place)
             except InputError as error:
                 if not self.replace_unreadable:
                     raise
@@ -114,7 +115,7 @@ class ManifestDataset(Dataset[Item]):
 
     def item(self, index: int) -> Item:
         """The image at a place, read or out of the cache; `InputError` where it cannot be read."""
-        row = self.rows[index]
+        row = int(self.rows[index])
         file = str(self.manifest.image_file(row))
         tensor, *more = self.cache.get_all([(file, key) for key in self.cache_keys], lambda: self.read(row))
         labels = None if self.labels is None else torch.tensor(self.labels[index])
@@ -147,7 +148,7 @@ class PreparedDataset(ManifestDataset):
 
     def __init__(self, manifest: Manifest, folder: PreparedFolder, with_labels: bool) -> None:
         def read(row: int) -> tuple[Tensor, ...]:
-            return folder.read(str(manifest.frame.at[row, "image_id"]), manifest.scan_file(row))
+            return folder.read(manifest.image_id(row), manifest.scan_file(row))
 
         super().__init__(manifest, read, TensorCache(0), ["prepared"] * (2 if folder.projection else 1), with_labels)
         self.folder, self.output_range = folder, folder.spec.output_range
@@ -157,15 +158,15 @@ class PreparedDataset(ManifestDataset):
         item = super().item(index)
         item.steps_of = self.output_range
         if get_worker_info() is not None:
-            self.folder.read_ahead(str(self.manifest.frame.at[item.row, "image_id"]))
+            self.folder.read_ahead(self.manifest.image_id(item.row))
         return item
 
-    def filled(self, batch: CTBatch) -> CTBatch:
-        """The batch of a worker process with its volumes, which are mapped here."""
+    def filled(self, batch: CTBatch, pin: bool = False) -> CTBatch:
+        """The batch of a worker process with its volumes, which are mapped here; in page-locked memory with `pin`."""
         if not batch.volume.is_meta:
             return batch
         steps = [self.read(row)[0] for row in batch.row.tolist()]
-        return replace(batch, volume=_floats(steps, self.output_range))
+        return replace(batch, volume=_floats(steps, self.output_range, pin))
 
 
 class PreparedLoader(DataLoader[Item]):
@@ -178,7 +179,7 @@ class PreparedLoader(DataLoader[Item]):
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         dataset = cast(PreparedDataset, self.dataset)
         for batch in super().__iter__():
-            yield dataset.filled(cast(CTBatch, batch))
+            yield dataset.filled(cast(CTBatch, batch), bool(self.pin_memory))
 
 
 def xray_dataset(
@@ -228,8 +229,8 @@ def _stacked(items: Sequence[Item]) -> Tensor:
     return _floats([item.tensor for item in items], items[0].steps_of)
 
 
-def _floats(steps: Sequence[Tensor], output_range: tuple[float, float]) -> Tensor:
-    out = torch.empty((len(steps), *steps[0].shape), dtype=torch.float32)
+def _floats(steps: Sequence[Tensor], output_range: tuple[float, float], pin: bool = False) -> Tensor:
+    out = torch.empty((len(steps), *steps[0].shape), dtype=torch.float32, pin_memory=pin)
     for one, place in zip(steps, out, strict=True):
         from_steps(one, output_range, place)
     return out

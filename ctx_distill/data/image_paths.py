@@ -21,6 +21,8 @@ _MAGIC: dict[str, tuple[bytes, ...]] = {
 _WINDOWS_OR_URL = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*:")  # C:\..., file://, s3://
 # Files are opened in threads: on a network disk each open waits a millisecond, and a manifest has 50,000 of them.
 _THREADS = 8
+_SLICE = 2048
+"""Paths that a thread looks at before it reports: a future per path would take a kilobyte each."""
 
 
 def path_fault(image_path: str) -> tuple[str, str] | None:
@@ -39,20 +41,43 @@ def path_fault(image_path: str) -> tuple[str, str] | None:
 def file_faults(folder: Path, image_paths: Sequence[str]) -> list[tuple[str, str] | None]:
     """Looks on the disk: each path stays in `folder` after following links, and opens; order as given."""
     root = os.path.realpath(folder)
-    # Parents repeat; resolving each once keeps 50,000 rows to a few seconds.
-    parents = {os.path.dirname(p): os.path.realpath(os.path.join(root, os.path.dirname(p))) for p in image_paths}  # noqa: PTH118, PTH120
+    # Parents repeat; resolving each once keeps a million rows to seconds.
+    parents = {os.path.dirname(path) for path in image_paths}  # noqa: PTH120
+    resolved = {parent: os.path.realpath(os.path.join(root, parent)) for parent in parents}  # noqa: PTH118
 
     def fault(image_path: str) -> tuple[str, str] | None:
-        parent, name = parents[os.path.dirname(image_path)], os.path.basename(image_path)  # noqa: PTH119, PTH120
-        full = os.path.join(parent, name)  # noqa: PTH118
+        parent, name = os.path.split(image_path)
+        full = f"{resolved[parent]}{os.sep}{name}"
         if name in ("..", ".", "") or os.path.islink(full):  # noqa: PTH114
             full = os.path.realpath(full)
         if not _inside(full, root):
             return _leaves(image_path, full)
         return _open_fault(image_path, full, root)
 
+    def faults(start: int) -> list[tuple[str, str] | None]:
+        return [fault(image_path) for image_path in image_paths[start : start + _SLICE]]
+
     with ThreadPoolExecutor(_THREADS) as pool:
-        return list(pool.map(fault, image_paths, chunksize=256))
+        return [one for part in pool.map(faults, range(0, len(image_paths), _SLICE)) for one in part]
+
+
+def all_listed(folder: Path, roots: Sequence[str], image_paths: Sequence[str]) -> bool:
+    """Whether every path is still listed in its folder: one look per folder, for images that were opened before.
+
+    Args:
+        folder: of the manifest.
+        roots: N roots ("" for `folder`); remote ones are not looked at.
+        image_paths: N clean relative paths.
+    """
+    wanted: dict[str, set[str]] = {}
+    for root, image_path in zip(roots, image_paths, strict=True):
+        if REMOTE not in root:
+            parent, name = os.path.split(image_path)
+            wanted.setdefault(os.path.join(root, parent), set()).add(name)  # noqa: PTH118
+    try:
+        return all(names <= set(os.listdir(folder / parent)) for parent, names in wanted.items())  # noqa: PTH208
+    except OSError:
+        return False
 
 
 def faults_by_place(
@@ -65,10 +90,12 @@ def faults_by_place(
     """
     faults: dict[int, tuple[str, str]] = {}
     no_folders: dict[int, str] = {}
-    for root in dict.fromkeys(roots):
+    places_of: dict[str, list[int]] = {}
+    for place, root in enumerate(roots):
+        places_of.setdefault(root, []).append(place)
+    for root, places in places_of.items():
         if REMOTE in root:  # looked at when it is read: 50,000 requests are no check
             continue
-        places = [place for place, other in enumerate(roots) if other == root]
         if root and not (folder / root).is_dir():
             no_folders[places[0]] = root
             continue
@@ -90,8 +117,11 @@ def _leaves(image_path: str, full: str) -> tuple[str, str]:
 
 def _open_fault(image_path: str, full: str, root: str) -> tuple[str, str] | None:
     try:
-        with open(full, "rb") as file:  # noqa: PTH123
-            head = file.read(16)
+        file = os.open(full, os.O_RDONLY)  # a third of the time of `open`
+        try:
+            head = os.read(file, 16)
+        finally:
+            os.close(file)
     except IsADirectoryError:
         return _folder_fault(image_path, full, root)
     except FileNotFoundError:

@@ -1,6 +1,8 @@
-"""Which X-rays of a manifest the retrieval index may hold."""
+"""Which X-rays of a manifest the index holds and the expert is trained on, and which choose its weights."""
 
 from __future__ import annotations
+
+from collections.abc import Collection
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,52 +14,130 @@ FRONTAL_VIEWS = frozenset({"", "frontal", "pa", "ap"})
 """Views (lower case) that count as frontal; blank does."""
 
 
-def leave_out_for_index(
-    xray: Manifest, ct: Manifest, *, frontal_only: bool = True, language: str | None = None
-) -> tuple[Manifest, dict[str, int]]:
-    """The X-rays that the retrieval index holds: split train, no CT val or test patient, frontal, one language.
+class RowFilter:
+    """The rows of a manifest that no exclusion has removed yet, and how many rows each exclusion removed.
 
-    A row is counted under the first reason that applies, so the counts and the number kept add up to `len(xray)`.
+    A row is counted under the first reason that applies, so the counts and the rows kept add up to the rows given.
+
+    Attributes:
+        counts: rows removed, by reason (in words to print).
+    """
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.manifest = manifest
+        self.counts: dict[str, int] = {}
+        self._keep: NDArray[np.bool_] = np.ones(len(manifest), dtype=bool)
+
+    def exclude(self, reason: str, rows: NDArray[np.bool_]) -> None:
+        """Remove the rows where `rows` (N,) is true."""
+        self.counts[reason] = int((self._keep & rows).sum())
+        self._keep &= ~rows
+
+    def exclude_patients(self, reason: str, patients: Collection[str]) -> None:
+        """Remove the rows of these patients."""
+        self.exclude(reason, self.manifest.column("patient_id").isin(list(patients)).to_numpy(dtype=bool))
+
+    def exclude_other_views(self) -> None:
+        """Remove views that are not frontal (`FRONTAL_VIEWS`, in any case)."""
+        view = self.manifest.column("view").str.strip().str.lower()
+        self.exclude("not a frontal view", ~view.isin(FRONTAL_VIEWS).to_numpy(dtype=bool))
+
+    def exclude_other_languages(self, language: str | None) -> None:
+        """Remove rows of another language; a blank language counts as the one given, None removes nothing."""
+        if language:
+            named = self._languages()
+            self.exclude(f"language is not {language}", ~np.isin(named, ["", language]))
+
+    def most_common_language(self) -> str | None:
+        """The most common language of the rows that are left, in lower case; the first by name among equals."""
+        named = self._languages()[self._keep]
+        languages, counts = np.unique(named[named != ""], return_counts=True)
+        return str(languages[counts.argmax()]) if len(languages) else None
+
+    def _languages(self) -> NDArray[np.str_]:
+        return np.array(self.manifest.column("language").str.strip().str.lower().tolist(), dtype=np.str_)
+
+    def rows(self) -> Manifest:
+        """The rows that are left, under their original row numbers."""
+        return self.manifest.where(self._keep)
+
+
+def patients_of(manifest: Manifest | None, *splits: str) -> set[str]:
+    """Patient ids of these splits; none without a manifest."""
+    if manifest is None:
+        return set()
+    return set(manifest.split(*splits).column("patient_id"))
+
+
+def leave_out_for_index(
+    xray: Manifest, ct: Manifest | None, *, frontal_only: bool = True, language: str | None = None
+) -> tuple[Manifest, dict[str, int]]:
+    """The X-rays of the index and of the expert's training: split train, no CT val or test patient, frontal, one language.
 
     Args:
         xray: the X-ray manifest.
-        ct: the CT manifest, with patient ids out of the same space.
+        ct: the CT manifest, with patient ids out of the same space; None excludes no patient.
         frontal_only: take views of `FRONTAL_VIEWS` alone (case does not matter).
         language: the language to take; by default the most common of the X-rays otherwise taken. A blank language
             counts as that one.
 
     Returns:
-        The X-rays kept, and for each reason (in words to print) how many it left out.
+        The X-rays kept, and for each reason (in words to print) how many rows it removed. A row is counted under the
+        first reason that applies, so the counts and the number kept add up to `len(xray)`.
 
     Raises:
         InputError: nothing is left.
     """
-    frame = xray.frame
-    keep: NDArray[np.bool_] = np.ones(len(frame), dtype=bool)
-    counts: dict[str, int] = {}
-
-    def leave_out(reason: str, out: NDArray[np.bool_]) -> None:
-        counts[reason] = int((keep & out).sum())
-        keep[out] = False
-
-    held_out = set(ct.frame.loc[ct.frame["split"].isin(("val", "test")), "patient_id"])
-    leave_out("not in split train", (frame["split"] != "train").to_numpy(dtype=bool))
-    leave_out("patient is in CT val or test", frame["patient_id"].isin(held_out).to_numpy(dtype=bool))
-    if frontal_only:
-        view = frame["view"].str.strip().str.lower()
-        leave_out("not a frontal view", ~view.isin(FRONTAL_VIEWS).to_numpy(dtype=bool))
-    spoken = frame["language"].str.strip().str.lower()
-    wanted = language.strip().lower() if language is not None else None
-    if wanted is None:
-        named = spoken[keep & (spoken != "").to_numpy(dtype=bool)]
-        # mode() sorts ties by name, so the choice does not depend on the order of the rows.
-        wanted = str(named.mode().iloc[0]) if len(named) else None
-    if wanted:
-        leave_out(f"language is not {wanted}", ~spoken.isin(("", wanted)).to_numpy(dtype=bool))
-    if not keep.any():
-        reasons = ", ".join(f"{reason}: {n}" for reason, n in counts.items())
+    chosen = _training_filter(xray, ct, frontal_only)
+    chosen.exclude_other_languages(_lower(language) or chosen.most_common_language())
+    kept = chosen.rows()
+    if not len(kept):
+        reasons = ", ".join(f"{reason}: {n}" for reason, n in chosen.counts.items())
         raise InputError(
-            f"{xray.path}: no X-ray of {len(xray)} is left for the index ({reasons}); "
+            f"{xray.path}: no X-ray of {len(xray)} is left for index and expert ({reasons}); "
             "expected frontal X-rays of split train, of patients outside CT val and test"
         )
-    return xray.where(keep), counts
+    return kept, chosen.counts
+
+
+def training_language(xray: Manifest, ct: Manifest | None, *, frontal_only: bool, language: str | None) -> str | None:
+    """The language that `leave_out_for_index` takes, in lower case; None where no X-ray names one."""
+    return _lower(language) or _training_filter(xray, ct, frontal_only).most_common_language()
+
+
+def leave_out_for_validation(
+    xray: Manifest, ct: Manifest | None, *, frontal_only: bool, language: str | None
+) -> tuple[Manifest, dict[str, int]]:
+    """The X-rays that may choose an expert's weights: split val, no CT test patient, frontal, the training's language.
+
+    Patients of CT `val` stay in: that split is there to choose by.
+
+    Args:
+        xray: the X-ray manifest.
+        ct: the CT manifest; None excludes no patient.
+        frontal_only: as `leave_out_for_index`.
+        language: the language of the training rows, see `training_language`.
+
+    Returns:
+        The X-rays kept, which may be none, and how many rows of split val each reason removed.
+    """
+    chosen = RowFilter(xray.split("val"))
+    chosen.exclude_patients("patient is in CT test", patients_of(ct, "test"))
+    if frontal_only:
+        chosen.exclude_other_views()
+    chosen.exclude_other_languages(language)
+    return chosen.rows(), chosen.counts
+
+
+def _training_filter(xray: Manifest, ct: Manifest | None, frontal_only: bool) -> RowFilter:
+    chosen = RowFilter(xray)
+    chosen.exclude("not in split train", (xray.column("split") != "train").to_numpy(dtype=bool))
+    if ct is not None:
+        chosen.exclude_patients("patient is in CT val or test", patients_of(ct, "val", "test"))
+    if frontal_only:
+        chosen.exclude_other_views()
+    return chosen
+
+
+def _lower(language: str | None) -> str | None:
+    return None if language is None else language.strip().lower()

@@ -7,57 +7,99 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
+from typing import Any, overload
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
 from ctx_distill.data._problems import Problems, shorten
-from ctx_distill.data.image_paths import faults_by_place, path_fault
+from ctx_distill.data.image_paths import all_listed, faults_by_place, path_fault
+from ctx_distill.data.manifest_table import (
+    LABEL,
+    LABEL_VALUES,
+    NUMBERS,
+    OPTIONAL,
+    PLACES,
+    REQUIRED,
+    SPLITS,
+    cache_folder,
+    content_key,
+    frame_of,
+    read_columns,
+)
 from ctx_distill.data.remote import REMOTE
 from ctx_distill.data.scan_file import ScanFile
 from ctx_distill.data.tables import Table, read_table
 from ctx_distill.errors import InputError
+from ctx_distill.files import hash_json, write_text
 
-SPLITS = ("train", "val", "test")
-REQUIRED = ("study_id", "patient_id", "split", "image_path", "findings", "impression")
-OPTIONAL = ("image_id", "view", "language")
-PLACES = ("source", "root", "polarity")
-"""Optional text: the data set a row is of, the folder its path is relative to, and `inverted` for a white-is-low film."""
-NUMBERS = ("slope", "intercept", "spacing_x", "spacing_y", "spacing_z")
-"""Optional numbers that override a scan's header, see `ScanFile`."""
-LABEL = "label:"
-
-# pandas writes a column of 1, 0 and blanks as "1.0", "0.0" and "".
-_LABEL_VALUES: Mapping[str, float] = {
-    "": float("nan"), "1": 1.0, "0": 0.0, "-1": -1.0, "1.0": 1.0, "0.0": 0.0, "-1.0": -1.0, "-0": 0.0, "-0.0": 0.0,
-}  # fmt: skip
+__all__ = ["LABEL", "NUMBERS", "OPTIONAL", "PLACES", "REQUIRED", "SPLITS", "Manifest", "ReportTexts", "read_manifest"]
 
 
-@dataclass(frozen=True, eq=False)
 class Manifest:
     """A manifest that has passed every check, or some of its rows.
 
+    Rows are numbered from 0 in the whole manifest, and keep their number in a split. Parts share the columns of the whole:
+    `rows`, `column`, `report`, `study_codes` and so on copy no text, `frame` of a part does.
+
     Attributes:
         path: the file it came from; image paths are relative to its folder.
-        frame: one row an image; its index holds the row's number (from 0) in the whole manifest. Columns `study_id,
-            patient_id, split, image_path, findings, impression, image_id, view, language` are text ("" for blank),
-            `study_code` is an integer a study, `label:<finding>` are 1, 0, -1 (uncertain) or NaN (blank). Of `PLACES`
-            (text) and `NUMBERS` (NaN for blank) those that the file has.
         finding_names: the findings of the label columns, in the manifest's order; may be empty.
-        fingerprint: SHA-256 (hex) of the rows held here; the same wherever the file lies and however it is stored.
     """
 
-    path: Path
-    frame: pd.DataFrame
-    finding_names: tuple[str, ...]
-    fingerprint: str
+    def __init__(
+        self, path: Path, frame: pd.DataFrame, finding_names: tuple[str, ...], fingerprint: str | None = None
+    ) -> None:
+        """Take rows that have passed every check.
+
+        Args:
+            path: see the class.
+            frame: see `Manifest.frame`.
+            finding_names: see the class.
+            fingerprint: see `Manifest.fingerprint`; None computes it when it is asked for.
+        """
+        self.path, self.finding_names = path, finding_names
+        self._whole = frame
+        self._places: NDArray[np.int64] | None = None
+        self._known_fingerprint = fingerprint
+        self._key: str | None = None
 
     def __len__(self) -> int:
-        return len(self.frame)
+        return len(self._whole) if self._places is None else len(self._places)
+
+    @cached_property
+    def frame(self) -> pd.DataFrame:
+        """One row per image; the index holds its number in the whole manifest. For a part this copies the reports.
+
+        Columns `study_id, patient_id, split, image_path, findings, impression, image_id, view, language` are text ("" for
+        blank), `study_code` is an integer per study, `label:<finding>` are 1, 0, -1 (uncertain) or NaN (blank). Of `PLACES`
+        (text) and `NUMBERS` (NaN for blank) those that the file has.
+        """
+        return self._whole if self._places is None else self._whole.iloc[self._places]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of the rows held here; the same wherever the file lies and however it is stored."""
+        return self._known_fingerprint or _fingerprint(self)
+
+    @cached_property
+    def rows(self) -> NDArray[np.int64]:
+        """(N,) int64, the rows' numbers in the whole manifest."""
+        index: NDArray[np.int64] = self._whole.index.to_numpy(dtype=np.int64)
+        return index if self._places is None else index[self._places]
+
+    def column(self, name: str) -> pd.Series[Any]:
+        """One column of `frame`."""
+        column = self._whole[name]
+        return column if self._places is None else column.iloc[self._places]
+
+    def has_column(self, name: str) -> bool:
+        """Whether `frame` has a column of this name."""
+        return name in self._whole.columns
 
     def split(self, *names: str) -> Manifest:
         """The rows of these splits, under their original row numbers; may be empty.
@@ -68,23 +110,40 @@ class Manifest:
         unknown = [name for name in names if name not in SPLITS]
         if unknown or not names:
             raise InputError(f"{self.path}: no split {unknown or 'given'}; expected one or more of {', '.join(SPLITS)}")
-        return self.where(self.frame["split"].isin(names).to_numpy(dtype=bool))
+        return self.where(self.column("split").isin(names).to_numpy(dtype=bool))
 
     def where(self, keep: NDArray[np.bool_]) -> Manifest:
         """The rows where `keep` (N,) is true, under their original row numbers."""
-        frame = self.frame.loc[keep]
-        return replace(self, frame=frame, fingerprint=_fingerprint(frame, self.finding_names))
+        part = Manifest(self.path, self._whole, self.finding_names)
+        chosen = np.flatnonzero(np.asarray(keep, dtype=bool))
+        part._places = chosen if self._places is None else self._places[chosen]
+        part._key = self._key
+        return part
+
+    @property
+    def key(self) -> str | None:
+        """A key of these rows' content for what is computed from them; None where the manifest is too small to cache for.
+
+        It depends on the file's bytes, so that the reports need not be hashed again.
+        """
+        if self._key is None:
+            return None
+        return hash_json([self._key, None if self._places is None else hashlib.sha256(self._places).hexdigest()])[:32]
 
     def image_file(self, row: int) -> Path:
-        """The image of a row; `row` is a value of the frame's index, so the same for the whole and a split."""
-        root = str(self.frame.at[row, "root"]) if "root" in self.frame.columns else ""
-        return self.path.parent / root / str(self.frame.at[row, "image_path"])
+        """The image of a row; `row` is a value of `rows`, so the same for the whole and a split."""
+        root = str(self._whole.at[row, "root"]) if "root" in self._whole.columns else ""
+        return self.path.parent / root / str(self._whole.at[row, "image_path"])
+
+    def image_id(self, row: int) -> str:
+        """The image's id of a row."""
+        return str(self._whole.at[row, "image_id"])
 
     def scan_file(self, row: int) -> ScanFile:
         """The same with the slope, intercept and spacing that the manifest gives for it."""
-        root = str(self.frame.at[row, "root"]) if "root" in self.frame.columns else ""
-        url = f"{root.rstrip('/')}/{self.frame.at[row, 'image_path']!s}" if REMOTE in root else None
-        given = {name: float(str(self.frame.at[row, name])) for name in NUMBERS if name in self.frame.columns}
+        root = str(self._whole.at[row, "root"]) if "root" in self._whole.columns else ""
+        url = f"{root.rstrip('/')}/{self._whole.at[row, 'image_path']!s}" if REMOTE in root else None
+        given = {name: float(str(self._whole.at[row, name])) for name in NUMBERS if name in self._whole.columns}
         slope, intercept, *spacing = (given.get(name, math.nan) for name in NUMBERS)
         return ScanFile(
             self.image_file(row),
@@ -101,26 +160,96 @@ class Manifest:
 
     def inverted(self, row: int) -> bool:
         """Whether a radiograph is stored with low values white."""
-        return "polarity" in self.frame.columns and str(self.frame.at[row, "polarity"]) == "inverted"
+        return "polarity" in self._whole.columns and str(self._whole.at[row, "polarity"]) == "inverted"
 
     def report(self, row: int) -> str:
         """Findings and impression of a row in one string, white space made single; "" where there is no text."""
-        findings, impression = str(self.frame.at[row, "findings"]), str(self.frame.at[row, "impression"])
-        return " ".join(f"{findings} {impression}".split())
+        return _joined(str(self._whole.at[row, "findings"]), str(self._whole.at[row, "impression"]))
+
+    def reports(self) -> ReportTexts:
+        """`report` of every row, in the order of `rows`; no text is held as a Python string."""
+        return ReportTexts(self)
+
+    def has_report(self) -> NDArray[np.bool_]:
+        """(N,) bool: whether `report` is not empty."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        told = np.zeros(len(self), dtype=bool)
+        for name in ("findings", "impression"):
+            texts = pa.chunked_array([pa.array([], pa.large_string()), *_chunks(self.column(name))])
+            blank = pc.or_(pc.equal(pc.binary_length(texts), 0), pc.utf8_is_space(texts))
+            told |= ~blank.to_numpy()
+        return told
 
     def labels(self) -> NDArray[np.float32]:
-        """(N, F) float32 in the order of the frame and of `finding_names`: 1, 0, -1 (uncertain) or NaN (blank)."""
-        columns = [LABEL + name for name in self.finding_names]
-        values: NDArray[np.float32] = self.frame[columns].to_numpy(dtype=np.float32).reshape(len(self), len(columns))
-        return values
+        """(N, F) float32 in the order of the rows and of `finding_names`: 1, 0, -1 (uncertain) or NaN (blank)."""
+        labels = np.empty((len(self), len(self.finding_names)), dtype=np.float32)
+        for number, name in enumerate(self.finding_names):
+            labels[:, number] = self.column(LABEL + name).to_numpy(dtype=np.float32)
+        return labels
 
     def study_codes(self) -> NDArray[np.int64]:
-        """(N,) int64 in the order of the frame: equal numbers are images of one study, also across splits."""
-        return self.frame["study_code"].to_numpy(dtype=np.int64)
+        """(N,) int64 in the order of the rows: equal numbers are images of one study, also across splits."""
+        return self.column("study_code").to_numpy(dtype=np.int64)
+
+
+class ReportTexts(Sequence[str]):
+    """The reports of a manifest's rows, made when they are asked for.
+
+    Args:
+        manifest: whose.
+    """
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._findings, self._impression = manifest.column("findings"), manifest.column("impression")
+        self._manifest = manifest
+
+    @property
+    def manifest(self) -> Manifest:
+        """The rows."""
+        return self._manifest
+
+    def __len__(self) -> int:
+        return len(self._findings)
+
+    @overload
+    def __getitem__(self, place: int) -> str: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> list[str]: ...
+
+    def __getitem__(self, place: int | slice) -> str | list[str]:
+        if isinstance(place, slice):
+            pairs = zip(self._findings.iloc[place].tolist(), self._impression.iloc[place].tolist(), strict=True)
+            return [_joined(findings, impression) for findings, impression in pairs]
+        return _joined(str(self._findings.iloc[place]), str(self._impression.iloc[place]))
+
+    def __iter__(self) -> Iterator[str]:
+        for start in range(0, len(self), _PART):
+            yield from self[start : start + _PART]
+
+
+_PART = 4096
+
+
+def _joined(findings: str, impression: str) -> str:
+    return " ".join(f"{findings} {impression}".split())
+
+
+def _chunks(column: pd.Series[Any]) -> list[Any]:
+    """A column of text as Arrow arrays; no copy where it is one already."""
+    import pyarrow as pa
+
+    array = pa.array(column.array, type=pa.large_string())
+    return list(array.chunks) if isinstance(array, pa.ChunkedArray) else [array]
 
 
 def read_manifest(path: Path, *, check_images: bool = True) -> Manifest:
     """Reads and checks a manifest.
+
+    The columns of a large one are cached, see `manifest_table`; so is that its images have all been opened once, after
+    which only their names are looked for.
 
     Args:
         path: a .csv (UTF-8) or .parquet file.
@@ -131,6 +260,22 @@ def read_manifest(path: Path, *, check_images: bool = True) -> Manifest:
         InputError: everything the schema refuses, up to ten faults in one message with their total.
     """
     path = Path(path)
+    key = content_key(path)
+    table = read_columns(path, key)
+    if table is None:
+        return _read_by_rows(path, check_images)
+    frame = frame_of(table)
+    names = tuple(name.removeprefix(LABEL) for name in table.column_names if name.startswith(LABEL))
+    if check_images:
+        _check_all_images(path, frame, key)
+    manifest = Manifest(path, frame, names)
+    manifest._key = key
+    manifest._known_fingerprint = _kept_fingerprint(manifest)
+    return manifest
+
+
+def _read_by_rows(path: Path, check_images: bool) -> Manifest:
+    """As `read_manifest`, with row and column of every fault; everything is held as Python strings."""
     table = read_table(path)
     _check_columns(table)
     if not table.rows:
@@ -139,7 +284,42 @@ def read_manifest(path: Path, *, check_images: bool = True) -> Manifest:
     _check_rows(table, frame)
     if check_images:
         _check_files(table, frame)
-    return Manifest(path, frame, finding_names, _fingerprint(frame, finding_names))
+    return Manifest(path, frame, finding_names)
+
+
+def _check_all_images(path: Path, frame: pd.DataFrame, key: str | None) -> None:
+    """Open every image, or look for its name where a run of before has opened it."""
+    roots = frame["root"].tolist() if "root" in frame.columns else [""] * len(frame)
+    paths = frame["image_path"].tolist()
+    folder = None if key is None else cache_folder(path)
+    marker = None if folder is None else folder / f"manifest-{key}.opened"
+    where = str(path.parent.resolve())
+    if (
+        marker is not None
+        and marker.is_file()
+        and marker.read_text() == where
+        and all_listed(path.parent, roots, paths)
+    ):
+        return
+    faults, no_folders = faults_by_place(path.parent, roots, paths)
+    if faults or no_folders:
+        _read_by_rows(path, check_images=True)  # says where
+        raise InputError(f"{path}: its images changed while they were checked; run it again")
+    if marker is not None:
+        write_text(marker, where)
+
+
+def _kept_fingerprint(manifest: Manifest) -> str | None:
+    """The fingerprint of a whole cached manifest, which is hashed once; None for a small one."""
+    folder = None if manifest.key is None else cache_folder(manifest.path)
+    if folder is None:
+        return None
+    kept = folder / f"manifest-{manifest._key}.fingerprint"
+    if kept.is_file() and len(found := kept.read_text()) == 64:
+        return found
+    fingerprint = _fingerprint(manifest)
+    write_text(kept, fingerprint)
+    return fingerprint
 
 
 def _check_columns(table: Table) -> None:
@@ -186,7 +366,7 @@ def _normalise(table: Table) -> tuple[pd.DataFrame, tuple[str, ...]]:
         finding_names.append(finding)
         numbers = np.full(len(values), np.nan, dtype=np.float64)
         for i, value in enumerate(values):
-            number = _LABEL_VALUES.get(value.strip())
+            number = LABEL_VALUES.get(value.strip())
             if number is None:
                 problems.add(
                     table.rows[i], name, shorten(value), "expected 1 (present), 0 (absent), -1 (uncertain) or blank"
@@ -288,22 +468,29 @@ def _check_one_value(table: Table, frame: pd.DataFrame, key: str, column: str, p
             problems.add(row, column, found, remedy)
 
 
-def _fingerprint(frame: pd.DataFrame, finding_names: Sequence[str]) -> str:
+def _fingerprint(manifest: Manifest) -> str:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
     digest = hashlib.sha256(b"ctx-distill manifest 1")
-    for column in (*REQUIRED, *OPTIONAL):
-        values = frame[column].tolist()
+    for name in (*REQUIRED, *OPTIONAL):
+        chunks = _chunks(manifest.column(name))
         # Lengths go in too, or moving a word from one cell to the next would not show.
-        digest.update(np.array([len(v) for v in values], dtype="<i8").tobytes())
-        digest.update("".join(values).encode("utf-8", errors="surrogatepass"))
+        for chunk in chunks:
+            digest.update(pc.utf8_length(chunk).to_numpy(zero_copy_only=False).astype("<i8", copy=False))
+        for chunk in chunks:
+            offsets = np.frombuffer(chunk.buffers()[1], dtype=np.int64)[chunk.offset : chunk.offset + len(chunk) + 1]
+            if len(chunk) and chunk.buffers()[2] is not None:
+                digest.update(pa.py_buffer(chunk.buffers()[2])[offsets[0] : offsets[-1]])
     # Only where they say something, so that manifests without them keep the fingerprint they have always had.
-    for column in ("source", "polarity"):
-        if column in frame.columns and frame[column].astype(bool).any():
-            digest.update(f"|{column}|{frame[column].tolist()!r}".encode("utf-8", errors="surrogatepass"))
-    for column in NUMBERS:
-        if column in frame.columns and frame[column].notna().any():
-            digest.update(f"|{column}|".encode() + frame[column].to_numpy(dtype="<f8").tobytes())
-    for name in finding_names:
-        encoded = np.nan_to_num(frame[LABEL + name].to_numpy(dtype=np.float64), nan=-9.0).astype("<f4")
+    for name in ("source", "polarity"):
+        if manifest.has_column(name) and (manifest.column(name) != "").any():
+            digest.update(f"|{name}|{manifest.column(name).tolist()!r}".encode())
+    for name in NUMBERS:
+        if manifest.has_column(name) and manifest.column(name).notna().any():
+            digest.update(f"|{name}|".encode() + manifest.column(name).to_numpy(dtype="<f8").tobytes())
+    for name in manifest.finding_names:
+        encoded = np.nan_to_num(manifest.column(LABEL + name).to_numpy(dtype=np.float64), nan=-9.0).astype("<f4")
         digest.update(f"|{len(name)}:{name}|".encode())
         digest.update(encoded.tobytes())
     return digest.hexdigest()

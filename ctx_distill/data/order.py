@@ -219,9 +219,9 @@ class Mixing:
 
     def _group_of_rows(self, rows: Manifest, with_labels: bool) -> NDArray[np.str_]:
         if self.by == "source":
-            if "source" not in rows.frame.columns:
+            if not rows.has_column("source"):
                 raise InputError(f"{rows.path}: mixing by source, and the manifest has no column source; add one")
-            sources: NDArray[np.str_] = np.array(rows.frame["source"].tolist(), dtype=str)
+            sources: NDArray[np.str_] = np.array(rows.column("source").tolist(), dtype=str)
             return sources
         finding = self.by.removeprefix(LABEL)
         if not self.by.startswith(LABEL) or (finding != "any" and finding not in rows.finding_names):

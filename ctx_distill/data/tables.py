@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import csv
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -86,9 +88,16 @@ def _read_csv(path: Path) -> Table:
 
 def parse_csv(path: Path, file: TextIO) -> Table:
     """An open text as `read_table` reads a CSV; `path` is for messages."""
+    with field_limit():
+        return _parse_csv(path, csv.reader(file, strict=True))
+
+
+@contextmanager
+def field_limit() -> Iterator[None]:
+    """Cells of up to a megabyte while it lasts."""
     limit = csv.field_size_limit(_FIELD_LIMIT)
     try:
-        return _parse_csv(path, csv.reader(file, strict=True))
+        yield
     finally:
         csv.field_size_limit(limit)
 
@@ -159,11 +168,12 @@ def _read_parquet(path: Path) -> Table:
                 f"{path}: column {name!r} has type {kind}; expected text: numbers lose leading zeros and become "
                 "'7.0', write the column as strings"
             )
-        columns[name] = [_as_text(value) for value in column.to_pylist()]
+        columns[name] = [as_text(value) for value in column.to_pylist()]
     return Table(path, columns, list(range(1, table.num_rows + 1)))
 
 
-def _as_text(value: object) -> str:
+def as_text(value: object) -> str:
+    """A Parquet value as the text that a CSV would hold."""
     if value is None:
         return ""
     if isinstance(value, float):  # only label columns come here: NaN is how pandas writes a blank

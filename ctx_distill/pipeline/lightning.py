@@ -44,6 +44,9 @@ def build(arguments: list[str]) -> LightningCLI:
     except ValueError as error:
         raise _own_error(error) from None
     _outlast_the_watchdog(cli)
+    cli.datamodule.trainer = (
+        cli.trainer
+    )  # its loaders depend on the device, also those that are not opened by the trainer
     return cli
 
 

@@ -32,6 +32,7 @@ from ctx_distill.distributed import (
     rank,
     run_on_rank_zero,
 )
+from ctx_distill.errors import InputError
 from ctx_distill.files import write_json
 from ctx_distill.models.compute import ComputeSettings, check_compiler
 from ctx_distill.models.ct_encoder import CTEncoder
@@ -176,8 +177,8 @@ class TrainedTask(StageTask):
         The monitored loss never sees labels in stages 1 to 3.
         """
         folder = Path(self.trainer.default_root_dir)
-        manifest = getattr(getattr(self.trainer, "datamodule", None), "manifest", None)
-        selects = self.select == "best" and manifest is not None and len(manifest.split("val")) > 0
+        datamodule = getattr(self.trainer, "datamodule", None)
+        selects = self.select == "best" and datamodule is not None and len(datamodule.validation_rows()) > 0
         self.checkpoints = Checkpoints(
             folder / "checkpoints",
             self.survival.checkpoint_minutes,
@@ -249,6 +250,7 @@ class TrainedTask(StageTask):
 
     def configure_optimizers(self) -> Any:
         """Optimizer with weight decay on matrices only, and the schedule stepped per step."""
+        refuse_no_steps(self.trainer)
         groups = by_layout(self.parameter_groups())
         factors = [group.pop("lr_factor", 1.0) for group in groups]
         optimizer = self.make_optimizer(groups)
@@ -314,6 +316,21 @@ class TrainedTask(StageTask):
         """Leave a validation where a signal asks for it: it is done again from the checkpoint before it."""
         del batch, batch_idx, dataloader_idx
         stop_if_asked("in validation")
+
+
+def refuse_no_steps(trainer: L.Trainer) -> None:
+    """Refuse trainer settings under which no optimizer step would be made; the same on every rank.
+
+    Too few rows for the ranks are refused by `ManifestDataModule.train_dataloader`.
+
+    Raises:
+        InputError: a limit is 0.
+    """
+    for name in ("max_epochs", "max_steps", "limit_train_batches"):
+        if getattr(trainer, name) == 0:
+            raise InputError(
+                f"trainer.{name} is 0, so nothing would be trained. Raise it, or leave it out of the configuration."
+            )
 
 
 def check_volume_spec(artefact: Artefact, datamodule: CTDataModule) -> None:

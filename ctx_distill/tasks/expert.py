@@ -91,7 +91,9 @@ class ExpertTask(TrainedTask):
         self.read_ct_reports = read_ct_reports
         self.report_corpus = report_corpus
         self._sections: dict[int, tuple[str, str]] = {}
-        self._ct_sections: list[tuple[str, str]] = []
+        self._reports: list[tuple[int, str, str]] = []
+        """Study, findings and impression of the reports without X-rays: CT `train` and `report_corpus`."""
+        self._excluded: dict[str, int] = {}
         self.model: Any = None
 
     def run(self, trainer: L.Trainer, datamodule: L.LightningDataModule, folder: Path) -> dict[str, Any]:
@@ -101,14 +103,18 @@ class ExpertTask(TrainedTask):
         train = datamodule.training_rows()
         if not len(train):
             raise InputError(f"{datamodule.manifest.path}: no `train` X-ray has a report; an expert cannot be trained.")
+        self._excluded = datamodule.excluded()
+        self._print_excluded()
         manifests = [train]
         self._sections = sections_of(train)
-        if self.read_ct_reports and datamodule.ct is not None:
-            ct_train = datamodule.ct.split("train")
-            manifests.append(datamodule.report_rows(ct_train))
-            self._ct_sections = list(sections_of(ct_train).values())
+        ct_train, _ = datamodule.ct_reports()
+        if self.read_ct_reports and ct_train is not None:
+            manifests.append(ct_train)
+            codes = dict(zip(ct_train.rows.tolist(), ct_train.study_codes().tolist(), strict=True))
+            self._reports = [(codes[row], *pair) for row, pair in sections_of(ct_train).items()]
         corpus = [] if self.report_corpus is None else read_corpus(Path(self.report_corpus))
-        self._ct_sections += corpus
+        first = max((code for code, _, _ in self._reports), default=-1) + 1
+        self._reports += [(code, *pair) for code, pair in enumerate(corpus, start=first)]
         texts = vocabulary_texts(*manifests, more=[" ".join(pair) for pair in corpus])
         with tempfile.TemporaryDirectory() as scratch:
             self.model, self.tokenizer, self.config = make_expert_folder(
@@ -117,6 +123,12 @@ class ExpertTask(TrainedTask):
         datamodule.preprocess = expert_preprocessing(self.config)
         datamodule.preprocess_key = f"expert-{self.sizes['image_size']}"
         return super().run(trainer, datamodule, folder)
+
+    def _print_excluded(self) -> None:
+        if rank() == 0:
+            for reason, count in self._excluded.items():
+                if count:
+                    print(f"left out of the expert: {count} rows ({reason})")
 
     def _text(self, reports: list[str]) -> Tensor:
         """(b, D) unit rows; of no reports none, with a gradient all the same, as every rank gathers alike."""
@@ -133,23 +145,33 @@ class ExpertTask(TrainedTask):
         features, text, study = self.gather_once(batch.row, features, self._text(reports), batch.study)
         return contrastive_loss(features, text, self.model.logit_scale.exp(), study=study)["total"], len(study)
 
-    def _section_to_section(self, rows: list[int], batch_idx: int) -> Tensor | None:
-        """InfoNCE between views of findings and impressions: of the batch's studies, and of as many CT reports.
+    def _section_to_section(self, batch: XrayBatch, batch_idx: int) -> Tensor | None:
+        """InfoNCE between views of findings and impressions: of the batch's studies, and of as many other reports.
 
-        What is drawn depends on the row, and on the place in the global batch's draw, not on the rank.
+        What is drawn depends on the row, and on the place in the global batch's draw, not on the rank. Images of one
+        study are positives of each other, as in the contrast of images and reports.
         """
-        epoch = self.current_epoch
-        own = [(*self._sections[row], seed_of(epoch, row, "sections")) for row in rows if row in self._sections]
-        wanted = min(len(rows) * world_size(), len(self._ct_sections))
-        drawn = random.Random(seed_of(epoch, batch_idx, "CT sections")).sample(self._ct_sections, wanted)
-        seeds = [seed_of(epoch, batch_idx, "CT sections", n) for n in range(wanted)]
-        own += [(*pair, seed) for pair, seed in zip(drawn, seeds, strict=True)][rank() :: world_size()]
-        if sum(gather_row_counts(len(own), self.device)) < 2:
+        epoch, rows = self.current_epoch, batch.row.tolist()
+        codes = dict(zip(rows, batch.study.tolist(), strict=True))
+        local = [
+            (codes[row], *self._sections[row], seed_of(epoch, row, "sections")) for row in rows if row in self._sections
+        ]
+        wanted = min(len(rows) * world_size(), len(self._reports))
+        drawn = random.Random(seed_of(epoch, batch_idx, "CT sections")).sample(self._reports, wanted)
+        # Studies of the X-ray manifest have codes from 0, the other reports codes below 0: they are never the same study.
+        others = [
+            (-1 - code, *pair, seed_of(epoch, batch_idx, "CT sections", n)) for n, (code, *pair) in enumerate(drawn)
+        ]
+        local += others[rank() :: world_size()]
+        if sum(gather_row_counts(len(local), self.device)) < 2:
             return None
-        findings = self._text([sample_sentences(text, random.Random(seed)) for text, _, seed in own])
-        impressions = self._text([impression for _, impression, _ in own])
+        findings = self._text([sample_sentences(text, random.Random(seed)) for _, text, _, seed in local])
+        impressions = self._text([impression for _, _, impression, _ in local])
+        study = torch.tensor([code for code, *_ in local], dtype=torch.int64, device=findings.device)
         scale = self.model.logit_scale.exp()
-        return contrastive_loss(gather_with_gradient(findings), gather_with_gradient(impressions), scale)["total"]
+        return contrastive_loss(
+            gather_with_gradient(findings), gather_with_gradient(impressions), scale, study=gather_with_gradient(study)
+        )["total"]
 
     def training_step(self, batch: XrayBatch, batch_idx: int) -> Tensor:
         """InfoNCE of radiographs and reports, and of the reports' sections."""
@@ -158,7 +180,7 @@ class ExpertTask(TrainedTask):
         contrast, count = self._image_to_report(image, views, batch)
         terms = {"image_to_report": contrast}
         terms["loss"] = terms["image_to_report"]
-        sections = self._section_to_section(batch.row.tolist(), batch_idx) if self.section_weight else None
+        sections = self._section_to_section(batch, batch_idx) if self.section_weight else None
         if sections is not None:
             terms["section_to_section"] = sections
             terms["loss"] = terms["loss"] + self.section_weight * sections
@@ -193,7 +215,7 @@ class ExpertTask(TrainedTask):
         assert isinstance(datamodule, XrayDataModule)
         target = folder / "artefact"
         run_on_rank_zero(lambda: self._save(target))
-        metrics = last_values(self) | {"macro_auroc": None}
+        metrics = last_values(self) | {"macro_auroc": None, "left_out": self._excluded}
         test = datamodule.manifest.split("test")
         if len(test) and test.finding_names:
             metrics |= self._ask(trainer, datamodule, test, target)
@@ -226,5 +248,5 @@ def read_corpus(path: Path) -> list[tuple[str, str]]:
 
 def sections_of(manifest: Manifest) -> dict[int, tuple[str, str]]:
     """Findings and impression of the rows that have both, by row."""
-    columns = manifest.frame[["findings", "impression"]].itertuples()
-    return {int(row): (findings, impression) for row, findings, impression in columns if findings and impression}
+    columns = zip(manifest.rows.tolist(), *(manifest.column(name) for name in ("findings", "impression")), strict=True)
+    return {row: (findings, impression) for row, findings, impression in columns if findings and impression}

@@ -39,8 +39,8 @@ from ctx_distill.seeds import run_seed
 from ctx_distill.tasks.corrected_pairs import CorrectedPairs
 from ctx_distill.tasks.moving_average import MovingAverage
 from ctx_distill.tasks.predict import join_rows
+from ctx_distill.tasks.shared_findings import extract_shared
 from ctx_distill.tasks.training_reports import TrainingReports
-from ctx_distill.text.findings import extract_many, load_vocabulary
 from ctx_distill.types import CTBatch
 
 PAIRS = 200_000
@@ -129,8 +129,7 @@ class FalseNegatives:
             if kind == "ema":
                 continue
             if kind == "findings":
-                vocabulary = load_vocabulary(settings.vocabulary)
-                self.tables[kind] = torch.from_numpy(extract_many(reports.reports, vocabulary))
+                self.tables[kind] = torch.from_numpy(extract_shared(reports.reports, settings.vocabulary))
                 self.thresholds[kind] = settings.thresholds.get(kind, 1.0)
                 continue
             table = reports.embeddings if kind == "report" else reports.retrieved(lookup)
@@ -139,7 +138,7 @@ class FalseNegatives:
             self.thresholds[kind] = self._quantile(table, table, reports.study) if given is None else given
         self.counts: defaultdict[str, float] = defaultdict(float)
         self.pairs = CorrectedPairs(settings.evidence)
-        self.known = torch.tensor([bool(text) for text in reports.reports])
+        self.known = torch.from_numpy(reports.has_report)
 
     def _quantile(self, rows: Tensor, columns: Tensor, study: Tensor) -> float:
         drawn = sample_similarities(rows, columns, study=study, pairs=PAIRS, seed=run_seed())

@@ -26,7 +26,8 @@ from ctx_distill.retrieval.store import ReportSource, XrayIndexArtefact, write_i
 from ctx_distill.tasks.base import StageTask, stop_if_asked
 from ctx_distill.tasks.findings_reader import FindingsReader
 from ctx_distill.tasks.index_quality import held_out_studies, measure_retrieval
-from ctx_distill.text.findings import extract_many, load_vocabulary
+from ctx_distill.tasks.shared_findings import extract_shared
+from ctx_distill.text.findings import load_vocabulary
 from ctx_distill.types import XrayBatch
 
 
@@ -195,7 +196,7 @@ class IndexTask(StageTask):
     def _pool(self, datamodule: XrayDataModule) -> tuple[Manifest, dict[str, int]]:
         """The X-rays that the index takes; those without a report only where images are the key."""
         pool, left_out = datamodule.pool()
-        told = np.array([bool(pool.report(row)) for row in pool.frame.index], dtype=bool)
+        told = pool.has_report()
         if self.key != "image" and not told.all():
             pool, left_out = pool.where(told), {**left_out, "no report text": int((~told).sum())}
         for reason, count in left_out.items():
@@ -210,14 +211,9 @@ class IndexTask(StageTask):
 
         An X-ray without a text may show anything; beside it, what a text does not mention counts as absent.
         """
-        texts = [pool.report(row) for row in pool.frame.index]
-        if not all(texts):
+        if not pool.has_report().all():
             return None
-        parts = gather_objects([extract_many(texts[rank() :: world_size()], self.vocabulary)])
-        findings = np.empty((len(texts), len(self.vocabulary.names)), dtype=np.float32)
-        for place, part in enumerate(parts):
-            findings[place :: len(parts)] = part
-        return torch.from_numpy(findings)
+        return torch.from_numpy(extract_shared(pool.reports(), self.vocabulary_name))
 
     def _write(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import cached_property
 
 import torch
@@ -22,7 +23,8 @@ class TrainingReports:
     Attributes:
         study: (N,) int64, an integer a study.
         identity: (N,) int64, a hash of each row's study id, whatever else is in the manifest.
-        reports: N texts.
+        reports: N texts, made when they are asked for.
+        has_report: (N,) bool, which of them are not empty.
     """
 
     def __init__(
@@ -37,11 +39,12 @@ class TrainingReports:
             tables: allocates what has one row per study: 4 D bytes each (2 KB at D = 512) for `embeddings`, and for every
                 result of `retrieved`. None keeps all in memory.
         """
-        rows = [int(row) for row in train.frame.index]
+        rows = train.rows.tolist()
         self._position = {row: place for place, row in enumerate(rows)}
         self.study = torch.tensor(train.study_codes())
-        self.identity = study_identity(train.frame["study_id"].astype(str).tolist())
-        self.reports = [train.report(row) for row in rows]
+        self.identity = study_identity(train.column("study_id").astype(str).tolist())
+        self.reports: Sequence[str] = train.reports()
+        self.has_report = train.has_report()
         self.expert, self.queries = expert, queries
         self.tables = RowTables(math.inf) if tables is None else tables
 

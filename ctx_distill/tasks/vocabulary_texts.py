@@ -24,9 +24,9 @@ def vocabulary_texts(*manifests: Manifest, more: Sequence[str] = ()) -> list[str
         more: texts without a patient's id; each counts as a patient of its own.
     """
     pairs = [
-        (manifest.report(row), str(manifest.frame.at[row, "patient_id"]))
+        pair
         for manifest in manifests
-        for row in manifest.frame.index
+        for pair in zip(manifest.reports(), manifest.column("patient_id").tolist(), strict=True)
     ]
     pairs += [(text, f"text {number}") for number, text in enumerate(more)]
     texts = [text for text, _ in pairs]

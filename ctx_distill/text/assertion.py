@@ -60,10 +60,13 @@ class Sentence:
 
     def __init__(self, text: str) -> None:
         """Args: text: one sentence."""
-        index, self._detection, self._own = _cues()
+        self._index, self._detection, self._own = _cues()
         self.tokens = words(text)
-        # by end, not by start: looking back from a mention, the nearest cue is the one that ends last
-        self._cues = [_Cue(kind, start, end) for start, end, _, kind in index.find(self.tokens)]
+
+    @functools.cached_property
+    def _cues(self) -> list[_Cue]:
+        """By end, not by start: looking back from a mention, the nearest cue is the one that ends last."""
+        return [_Cue(kind, start, end) for start, end, _, kind in self._index.find(self.tokens)]
 
     def assertion(self, start: int, end: int) -> int | None:
         """PRESENT, ABSENT or UNCERTAIN for the mention tokens[start:end]; None where nothing is said of it.

@@ -95,25 +95,26 @@ class PhraseIndex(Generic[T]):
     def find(self, tokens: Sequence[str]) -> list[tuple[int, int, bool, T]]:
         """Matches as (first word, one behind the last word, whether the phrase has gaps, payload), by place."""
         found: list[tuple[int, int, bool, T]] = []
-        free_from = 0
+        free_from, total = 0, len(tokens)
+        gapped, begins = self._gapped, self._root.children
         for i, token in enumerate(tokens):
-            for parts, payload in self._gapped.get(token, ()):
-                end = _match_gapped(tokens, i, parts)
-                if end:
-                    found.append((i, end, True, payload))
-            if i < free_from:
+            if token in gapped:
+                for parts, payload in gapped[token]:
+                    end = _match_gapped(tokens, i, parts)
+                    if end:
+                        found.append((i, end, True, payload))
+            node = begins.get(token)
+            if i < free_from or node is None:
                 continue
-            node: _Node[T] | None = self._root
-            best: tuple[int, list[T]] | None = None
-            for j in range(i, len(tokens)):
-                node = node.children.get(tokens[j]) if node else None
-                if node is None:
-                    break
+            best: _Node[T] | None = None
+            j = i + 1
+            while node is not None:
                 if node.payloads or "" in node.children:
-                    best = j + 1, node.payloads
-            if best:
-                free_from = best[0]
-                found.extend((i, best[0], False, payload) for payload in best[1])
+                    best, free_from = node, j
+                node = node.children.get(tokens[j]) if j < total else None
+                j += 1
+            if best is not None:
+                found.extend((i, free_from, False, payload) for payload in best.payloads)
         return found
 
 

@@ -16,6 +16,11 @@ _BULLET = re.compile(r"^(?:[-*•·–]+|\(?\d{1,2}[.)])\s+")
 _LIST_NUMBER = re.compile(r"(?<![Nn]o\.\s)(?:(?<=[.;:!?]\s)|^)\(?\d{1,2}[.)]\s+(?=[^\W\d_])")
 # CT-RATE parts the items of an impression by stray quote marks; a quoted word ("tree-in-bud") parts nothing
 _INLINE_MARK = re.compile(r"""\s*[•·]\s*|\s*"{2,}\s*|(?<=[.!?])\s*"\s*|\s"\s(?=[A-Z0-9])|^"\s*|\s*"$""")
+_DIGIT_MARK = re.compile(r"\d[.)]\s")
+"""What every match of `_LIST_NUMBER` holds."""
+_MARK = re.compile(r"[•·\"]")
+"""What every match of `_INLINE_MARK` ends with, save for the space behind it."""
+_SHORT = 8
 _END = re.compile(r"[.!?]+[)\]'’]*(?=\s+\S)")
 _LONGEST = 300
 _WRAPPED = 60
@@ -48,17 +53,42 @@ def _lines(text: str) -> list[str]:
     return parts
 
 
-def _ends_here(before: str, mark: str, after: str) -> bool:
-    """Whether `mark` at the end of `before` closes a sentence that `after` does not go on with."""
-    word = re.split(r"[\s(\[]", before)[-1].lower()
-    if mark.startswith("."):
-        if _ABBREVIATION.fullmatch(word) or (word == "no" and after[:1].isdigit()):
-            return False
-        if after[:1].islower() and (_UNIT.fullmatch(word) or len(word) == 1):
-            return False
-    elif mark.startswith("?") and after[:1].islower():
+def _ends_here(piece: str, start: int, end: int, mark: str, after: str) -> bool:
+    """Whether `mark` at the end of the words piece[start:end] closes a sentence that the character `after` does not go on with.
+
+    The words are parted by single spaces.
+    """
+    if after in ",;:)":
         return False
-    return after[:1] not in ",;:)"
+    if mark.startswith("."):
+        tail = piece[max(start, end - _SHORT) : end]  # a longer word is no abbreviation and no unit
+        word = tail[max(tail.rfind(" "), tail.rfind("("), tail.rfind("[")) + 1 :].lower()
+        if _ABBREVIATION.fullmatch(word) or (word == "no" and after.isdigit()):
+            return False
+        if after.islower() and (_UNIT.fullmatch(word) or len(word) == 1):
+            return False
+    elif mark.startswith("?") and after.islower():
+        return False
+    return True
+
+
+def _items(line: str) -> list[str]:
+    """What `_INLINE_MARK.split` gives, looked for at quote marks and bullets alone: they are rare, and a search is slow."""
+    items: list[str] = []
+    done = 0
+    for found in _MARK.finditer(line):
+        mark = found.start()
+        if mark < done:
+            continue
+        first = mark
+        while first > done and line[first - 1].isspace():
+            first -= 1
+        for place in range(first, mark + 1):
+            if match := _INLINE_MARK.match(line, place):
+                items.append(line[done:place])
+                done = match.end()
+                break
+    return [*items, line[done:]]
 
 
 def split_sentences(text: str) -> list[str]:
@@ -75,17 +105,19 @@ def split_sentences(text: str) -> list[str]:
     """
     sentences: list[str] = []
     for line in _lines(text):
-        for item in _INLINE_MARK.split(line.replace("“", '"').replace("”", '"')):
-            rest = " ".join(_LIST_NUMBER.sub("\n", item).split(" "))
+        for item in _items(line.replace("“", '"').replace("”", '"')):
+            rest = _LIST_NUMBER.sub("\n", item) if _DIGIT_MARK.search(item) else item
             for part in rest.split("\n"):
                 piece = " ".join(part.split())
                 start = 0
                 for match in _END.finditer(piece):
-                    if _ends_here(piece[start : match.start()], match.group(), piece[match.end() :].lstrip()):
-                        sentences.append(piece[start : match.end()].strip())
-                        start = match.end()
+                    end = match.end()
+                    # the pattern looks ahead to the space that parts two words, so that a character stands behind it
+                    if _ends_here(piece, start, match.start(), match.group(), piece[end + 1]):
+                        sentences.append(piece[start:end].strip())
+                        start = end
                 sentences.append(piece[start:].strip())
-    return [sentence for sentence in sentences if any(c.isalnum() for c in sentence)]
+    return [s for s in sentences if s[:1].isalnum() or any(c.isalnum() for c in s)]
 
 
 def reading_pieces(text: str) -> Iterator[str]:

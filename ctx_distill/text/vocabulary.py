@@ -14,7 +14,8 @@ from ctx_distill.text.assertion import ABSENT, PRESENT, Sentence
 from ctx_distill.text.phrases import PhraseIndex
 from ctx_distill.text.sides import side_of
 
-_SENTENCE_CACHE = 65536
+_SENTENCE_CACHE = 262_144
+"""Sentences that a vocabulary remembers, with what they say: about 100 MB."""
 _UNPAIRED = frozenset(["heart", "pericardium", "vessels", "diaphragm", "mediastinum", "whole chest"])
 
 

@@ -88,6 +88,7 @@ def test_the_expert_s_second_contrast_reads_single_sentences_too(monkeypatch: py
 
     monkeypatch.setattr(task, "_text", text)
     task.model = SimpleNamespace(logit_scale=torch.zeros(()))
-    task._section_to_section(list(range(ROWS)), 0)
+    rows = torch.arange(ROWS)
+    task._section_to_section(XrayBatch(torch.zeros(ROWS, 1, 2, 2), rows, rows, REPORTS), 0)
     sizes = {len(split_sentences(view)) for view in read[0]}
     assert sizes == {1, 2, 3, 4}
