@@ -48,6 +48,8 @@ class Context:
         deadline: the part is stopped at this moment of `time.time()`.
         faiss_gpu: whether the FAISS on the path is the one for GPUs.
         repo: root of the working tree.
+        finished: names of rows that an earlier run of this part has measured; they need not be measured again.
+        only: texts, one of which the name of a row must contain; empty: all rows.
     """
 
     device: str
@@ -56,6 +58,8 @@ class Context:
     deadline: float
     faiss_gpu: bool
     repo: Path
+    finished: frozenset[str] = frozenset()
+    only: tuple[str, ...] = ()
 
     @property
     def full(self) -> bool:
@@ -65,6 +69,10 @@ class Context:
     def left(self) -> float:
         """Seconds until the part is stopped."""
         return self.deadline - time.time()
+
+    def wanted(self, name: str) -> bool:
+        """Whether a row is to be measured."""
+        return name not in self.finished and (not self.only or any(text in name for text in self.only))
 
 
 class Part(Protocol):
