@@ -10,6 +10,8 @@ from typing import Any
 
 def pytest_runtest_logreport(report: Any) -> None:
     """Add the test's row once its call is over, or once its set-up failed or skipped it."""
+    if "PYTEST_XDIST_WORKER" in os.environ:  # its controller gets the same report
+        return
     if not (report.when == "call" or (report.when == "setup" and report.outcome != "passed")):
         return
     row: dict[str, Any] = {
