@@ -16,7 +16,7 @@ from ctx_distill.data.transforms import VolumeSpec
 from ctx_distill.types import CTBatch
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
-VIT = "--model.init_args.encoder={class_path: ctx_distill.models.ct_encoder.ViT3D, init_args: {shape: [24, 32, 32], variant: small}}"
+VIT = "--model.init_args.encoder={class_path: ctx_distill.models.ct_encoder.ViT3D, init_args: {img_size: [24, 32, 32], variant: small}}"
 WAITS = {
     "data.augment:_draws": "what is drawn on the CPU goes to the device",
     "retrieval.index:as_matrix": "FAISS on the CPU takes its queries from the host",

@@ -13,7 +13,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from types import FrameType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.accelerators import Accelerator, AcceleratorRegistry
@@ -58,13 +58,19 @@ class _Backend(getattr(backend_registration, "_DummyBackendModule", object)):  #
 class Generator(torch.Generator):
     """Takes the place of `torch.Generator`, so that one can be made for the device."""
 
-    of: str
+    of_the_device: ClassVar[set[int]] = set()
+    """Those alive that were made for the device; an operation gets another Python object of the same generator."""
 
     def __new__(cls, device: Any = "cpu") -> Generator:
-        """Make one that draws the CPU's numbers, and knows whose it is."""
+        """Make one that draws the CPU's numbers."""
         made = super().__new__(cls, "cpu")
-        made.of = torch.device(device).type
+        if torch.device(device).type == NAME:
+            cls.of_the_device.add(made._cdata)
         return made
+
+    def __del__(self) -> None:
+        """Another one may come to have this one's address."""
+        self.of_the_device.discard(self._cdata)
 
 
 class DeviceTensor(Tensor):
@@ -119,7 +125,7 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         raise RuntimeError(f"expected all tensors to be on the same device, but {func} got {where}")
     on_device = wanted == NAME or (bool(mine) and wanted is None)
     generator = kwargs.get("generator")
-    if generator is not None and (getattr(generator, "of", "cpu") == NAME) != on_device:
+    if generator is not None and (generator._cdata in Generator.of_the_device) != on_device:
         raise RuntimeError(f"expected a generator of the tensor's own device, but {func} got one of the other")
     plain = tree_map(lambda x: x.inner if isinstance(x, DeviceTensor) else x, (args, kwargs))
     made = func(*plain[0], **plain[1])
