@@ -176,7 +176,7 @@ test-browser: $(READY) $(NIIVUE) $(AXE) ## explorer and pages in a headless Chro
 	@tests/explorer/chromium.sh || [ -z "$$CI" ]
 	@$(PYTEST) -m browser --durations 5 tests/explorer
 
-test-gpu: $(READY) ## the tests that need a GPU; without one each says that it is skipped
+test-gpu: $(READY) ## the tests that need a GPU; without one each is skipped; CTX_TEST_DEVICE=cpu rehearses them
 	@$(PYTEST) -m "gpu"
 
 bench-large-batch: $(READY) ## memory and time of cached gradients and of chunked logits; 4 minutes on 2 cores

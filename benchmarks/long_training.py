@@ -123,7 +123,7 @@ def main() -> int:
     workers = options.workers or max(1, min(8, cores // 2, len(arms)))
     result: dict[str, Any] = {
         "device": options.device, "scale": options.scale, "workers": workers, "cores": cores, "complete": False,
-        "cohort": plan.cohort, "seconds": {}, "rows": _rows_before(options.out, arms), "not_finished": [],
+        "cohort": plan.cohort, "seconds": {}, "rows": _rows_before(options, arms), "not_finished": [],
     }  # fmt: skip
 
     def note(name: str, since: float) -> None:
@@ -189,10 +189,12 @@ def _run_arms(
             print(f"{row['arm']}: {told}", flush=True)
 
 
-def _rows_before(out: Path, arms: list[str]) -> list[dict[str, Any]]:
-    """Rows without an error that an earlier call has written to the same file."""
-    rows = json.loads(out.read_text()).get("rows", []) if out.is_file() else []
-    return [row for row in rows if "error" not in row and row["arm"] in arms]
+def _rows_before(options: argparse.Namespace, arms: list[str]) -> list[dict[str, Any]]:
+    """Rows without an error that an earlier call for the same device and scale has written to the same file."""
+    before = json.loads(options.out.read_text()) if options.out.is_file() else {}
+    if (before.get("device"), before.get("scale")) != (options.device, options.scale):
+        return []
+    return [row for row in before.get("rows", []) if "error" not in row and row["arm"] in arms]
 
 
 def _stop(pool: ProcessPoolExecutor) -> None:
