@@ -181,7 +181,7 @@ test-browser: $(READY) $(NIIVUE) $(AXE) ## explorer and pages in a headless Chro
 	@tests/explorer/chromium.sh || [ -z "$$CI" ]
 	@$(PYTEST) -m browser --durations 5 tests/explorer
 
-test-gpu: $(READY) ## the tests that need a GPU; without one each says that it is skipped
+test-gpu: $(READY) ## the tests that need a GPU; without one each is skipped; CTX_TEST_DEVICE=cpu rehearses them
 	@$(PYTEST) -m "gpu"
 
 gpu-wheels: $(UV) ## the wheels that a bare GPU machine lacks, into WHEELS=, in folders that fit a transfer (docs/gpu.md)
