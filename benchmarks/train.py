@@ -215,7 +215,7 @@ def measured(options: argparse.Namespace, deadline: float | None) -> Iterator[di
                 worker = None
             group = row["group"]
             worker = worker or Worker(options.threads, options.device)
-            limit = None if not options.gpu and left is None else min(LONGEST_ROW, left or LONGEST_ROW)
+            limit = left if options.device == "cpu" else min(LONGEST_ROW, left or LONGEST_ROW)
             yield {**row, **worker.measure(job, limit)}
     finally:
         if worker is not None:
