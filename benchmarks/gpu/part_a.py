@@ -21,7 +21,19 @@ def run(context: Context) -> Iterator[Row]:
     rows.unlink(missing_ok=True)
     os.environ |= {"GPU_REPORT_ROWS": str(rows), "CTX_TEST_DEVICE": context.device}
     os.chdir(context.repo)
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "gpu.pytest_rows", "-p", "no:cacheprovider", "tests/gpu"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-m",
+        "gpu",
+        "-p",
+        "gpu.pytest_rows",
+        "-p",
+        "no:cacheprovider",
+        "tests/gpu",
+    ]
     if importlib.util.find_spec("xdist"):
         files = len(list((context.repo / "tests" / "gpu").glob("test_*.py")))
         command += ["-n", str(files if context.full else 2), "--dist", "loadfile"]

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +205,22 @@ def test_machine_and_wheels_together_have_all_that_the_package_imports(gpu: None
     third_party = imported - set(sys.stdlib_module_names) - {"ctx_distill", ""} - NOT_NEEDED
     assert len(third_party) > 20
     assert {TOP_LEVEL.get(name, name) for name in third_party} <= machine | wheels
+
+
+def test_the_machine_s_versions_are_within_the_bounds_of_the_package(gpu: None) -> None:
+    from gpu.wheels import requirements_of
+    from packaging.requirements import Requirement
+
+    pinned: dict[str, str] = {}
+    for name in ("gpu-machine.txt", "gpu-wheels.txt"):
+        for package, entry in requirements_of((ROOT / "requirements" / name).read_text()).items():
+            pinned[package] = entry.split("==")[1].split()[0]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = [Requirement(text) for text in [*project["dependencies"], *project["optional-dependencies"]["cpu"]]]
+    assert len(needed) > 20
+    for requirement in needed:
+        name = requirement.name.lower().replace("_", "-")
+        assert requirement.specifier.contains(pinned[name]), f"{name} {pinned[name]}, expected {requirement}"
 
 
 def test_every_entry_of_the_requirements_is_pinned_and_hashed(gpu: None) -> None:
