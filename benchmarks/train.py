@@ -36,7 +36,7 @@ from train_steps import Job, device_here, measure
 
 OUT = Path(__file__).parents[1] / "runs" / "bench"
 SHAPES = [(96, 192, 192), (112, 256, 352)]
-BATCHES = {SHAPES[0]: (16, 4, 12), SHAPES[1]: (4, 8, 8)}
+BATCHES = {SHAPES[0]: (16, 8, 16), SHAPES[1]: (4, 8, 8)}
 """Of each shape on a GPU: volumes per step, steps of the first epoch, which warms up, and steps after it."""
 FP32_SHARE, FP32_STEPS = 4, 3
 """The plain fp32 loop is some ten times slower: a quarter of the batch, and so many steps after one."""

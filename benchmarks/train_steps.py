@@ -41,7 +41,7 @@ class Job:
         data: folder of what `train_data` made.
         manifest: whose rows are trained on; its reports are those of the plain loop.
         epoch_steps: steps of an epoch. The first step of an epoch does not count: it waits for the readers to start again,
-            once in 4 steps here and once in some hundred in a real run.
+            once in 8 steps here and once in some hundred in a real run.
     """
 
     kind: str
