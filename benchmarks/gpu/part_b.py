@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import fields
 
 import train
 from gpu.context import Context, Row, Target
@@ -14,6 +15,8 @@ COLUMNS = {
     "wait_share": ("wait", ".3f"), "lookup_share": ("lookup", ".4f"), "memory_gb": ("peak, GB", ".1f"),
     "utilisation": ("utilisation", ".3f"), "row_s": ("row, s", ".0f"),
 }  # fmt: skip
+SETTINGS = {"group", *(field.name for field in fields(train.Job) if field.name not in ("kind", "batch"))}
+"""Not shown of rows that are no training."""
 SMALL = [
     "--shapes", "16x32x32", "--encoders", "vit_tiny", "resnet_tiny", "--patch", "8", "--batch", "2", "--warmup", "2", "--steps", "3",
     "--large-batch", "8", "--workers", "2", "--threads", "1", "--index-rows", "500", "--embed-dim", "64",
@@ -27,7 +30,8 @@ def run(context: Context) -> Iterator[Row]:
     options.only = list(context.only) or None
     options.skip = context.finished
     for row in train.measured(options, time.monotonic() + context.left() - 3):
-        yield {**{key: value for key, value in row.items() if key != "group"}, "name": train.full_name(row)}
+        settings = SETTINGS if row["kind"] in ("data", "ceilings") else {"group"}
+        yield {**{key: value for key, value in row.items() if key not in settings}, "name": train.full_name(row)}
 
 
 def targets(rows: list[Row]) -> list[Target]:

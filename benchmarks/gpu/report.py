@@ -27,8 +27,8 @@ def value_text(value: Any, form: str = "") -> str:
 
 
 def table_of(rows: list[Row], columns: Mapping[str, tuple[str, str]]) -> list[str]:
-    """Markdown: rows that have a column go into a table; all others are listed below it."""
-    in_table = [row for row in rows if not NAMES & (row.keys() - {"name"}) and any(key in row for key in columns)]
+    """Markdown: rows that have the first column's value go into a table; all others are listed below it with all theirs."""
+    in_table = [row for row in rows if not NAMES & (row.keys() - {"name"}) and next(iter(columns), None) in row]
     lines: list[str] = []
     if in_table:
         used = {key: column for key, column in columns.items() if any(key in row for row in in_table)}

@@ -263,7 +263,8 @@ def test_pages_name_the_hardware_and_say_what_was_not_measured(tmp_path: Path, g
     )
     for page in ("gpu.md", "scaling.md"):
         (docs / page).write_text(f"before\n{sections}after\n")
-    row = {"name": "exact, gpu", "ms_1": 0.25, "recall_at_1": 1.0}
+    row = {"name": "exact, gpu", "build_s": 3.0, "ms_1": 0.25, "recall_at_1": 1.0}
+    other = {"name": "copy", "bytes_s": 4e12, "ms_1": 1.0}
     rehearsed = write_report_of(tmp_path / "cpu", "cpu", d=part("done", [row]))
     write_docs(docs, [rehearsed])
     page = (docs / "gpu.md").read_text()
@@ -274,19 +275,20 @@ def test_pages_name_the_hardware_and_say_what_was_not_measured(tmp_path: Path, g
 
     first = write_report_of(tmp_path / "first", "cuda", d=part("stopped", []))
     second = write_report_of(
-        tmp_path / "second", "cuda", d=part("done", [row, {"name": "ivf", "error": "out of memory"}])
+        tmp_path / "second", "cuda", d=part("done", [row, other, {"name": "ivf", "error": "out of memory"}])
     )
     write_docs(docs, [first, second])
     page = (docs / "gpu.md").read_text()
     assert NOTHING not in page
     assert "NVIDIA X9, 80.0 GB, 16 CPU cores, 128 GB, Python 3.12.3, torch 2.11.0, CUDA 13.0, driver 999.1" in page
-    assert "| exact, gpu | 0.250 | 1.000 |" in page
+    assert "| exact, gpu | 3.0 | 0.250 | 1.000 |" in page
+    assert "- copy: bytes_s 4e+12, ms_1 1\n" in page
     assert "- ivf: FAILED: out of memory" in page
     assert "- speed: 2.000, reached" in page
     assert "- memory: 70.000, **NOT reached**" in page
     assert page.startswith("before\n")
     assert page.endswith("after\n")
-    assert "| exact, gpu | 0.250 | 1.000 |" in (docs / "scaling.md").read_text()
+    assert "| exact, gpu | 3.0 | 0.250 | 1.000 |" in (docs / "scaling.md").read_text()
 
 
 def test_the_pages_of_this_repository_have_the_sections(tmp_path: Path, gpu: None) -> None:
