@@ -156,20 +156,22 @@ def supervise(
             for number, handler in previous.items():
                 signal.signal(number, handler)
             end(process)  # also what a part that is done has left running
-            facts = _closed(result, ended, process.returncode, limit)
-            facts |= {"seconds": round(time.monotonic() - began, 1), "limit": round(limit, 1)}
+            seconds = time.monotonic() - began
+            facts = _closed(result, ended, seconds, limit)
+            facts |= {"seconds": round(seconds, 1), "limit": round(limit, 1)}
             write_json(result, facts)
     _show(result, shown, show)
     return facts
 
 
-def _closed(result: Path, ended: int | None, status: int, limit: float) -> dict[str, Any]:
+def _closed(result: Path, ended: int | None, seconds: float, limit: float) -> dict[str, Any]:
     facts = read_json(result) or {"rows": [], "targets": []}
     if facts.get("state") not in ("done", "failed"):
+        why = f"its time was over ({limit:.0f} s)" if seconds >= limit else "the report was stopped"
         if ended is None:
-            facts |= {"state": "stopped", "error": f"its time was over ({limit:.0f} s); the rows above are complete"}
+            facts |= {"state": "stopped", "error": f"{why}; the rows that it has are complete"}
         else:
-            facts |= {"state": "failed", "error": f"its process ended with status {status}; see log.txt"}
+            facts |= {"state": "failed", "error": f"its process ended with status {ended}; see log.txt"}
     return facts
 
 

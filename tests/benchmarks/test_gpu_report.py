@@ -92,6 +92,7 @@ def test_a_part_beyond_its_limit_is_ended_with_all_it_started_and_the_others_sta
     assert [row["name"] for row in parts["quick"]["rows"]] == ["one", "two"]
     assert [row["name"] for row in parts["endless"]["rows"]] == ["first"]
     assert [row["name"] for row in parts["failing"]["rows"]] == ["before"]
+    assert parts["endless"]["error"].startswith("its time was over")
     assert "not on this machine" in parts["failing"]["error"]
     pids = [int((tmp_path / "work" / f"pid-{number}").read_text()) for number in (0, 1)]
     assert not [pid for pid in pids if alive(pid)]
@@ -143,7 +144,9 @@ def test_a_killed_report_leaves_no_part_running(tmp_path: Path, gpu: None) -> No
         time.sleep(0.1)
     process.terminate()
     assert process.wait(30) == 143
-    assert json.loads((tmp_path / "part_e.json").read_text())["state"] == "stopped"
+    facts = json.loads((tmp_path / "part_e.json").read_text())
+    assert facts["state"] == "stopped"
+    assert facts["error"].startswith("the report was stopped")
     assert not [number for number in (0, 1) if alive(int((tmp_path / "work" / f"pid-{number}").read_text()))]
 
 
