@@ -53,6 +53,8 @@ def hardware() -> dict[str, Any]:
             capture_output=True, text=True, timeout=60,
         )  # fmt: skip
         facts["nvidia_smi"] = asked.stdout.strip() or asked.stderr.strip()
+        if asked.returncode == 0 and asked.stdout.count(",") >= 2:
+            facts["driver"] = asked.stdout.splitlines()[0].split(",")[1].strip()
     return facts
 
 

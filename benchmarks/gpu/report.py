@@ -71,9 +71,9 @@ def machine_line(report: Mapping[str, Any]) -> str:
     parts = [f"{gpu}, {packages['gpu_memory_gb']} GB" if gpu else "no GPU", f"{machine['cores']} CPU cores",
              f"{machine['memory_gb']:.0f} GB", f"Python {machine['python']}", f"torch {packages.get('torch')}"]  # fmt: skip
     if gpu:
-        parts += [f"CUDA {packages.get('cuda')}", f"driver {machine.get('nvidia_smi', '').split(', ')[1:2]}"]
+        parts += [f"CUDA {packages.get('cuda')}", f"driver {machine.get('driver', 'unknown')}"]
     parts += [f"{name} {packages[name]}" for name in ("lightning", "transformers", "faiss") if packages.get(name)]
-    return ", ".join(parts).replace("['", "").replace("']", "")
+    return ", ".join(parts)
 
 
 def markdown(report: Mapping[str, Any], level: str = "##") -> str:

@@ -248,7 +248,7 @@ def write_report_of(folder: Path, device: str, **parts: Any) -> Path:
     folder.mkdir(parents=True)
     report = {
         "device": device, "scale": "full" if device == "cuda" else "small", "date": "2030-01-02", "code": "abc", "notes": [],
-        "machine": {"cores": 16, "memory_gb": 128.0, "python": "3.12.3", "nvidia_smi": "NVIDIA X9, 999.1, 80000 MiB"},
+        "machine": {"cores": 16, "memory_gb": 128.0, "python": "3.12.3", "driver": "999.1"},
         "packages": {"torch": "2.11.0", "cuda": "13.0", "gpu": "NVIDIA X9" if device == "cuda" else None, "gpu_memory_gb": 80.0},
         "parts": parts,
     }  # fmt: skip
