@@ -27,7 +27,7 @@ def lines_of(path: Path) -> Rows:
 def follow(
     command: list[str], path: Path, read: Callable[[Path], Rows], allowed: tuple[int, ...] = (0,)
 ) -> Iterator[dict[str, Any]]:
-    """Run a program and yield each row that appears in its file.
+    """Run a program and yield each row of its file, those that are there already first.
 
     Args:
         command: the program; its output goes where this process's goes.
@@ -38,7 +38,7 @@ def follow(
     Raises:
         RuntimeError: it ended with another status, after all its rows.
     """
-    seen = len(read(path))
+    seen = 0
     process = subprocess.Popen(command)
     try:
         while True:

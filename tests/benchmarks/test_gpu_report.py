@@ -300,3 +300,24 @@ def test_the_pages_of_this_repository_have_the_sections(tmp_path: Path, gpu: Non
     assert replace_section((ROOT / "docs" / "gpu.md").read_text(), "results", "x")
     for name in ("gpu training", "gpu index"):
         assert replace_section((ROOT / "docs" / "scaling.md").read_text(), name, "x")
+
+
+def test_rows_of_a_program_are_followed_while_it_runs(tmp_path: Path, gpu: None) -> None:
+    from gpu.follow import follow, lines_of
+
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import sys, time\n"
+        "with open(sys.argv[1], 'a') as out:\n"
+        '    out.write(\'{"name": "one"}\\n{"na\'); out.flush()\n'
+        "    while not __import__('pathlib').Path(sys.argv[1] + '.seen').exists(): time.sleep(0.05)\n"
+        '    out.write(\'me": "two"}\\n\')\n'
+        "sys.exit(3)\n"
+    )
+    path = tmp_path / "rows"
+    rows = follow([sys.executable, str(program), str(path)], path, lines_of, allowed=(0, 3))
+    assert next(rows) == {"name": "one"}
+    Path(f"{path}.seen").touch()
+    assert [row["name"] for row in rows] == ["two"]
+    with pytest.raises(RuntimeError, match=r"program\.py ended with status 3"):
+        list(follow([sys.executable, str(program), str(path)], path, lines_of))
