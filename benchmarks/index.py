@@ -39,8 +39,8 @@ KINDS = ("exact", "ivf", "hnsw")
 OUT = Path(__file__).parents[1] / "runs" / "bench"
 
 
-def keys_and_queries(rows: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """(rows, 512) and (256, 512) unit rows; the same for the same number of rows."""
+def keys_and_queries(rows: int, number: int = QUERIES) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """(rows, 512) and (number, 512) unit rows; the same for the same numbers."""
     draw = np.random.default_rng(SEED)
     centres = draw.standard_normal((CENTRES, DIMENSION), dtype=np.float32)
     keys = np.empty((rows, DIMENSION), dtype=np.float32)
@@ -49,7 +49,7 @@ def keys_and_queries(rows: int) -> tuple[NDArray[np.float32], NDArray[np.float32
         part[:] = centres[draw.integers(0, CENTRES, len(part))]
         part += draw.standard_normal(part.shape, dtype=np.float32)
         part /= np.linalg.norm(part, axis=1, keepdims=True)
-    chosen = keys[draw.choice(rows, QUERIES, replace=False)]
+    chosen = keys[draw.choice(rows, number, replace=False)]
     noise = draw.standard_normal(chosen.shape, dtype=np.float32) * np.float32(0.5 / DIMENSION**0.5)
     queries = chosen + noise
     return keys, queries / np.linalg.norm(queries, axis=1, keepdims=True)

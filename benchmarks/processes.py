@@ -29,7 +29,7 @@ SHAPE = (40, 56, 56)
 
 
 def measure(
-    stage: str, data: str, batch: int, warmup: int, steps: int, encoder: str, shape: list[int]
+    stage: str, data: str, manifest: str, batch: int, warmup: int, steps: int, encoder: str, shape: list[int]
 ) -> dict[str, float]:
     """One rank's step and its share of gathering; the ranks are given by RANK, WORLD_SIZE and MASTER_PORT."""
     import lightning as L
@@ -86,7 +86,7 @@ def measure(
 
     world = int(os.environ["WORLD_SIZE"])
     module = CTDataModule(
-        f"{data}/ct/ct.csv", volume_spec(size), batch_size=batch, cache_gb=0.0, text="required",
+        manifest, volume_spec(size), batch_size=batch, cache_gb=0.0, text="required",
         prepared=f"{data}/prepared/{'x'.join(map(str, size))}",
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
@@ -154,7 +154,7 @@ def main() -> None:
     options.data.mkdir(parents=True, exist_ok=True)
     shape = (options.shape[0], options.shape[1], options.shape[2])
     volumes = options.batch * (options.warmup + options.steps) * max(options.worlds)
-    make_data(options.data, volumes, [shape], options.index_rows, options.embed_dim, os.cpu_count())
+    manifests = make_data(options.data, {shape: volumes}, options.index_rows, options.embed_dim, os.cpu_count())
     print(f"{os.cpu_count()} CPU cores, gloo, one thread a process; {options.batch} volumes of {' x '.join(map(str, shape))} a process;"
           f" median of {options.steps} steps after {options.warmup}")  # fmt: skip
     print(
@@ -164,8 +164,9 @@ def main() -> None:
     table = []
     for stage in options.stages:
         for world in options.worlds:
-            arguments = {"stage": stage, "data": str(options.data), "batch": options.batch, "warmup": options.warmup,
-                         "steps": options.steps, "encoder": options.encoder, "shape": list(shape)}  # fmt: skip
+            arguments = {"stage": stage, "data": str(options.data), "manifest": str(manifests[shape]),
+                         "batch": options.batch, "warmup": options.warmup, "steps": options.steps,
+                         "encoder": options.encoder, "shape": list(shape)}  # fmt: skip
             row = {"stage": stage, "processes": world, **run_ranks(world, arguments, free_port())}
             table.append(row)
             print(f"{stage:<8}{world:>10}{row['volumes_s']:>11.2f}{row['step_s']:>9.3f}{row['cpu_s']:>8.3f}{row['gather_share']:>18.4f}"

@@ -1,4 +1,4 @@
-"""What `make bench-train` trains on: phantom CTs in prepared form, a small X-ray expert, a synthetic index of its width."""
+"""What `make bench-train` trains on: prepared phantom CTs, an untrained X-ray expert, a synthetic index of its width."""
 
 from __future__ import annotations
 
@@ -21,57 +21,53 @@ def volume_spec(shape: tuple[int, int, int]) -> Any:
 
 
 def make_data(
-    folder: Path, volumes: int, shapes: list[tuple[int, int, int]], index_rows: int, embed_dim: int, workers: int | None
-) -> None:
-    """Make what is not there yet.
+    folder: Path, volumes: dict[tuple[int, int, int], int], index_rows: int, embed_dim: int, workers: int | None
+) -> dict[tuple[int, int, int], Path]:
+    """Make what does not exist yet.
 
     Args:
         folder: where.
-        volumes: CTs, all of them training rows.
-        shapes: to prepare them in.
-        index_rows: X-rays of the index.
+        volumes: how many CTs are prepared in each shape; all of them are training rows.
+        index_rows: X-rays in the index.
         embed_dim: D_e.
-        workers: processes; None takes one a core.
+        workers: processes; None for one per core.
+
+    Returns:
+        The manifest of each shape.
     """
     import pandas as pd
     import yaml
 
-    from ctx_distill.cli import main
+    from ctx_distill.data.manifest import read_manifest
     from ctx_distill.files import write_text
+    from ctx_distill.models.experts.open_clip_expert import make_expert_folder
     from ctx_distill.phantom.cohort import write_cohort
     from ctx_distill.pipeline.prepare import prepare_manifest
 
-    ct = folder / "ct"
-    if not (ct / "ready").exists():
-        write_cohort(ct, ct=volumes, xray=64, seed=0, workers=workers)
-        table = pd.read_csv(ct / "ct.csv", dtype=str, keep_default_na=False).assign(split="train")
-        write_text(ct / "ct.csv", table.to_csv(index=False, lineterminator="\n"))
-        (ct / "ready").touch()
-    for shape in shapes:
+    ct = folder / f"ct-{max(volumes.values())}"
+    manifests = {shape: ct / f"ct-{'x'.join(map(str, shape))}.csv" for shape in volumes}
+    write_cohort(ct, ct=max(volumes.values()), xray=1, seed=0, workers=workers)
+    for shape, count in volumes.items():
+        table = pd.read_csv(ct / "ct.csv", dtype=str, keep_default_na=False).iloc[:count].assign(split="train")
+        write_text(manifests[shape], table.to_csv(index=False, lineterminator="\n"))
         spec = volume_spec(shape)
         layer = {"volume": {"spacing": list(spec.spacing), "shape": list(shape), "window": list(spec.window)}}
         preset = folder / f"{'x'.join(map(str, shape))}.yaml"
         preset.write_text(yaml.safe_dump({"ct": {"data": {"init_args": {**layer, "projection": False}}}}))
         out = folder / "prepared" / preset.stem
         out.parent.mkdir(exist_ok=True)
-        prepare_manifest(ct / "ct.csv", out, str(preset), workers, None)
+        prepare_manifest(manifests[shape], out, str(preset), workers, None)
     if not (folder / "expert").exists():
-        preset = folder / "expert.yaml"
-        expert = {
-            "image_size": 64,
-            "embed_dim": embed_dim,
-            "text_width": embed_dim,
-            "text_layers": 6,
-            "vocab_size": 500,
-        }
-        layers = {"expert": {"model": {"init_args": expert}, "trainer": {"max_epochs": 1, "limit_train_batches": 1}},
-                  "xray": {"data": {"init_args": {"batch_size": 8}}}}  # fmt: skip
-        preset.write_text(yaml.safe_dump(layers))
-        if main(["expert", "--data", str(ct), "--run", str(folder / "run"), "--preset", str(preset)]):
-            raise SystemExit("the expert of the benchmark could not be made; see above")
-        (folder / "run" / "expert" / "artefact").replace(folder / "expert")
+        manifest = read_manifest(ct / "ct.csv", check_images=False)
+        reports = [manifest.report(row) for row in manifest.frame.index]
+        make_expert_folder(
+            folder / "expert.partial", reports, image_size=64, embed_dim=embed_dim, text_width=embed_dim,
+            text_layers=6, vocab_size=500,
+        )  # fmt: skip
+        (folder / "expert.partial").replace(folder / "expert")
     if not (folder / "index").exists():
         _write_index(folder / "index", folder / "expert", index_rows)
+    return manifests
 
 
 def _write_index(folder: Path, expert: Path, rows: int) -> None:

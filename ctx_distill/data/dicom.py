@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pydicom
-import SimpleITK as sitk
 from numpy.typing import NDArray
 from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
@@ -196,6 +195,8 @@ def _check_gaps(
 
 def _pixels(folder: Path, slices: list[_Slice], shape: tuple[int, int, int]) -> NDArray[Any]:
     """(slice, row, column) in HU."""
+    import SimpleITK as sitk
+
     scaling = [(float(s.header.get("RescaleSlope") or 1), float(s.header.get("RescaleIntercept") or 0)) for s in slices]
     reader = sitk.ImageSeriesReader()
     reader.SetFileNames([str(item.path) for item in slices])

@@ -1,4 +1,7 @@
-"""NRRD and MetaImage (MHA, MHD) through SimpleITK, whose world axes are LPS already."""
+"""NRRD and MetaImage (MHA, MHD) through SimpleITK, whose world axes are LPS already.
+
+SimpleITK is imported when a file is read: NIfTI and prepared volumes do without its 53 MB.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import SimpleITK as sitk
 from numpy.typing import NDArray
 
 from ctx_distill.data._sizes import check_size
@@ -22,14 +24,16 @@ _COMPRESSED = re.compile(rb"^\s*(?:CompressedData\s*=\s*True|encoding:\s*(?:gz|g
 # MetaImage can hold a linear map to the true values, and ITK's reader leaves it unapplied without a word.
 _UNAPPLIED = re.compile(rb"^\s*ElementToIntensityFunction(Slope|Offset)\s*=\s*(\S+)\s*$", re.MULTILINE)
 _NEUTRAL = {b"Slope": 1.0, b"Offset": 0.0}
-_ITEM_BYTES = {
-    sitk.sitkInt8: 1, sitk.sitkUInt8: 1, sitk.sitkInt16: 2, sitk.sitkUInt16: 2, sitk.sitkInt32: 4, sitk.sitkUInt32: 4,
-    sitk.sitkInt64: 8, sitk.sitkUInt64: 8, sitk.sitkFloat32: 4, sitk.sitkFloat64: 8,
-}  # fmt: skip
 
 
 def read_itk(path: Path) -> tuple[NDArray[Any], NDArray[np.float64]]:
     """Voxels as (k, j, i), the file's fastest axis last, and their affine to LPS mm."""
+    import SimpleITK as sitk
+
+    item_bytes = {
+        sitk.sitkInt8: 1, sitk.sitkUInt8: 1, sitk.sitkInt16: 2, sitk.sitkUInt16: 2, sitk.sitkInt32: 4,
+        sitk.sitkUInt32: 4, sitk.sitkInt64: 8, sitk.sitkUInt64: 8, sitk.sitkFloat32: 4, sitk.sitkFloat64: 8,
+    }  # fmt: skip
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     header = _text_header(path)
@@ -44,7 +48,7 @@ def read_itk(path: Path) -> tuple[NDArray[Any], NDArray[np.float64]]:
             told = f"ElementToIntensityFunction{name.decode()} = {value.decode('latin-1')}"
             raise InputError(f"{path}: {told}; expected HU without a further map, write the file with true values")
     kind = reader.GetPixelID()
-    if reader.GetNumberOfComponents() != 1 or kind not in _ITEM_BYTES:
+    if reader.GetNumberOfComponents() != 1 or kind not in item_bytes:
         raise InputError(
             f"{path}: {reader.GetNumberOfComponents()} numbers a voxel ({sitk.GetPixelIDValueAsString(kind)}); "
             "expected one in HU, colour or complex volumes are not CT"
@@ -55,7 +59,7 @@ def read_itk(path: Path) -> tuple[NDArray[Any], NDArray[np.float64]]:
     # bz2 packs tighter than deflate can, so its file size bounds nothing; the cap on voxels still does.
     packed = bool(_COMPRESSED.search(header))
     stored = None if packed and re.search(rb"bz", header[:_HEADER_BYTES]) else _stored_bytes(path, header)
-    check_size(path, shape, _ITEM_BYTES[kind], stored, packed)
+    check_size(path, shape, item_bytes[kind], stored, packed)
     if path.suffix.lower() in (".nrrd", ".nhdr") and not re.search(rb"^space( dimension)?:", header, re.M):
         log.warning("%s: no space field; its orientation is a guess (index grows to Left, Posterior, Superior)", path)
     try:
