@@ -54,6 +54,16 @@ class _Backend(getattr(backend_registration, "_DummyBackendModule", object)):  #
         """Let autocast be named; it casts nothing on this device."""
         return [torch.bfloat16]
 
+    @staticmethod
+    def get_rng_state(device: Any = None) -> Tensor:
+        """Give the CPU's random state: the device draws its numbers."""
+        return torch.get_rng_state()
+
+    @staticmethod
+    def set_rng_state(state: Tensor, device: Any = None) -> None:
+        """Put it back."""
+        torch.set_rng_state(state)
+
 
 class Generator(torch.Generator):
     """Takes the place of `torch.Generator`, so that one can be made for the device."""
