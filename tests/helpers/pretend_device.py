@@ -217,7 +217,7 @@ class PretendDevice(TorchDispatchMode):
 
 
 def package_function() -> str:
-    """`module:function` of the innermost frame that is the package's; else of the innermost outside of torch."""
+    """`module:function` of the innermost frame that is the package's; else, in brackets, of the innermost outside of torch."""
     frame: FrameType | None = sys._getframe(1)
     outside = ""
     while frame is not None:
@@ -228,7 +228,7 @@ def package_function() -> str:
         if not outside and not module.startswith(("torch", "pretend_device")):
             outside = where
         frame = frame.f_back
-    return outside
+    return f"({outside})"
 
 
 class PretendAccelerator(CPUAccelerator):
