@@ -207,7 +207,7 @@ class Checkpoints(L.Callback):
             )
         batches, together = int(trainer.num_training_batches), trainer.accumulate_grad_batches
         done = batches - data.batches_left(batches)
-        progress = trainer.fit_loop.epoch_loop.batch_progress.current
+        progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
         progress.ready = progress.started = progress.processed = progress.completed = done
         per_epoch = math.ceil(batches / together)
         task.resume_schedule(trainer.global_step, per_epoch - done // together, per_epoch)

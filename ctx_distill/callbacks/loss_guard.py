@@ -149,6 +149,10 @@ class LossGuard(L.Callback):
                 for place, before in self._statistics:
                     place.copy_(torch.where(bad, before, place))
 
+    def last_step_was_skipped(self) -> bool:
+        """Return whether the optimiser step that has just ended changed nothing; on a GPU this waits for the device."""
+        return self._norm is not None and not bool(self._norm.isfinite())
+
     def clip(self, optimizer: Optimizer, largest: float) -> None:
         """Clip the gradients by the norm that the step was judged by, without computing it again.
 

@@ -128,7 +128,9 @@ class Manifest:
         """
         if self._key is None:
             return None
-        return hash_json([self._key, None if self._places is None else hashlib.sha256(self._places).hexdigest()])[:32]
+        return hash_json(
+            [self._key, None if self._places is None else hashlib.sha256(self._places.tobytes()).hexdigest()]
+        )[:32]
 
     def image_file(self, row: int) -> Path:
         """The image of a row; `row` is a value of `rows`, so the same for the whole and a split."""

@@ -258,7 +258,8 @@ def _are_clean_paths(paths: Any) -> bool:
 
 def text_series(column: Any) -> pd.Series[str]:
     """An Arrow column of text as a pandas column over the same memory."""
-    return pd.Series(pd.StringDtype("pyarrow", na_value=np.nan).__from_arrow__(column))
+    text: Any = pd.StringDtype("pyarrow", na_value=np.nan)
+    return pd.Series(text.__from_arrow__(column))
 
 
 def frame_of(table: Any) -> pd.DataFrame:

@@ -346,7 +346,7 @@ class AlignmentTask(TrainedTask):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """One step; the moving average follows."""
         super().optimizer_step(*args, **kwargs)
-        if self.moving_average is not None and not (self.guard is not None and self.guard.skipped_now):
+        if self.moving_average is not None and not (self.guard is not None and self.guard.last_step_was_skipped()):
             self.moving_average.update_parameters(self.dual)
 
     def validation_step(self, batch: CTBatch, batch_idx: int) -> None:

@@ -101,7 +101,7 @@ class TrainedTask(StageTask):
         self.survival = survival
         self.checkpoints: Checkpoints | None = None
         self.guard: LossGuard | None = None
-        self.schedule: WarmupCosine | None = None
+        self.rate_schedule: WarmupCosine | None = None
         self._means = {split: EpochMeans() for split in ("train", "val")}
         self._order = ""
 
@@ -216,7 +216,7 @@ class TrainedTask(StageTask):
             per_epoch: steps of a whole epoch.
         """
         epochs, most = self.trainer.max_epochs or 0, self.trainer.max_steps
-        if self.schedule is None:
+        if self.rate_schedule is None:
             if rank() == 0:
                 print(
                     "the learning-rate scheduler of this configuration counts optimiser steps, and with another number of "
@@ -224,10 +224,10 @@ class TrainedTask(StageTask):
                     "out for a schedule that goes by the share of the training that is done."
                 )
             return
-        if epochs < 0 or 0 < most <= self.schedule.steps:
+        if epochs < 0 or 0 < most <= self.rate_schedule.steps:
             return  # a training of so many steps has as many with any number of ranks
         epoch = self.trainer.current_epoch + 1
-        self.schedule.resume(step, in_epoch, per_epoch * (epochs - epoch), epoch / epochs)
+        self.rate_schedule.resume(step, in_epoch, per_epoch * (epochs - epoch), epoch / epochs)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Chain the rows of this batch to those before."""
@@ -258,8 +258,8 @@ class TrainedTask(StageTask):
             group["lr"] *= factor
         if self.make_scheduler is None:
             steps = max(2, int(self.trainer.estimated_stepping_batches))
-            self.schedule = WarmupCosine(steps, max(1, round(self.warmup * steps)))
-            scheduler: Any = torch.optim.lr_scheduler.LambdaLR(optimizer, self.schedule)
+            self.rate_schedule = WarmupCosine(steps, max(1, round(self.warmup * steps)))
+            scheduler: Any = torch.optim.lr_scheduler.LambdaLR(optimizer, self.rate_schedule)
         else:
             scheduler = self.make_scheduler(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -231,7 +231,7 @@ def _last_of(score: Tensor, kept: int) -> int:
     taken = 4 * kept
     while taken < len(score):
         first = score.topk(taken).values
-        if len((first & _HASH).unique()) >= kept:
+        if len(torch.unique(first & _HASH)) >= kept:
             return max(0, int(first[-1]))
         taken *= 4
     return 0

@@ -159,8 +159,9 @@ class ExpertTask(TrainedTask):
         wanted = min(len(rows) * world_size(), len(self._reports))
         drawn = random.Random(seed_of(epoch, batch_idx, "CT sections")).sample(self._reports, wanted)
         # Studies of the X-ray manifest have codes from 0, the other reports codes below 0: they are never the same study.
-        others = [
-            (-1 - code, *pair, seed_of(epoch, batch_idx, "CT sections", n)) for n, (code, *pair) in enumerate(drawn)
+        others: list[tuple[int, str, str, int]] = [
+            (-1 - code, findings, impression, seed_of(epoch, batch_idx, "CT sections", n))
+            for n, (code, findings, impression) in enumerate(drawn)
         ]
         local += others[rank() :: world_size()]
         if sum(gather_row_counts(len(local), self.device)) < 2:

@@ -86,7 +86,7 @@ def load_kept(path: Path, rows: int, columns: int) -> NDArray[np.float32] | None
         return None
     if small.shape != (rows, columns) or small.dtype != np.int8:
         return None
-    found = small.astype(np.float32)
+    found: NDArray[np.float32] = small.astype(np.float32)
     found[small == _NOT_MENTIONED] = np.nan
     return found
 
