@@ -94,12 +94,13 @@ def rank_extracts(path: str) -> dict[str, Any]:
         return inside(texts, vocabulary)
 
     extraction.extract_in_parts = counted
+    smallest = table.SMALLEST_CACHED
     try:
         train = train_rows(path)
         first = shared.extract_shared(train.reports(), "chexpert")
         again = shared.extract_shared(train.reports(), "chexpert")
     finally:
-        extraction.extract_in_parts = inside
+        extraction.extract_in_parts, table.SMALLEST_CACHED = inside, smallest
     return {"found": torch.from_numpy(first), "again": torch.from_numpy(again), "read": read}
 
 
