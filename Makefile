@@ -59,7 +59,7 @@ JOB = --data "$(DATA)" --run "$(RUN)" --preset "$(PRESET)" $(if $(EXPERT),--expe
 
 .PHONY: help setup demo data expert all stage-1 stage-2 stage-3 stage-4 ablation explorer page compare check lock clean \
 	slurm-stage-1 slurm-stage-2 slurm-stage-3 slurm-stage-4 slurm-expert slurm-prepare slurm-all \
-	test test-quick test-slow test-slurm test-browser test-gpu chaos bench-large-batch bench-data bench-index bench-train bench-processes bench-text
+	test test-quick test-slow test-slurm test-browser test-gpu chaos bench-large-batch bench-data bench-index bench-equal-keys bench-train bench-processes bench-text
 
 help: ## list the targets
 	@echo "ctx-distill: chest CT, taught by chest X-ray experts. A research tool, not a medical device."
@@ -184,6 +184,9 @@ bench-large-batch: $(READY) ## memory and time of cached gradients and of chunke
 
 bench-data: $(READY) ## volumes a second and memory of reading CTs, beside MONAI, TorchIO, SimpleITK and the floor; 5 minutes
 	@$(VENV)/bin/python benchmarks/data.py
+
+bench-equal-keys: $(READY) ## exact lookups where X-rays share a report, against a pool without repeats; 2 minutes
+	@$(VENV)/bin/python benchmarks/equal_keys.py $(ARGS)
 
 bench-index: $(READY) ## build, lookup, recall and memory of the X-ray index at 100 thousand and 1 million rows; 30 minutes
 	@$(VENV)/bin/python benchmarks/index.py $(ARGS)

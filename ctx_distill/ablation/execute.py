@@ -91,13 +91,13 @@ def run_job(place: Place, plan: Plan, cohort: Cohort, job: Job) -> Score:
 
 def run_layers(folder: Path, paths: dict[str, str], config: dict[str, Any]) -> dict[str, Any]:
     """Run one stage from merged layers; returns its metrics."""
-    from ctx_distill.pipeline.lightning import build
+    from ctx_distill.pipeline.lightning import build, run_task
 
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "layers.yaml"
     write_text(path, yaml.safe_dump(fill(config, {**paths, "{folder}": str(folder)}), sort_keys=False))
     cli = build(["--config", str(path)])
-    metrics: dict[str, Any] = cli.model.run(cli.trainer, cli.datamodule, folder)
+    metrics = run_task(cli, folder)
     write_json(folder / DONE, metrics)
     return metrics
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import logging
 import warnings
 from datetime import timedelta
+from pathlib import Path
+from typing import Any, cast
 
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from ctx_distill.data.datamodules import ManifestDataModule
 from ctx_distill.errors import InputError
@@ -37,6 +40,29 @@ def build(arguments: list[str]) -> LightningCLI:
         raise _own_error(error) from None
     _outlast_the_watchdog(cli)
     return cli
+
+
+def run_task(cli: LightningCLI, folder: Path) -> dict[str, Any]:
+    """Start the trainer's ranks, then run the task.
+
+    Lightning starts the other processes and the process group at the first fit or predict. Until then every process
+    takes itself for the only one, and what `run` asks of the group before that (who writes, which part is mine) would get
+    a wrong answer. Fit and predict do the same again, without effect.
+
+    Args:
+        cli: what `build` returned.
+        folder: of the stage.
+
+    Returns:
+        The task's metrics.
+    """
+    strategy = cli.trainer.strategy
+    strategy.connect(cli.model)
+    if isinstance(strategy.launcher, _SubprocessScriptLauncher):
+        strategy.launcher.launch(strategy.setup_environment)
+    elif strategy.launcher is None:
+        strategy.setup_environment()
+    return cast(StageTask, cli.model).run(cli.trainer, cli.datamodule, folder)
 
 
 def _outlast_the_watchdog(cli: LightningCLI) -> None:

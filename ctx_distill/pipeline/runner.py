@@ -185,12 +185,12 @@ def _await_request(folder: Path, key: str, seconds: float = 300.0) -> None:
 def _execute(request: StageRequest, job: TrainerSettings) -> tuple[dict[str, Any], str, dict[str, Any]]:
     """Build trainer, task and data with LightningCLI and run the task."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from ctx_distill.pipeline.lightning import build
+    from ctx_distill.pipeline.lightning import build, run_task
 
     cli = build(["--config", str(request.folder / "layers.yaml"), *job.before, *request.overrides, *job.after])
     if is_first_process():
         cli.parser.save(cli.config, request.folder / "config.yaml", overwrite=True, skip_check=True)
-    metrics = cli.model.run(cli.trainer, cli.datamodule, request.folder)
+    metrics = run_task(cli, request.folder)
     aside = cli.datamodule.set_aside
     if aside is not None and aside.reasons:
         metrics["unreadable_set_aside"] = len(aside.reasons)

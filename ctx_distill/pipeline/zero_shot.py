@@ -67,7 +67,7 @@ def evaluate(asked: Asked, overrides: list[str]) -> str:
     if (out / REQUEST_FILE).is_file():
         raise InputError(f"{out}: is the folder of a stage, whose result would be lost; give another one with --out.")
     from ctx_distill.checkpoint import read_artefact
-    from ctx_distill.pipeline.lightning import build
+    from ctx_distill.pipeline.lightning import build, run_task
 
     spec = read_artefact(artefact, "dual-encoder").config["volume_spec"]
     folder = stages_folder()
@@ -86,7 +86,7 @@ def evaluate(asked: Asked, overrides: list[str]) -> str:
     # by every rank, all with the same words: none waits for another to have written them
     write_text(layers, yaml.safe_dump(fill(merge(config, own), paths), sort_keys=False))
     cli = build(["--config", str(layers), *overrides])
-    metrics: dict[str, Any] = cli.model.run(cli.trainer, cli.datamodule, out)
+    metrics = run_task(cli, out)
     if not metrics["studies"]:
         raise InputError(f"{asked.manifest}: no row has split `{asked.split}`; give another one with --split.")
     if not is_first_process():

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ctx_distill.retrieval.equal import Keys, equal_keys
 from ctx_distill.retrieval.index import Device, IndexKind, XrayIndex, as_matrix, faiss_module, knn
 from ctx_distill.types import InputError
 
@@ -20,8 +21,6 @@ POINTS_A_LIST = 39
 """What FAISS's k-means wants at least, an inverted list."""
 TRAINING_POINTS = 64
 """Keys a list that k-means learns from; more change the recall little."""
-
-Keys = Tensor | NDArray[np.floating]
 
 
 def recall_at_1(index: XrayIndex, keys: Keys, queries: Tensor) -> float:
@@ -44,16 +43,18 @@ def recall_at_1(index: XrayIndex, keys: Keys, queries: Tensor) -> float:
 def construct(
     keys: Keys, kind: IndexKind = "exact", device: Device = "auto", search_width: int | None = None
 ) -> XrayIndex:
-    """An index over the keys, its recall not measured; see `build_index`.
+    """An index over the keys, its recall not measured; see `build_index`. An exact one holds equal keys once.
 
     Keys are read part by part, so that memory-mapped ones are never held a second time beside the index.
     """
     faiss = faiss_module()
     rows, dimension = keys.shape
+    equal = None
     if rows == 0:
         raise InputError("no X-rays to index; expected at least one. See what the X-ray manifest's filters left out.")
     if kind == "exact":
         index: Any = faiss.IndexFlatIP(dimension)
+        equal = equal_keys(keys)
     elif kind == "hnsw":
         index = faiss.IndexHNSWFlat(dimension, HNSW_NEIGHBOURS, faiss.METRIC_INNER_PRODUCT)
         index.hnsw.efConstruction, index.hnsw.efSearch = 80, search_width or SEARCH_WIDTH[kind]
@@ -66,8 +67,12 @@ def construct(
     else:
         raise ValueError(f"index kind is {kind!r}; expected exact, ivf or hnsw")
     for start in range(0, rows, CHUNK):
-        index.add(_finite(as_matrix(keys[start : start + CHUNK]), start))
-    return XrayIndex(index, kind, device)
+        part = _finite(as_matrix(keys[start : start + CHUNK]), start)
+        if equal is not None:
+            firsts = equal.firsts
+            part = part[firsts[np.searchsorted(firsts, start) : np.searchsorted(firsts, start + CHUNK)] - start]
+        index.add(part)
+    return XrayIndex(index, kind, device, equal=equal)
 
 
 def _finite(part: NDArray[np.float32], start: int) -> NDArray[np.float32]:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
+from ctx_distill.retrieval.equal import EQUAL_FILE, EqualKeys
 from ctx_distill.retrieval.exact import WIDE, exact_neighbours
 from ctx_distill.types import InputError
 
@@ -108,6 +109,10 @@ class KeyIndex(Protocol):
         """Dimension of keys and queries."""
         ...
 
+    def place(self, device: torch.device) -> None:
+        """Open the index where a rank computes: on that GPU, or on the CPU; without it, the first search opens it."""
+        ...
+
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Similarity (B, k) float32 and position (B, k) int64 of the k nearest keys of queries (B, D)."""
         ...
@@ -131,19 +136,51 @@ def check_query(dimension: int, expected: int, k: int, rows: int) -> None:
 class XrayIndex:
     """Nearest keys by inner product (cosine, as keys and queries are unit rows).
 
+    It opens on the CPU, and goes to a GPU when `place` names it or, without, at the first search.
+
+    Args:
+        index: of FAISS, on the CPU: over all keys, or over the distinct ones where `equal` is given.
+        kind: exact, ivf or hnsw.
+        device: where searches run: `auto` is the rank's GPU where it has one and FAISS sees it.
+        recall: see below.
+        equal: which positions share each key of an exact index; None: each has its own.
+
     Attributes:
         kind: exact, ivf or hnsw.
         recall: recall@1 against the exact index, measured when an approximate index was built; None otherwise.
+
+    Raises:
+        InputError: `device` is `gpu`, and FAISS sees none.
     """
 
-    def __init__(self, index: Any, kind: IndexKind, device: Device = "auto", recall: float | None = None) -> None:
-        self._cpu = index
-        self._index = _on_device(index, kind, device)
+    def __init__(
+        self,
+        index: Any,
+        kind: IndexKind,
+        device: Device = "auto",
+        recall: float | None = None,
+        equal: EqualKeys | None = None,
+    ) -> None:
+        gpu_wanted(device)
+        self._cpu, self._device = index, device
+        self._placed: Any = None
         self.kind: IndexKind = kind
         self.recall = recall
+        self.equal = equal
 
     def __len__(self) -> int:
-        return int(self._cpu.ntotal)
+        return int(self._cpu.ntotal) if self.equal is None else len(self.equal.order)
+
+    def place(self, device: torch.device) -> None:
+        """See `KeyIndex.place`. HNSW stays on the CPU: FAISS has no GPU form of it."""
+        gpu = None if self.kind == "hnsw" else gpu_of(self._device, device)
+        self._placed = self._cpu if gpu is None else _on_gpu(self._cpu, gpu)
+
+    @property
+    def _index(self) -> Any:
+        if self._placed is None:
+            self.place(current_device())
+        return self._placed
 
     @property
     def dimension(self) -> int:
@@ -176,7 +213,7 @@ class XrayIndex:
         if len(array) == 0:
             return queries.new_zeros((0, k), dtype=torch.float32), queries.new_zeros((0, k), dtype=torch.int64)
         if self.kind == "exact":
-            similarity, position = exact_neighbours(self._find, self._keys, array, k)
+            similarity, position = exact_neighbours(self._find, self.keys, array, k, self.equal, self._widths)
         else:
             similarity, position = self._find(array, k)
             # Approximate indexes leave places empty (-1) where few lists or links were visited: search those in full.
@@ -190,11 +227,17 @@ class XrayIndex:
         found = (self._cpu if k > WIDE else self._index).search(queries, k)
         return found
 
+    @property
+    def _widths(self) -> tuple[int, ...]:
+        # On the CPU a search for so many candidates costs more than comparing with all keys.
+        return (WIDE,) if self.on_gpu else ()
+
     @functools.cached_property
-    def _keys(self) -> NDArray[np.float32]:
-        """The keys of an exact index where they lie, without a copy."""
-        flat = faiss_module().rev_swig_ptr(self._cpu.get_xb(), len(self) * self.dimension)
-        keys: NDArray[np.float32] = flat.reshape(len(self), self.dimension)
+    def keys(self) -> NDArray[np.float32]:
+        """The (distinct) keys of an exact index in place, without a copy."""
+        rows = int(self._cpu.ntotal)
+        flat = faiss_module().rev_swig_ptr(self._cpu.get_xb(), rows * self.dimension)
+        keys: NDArray[np.float32] = flat.reshape(rows, self.dimension)
         return keys
 
     def _exhaustive(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
@@ -207,17 +250,21 @@ class XrayIndex:
         return similarity, position
 
     def save(self, path: Path) -> None:
-        """Write the index, whole or not at all."""
+        """Write the index, completely or not at all; beside it the table of equal keys, where it has one."""
+        if self.equal is None:
+            path.with_name(EQUAL_FILE).unlink(missing_ok=True)
+        else:
+            self.equal.save(path.with_name(EQUAL_FILE))
         part = path.with_name(f".{path.name}.part")
         faiss_module().write_index(self._cpu, str(part))
         part.replace(path)
 
     @classmethod
     def load(cls, path: Path, device: Device = "auto") -> XrayIndex:
-        """Read an index, memory-mapped, so that ranks of one host share its pages.
+        """Read an index and its table of equal keys, memory-mapped, so that ranks of one host share their pages.
 
         Raises:
-            InputError: the file is missing, torn, or not one of this project's indexes.
+            InputError: a file is missing, damaged, or not one of this project's indexes.
         """
         faiss = faiss_module()
         if not path.is_file():
@@ -235,7 +282,13 @@ class XrayIndex:
                 f"{path}: holds a {type(index).__name__}; expected a flat, IVF or HNSW index by inner product. "
                 "Run stage 1 again."
             )
-        return cls(index, kind, device)
+        table = path.with_name(EQUAL_FILE)
+        equal = EqualKeys.load(table) if table.is_file() else None
+        if equal is not None and len(equal) != index.ntotal:
+            raise InputError(
+                f"{table}: names {len(equal)} distinct keys, {path.name} beside it holds {index.ntotal}. Run stage 1 again."
+            )
+        return cls(index, kind, device, equal=equal)
 
 
 def knn(
@@ -264,24 +317,36 @@ def gpu_wanted(device: Device) -> bool:
     return device != "cpu" and gpus > 0
 
 
-def flat_on_gpu(keys: NDArray[np.float32], chunk: int = 262_144) -> Any:
-    """An exact index over keys (N, D) on this process's GPU, filled part by part: the host holds no copy."""
+def gpu_of(device: Device, rank_device: torch.device) -> int | None:
+    """The number of the GPU that an index goes to; None: it stays on the CPU.
+
+    Args:
+        device: as the settings ask for it.
+        rank_device: where this rank computes.
+    """
+    if not gpu_wanted(device):
+        return None
+    if rank_device.type == "cuda":
+        return torch.cuda.current_device() if rank_device.index is None else rank_device.index
+    return 0 if device == "gpu" else None
+
+
+def current_device() -> torch.device:
+    """The GPU that this process has set, or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def flat_on_gpu(keys: NDArray[np.float32], gpu: int, chunk: int = 262_144) -> Any:
+    """An exact index over keys (N, D) on a GPU, filled part by part: the host holds no copy."""
     faiss = faiss_module()
     config = faiss.GpuIndexFlatConfig()
-    config.device = _gpu()
+    config.device = gpu
     index = faiss.GpuIndexFlatIP(faiss.StandardGpuResources(), keys.shape[1], config)
     for start in range(0, len(keys), chunk):
         index.add(np.ascontiguousarray(keys[start : start + chunk]))
     return index
 
 
-def _gpu() -> int:
-    return torch.cuda.current_device() if torch.cuda.is_available() else 0
-
-
-def _on_device(index: Any, kind: IndexKind, device: Device) -> Any:
-    """The index on this process's GPU where there is one and FAISS has a GPU form of this kind."""
-    if not gpu_wanted(device) or kind == "hnsw":
-        return index
+def _on_gpu(index: Any, gpu: int) -> Any:
     faiss = faiss_module()
-    return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), _gpu(), index)
+    return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), gpu, index)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -38,6 +41,22 @@ def make_keys(kind: KeyKind, text: Tensor, image: Tensor, centred: bool) -> Tens
         cut = [part if mean is None else centre(part, mean) for part, mean in zip(cut, means, strict=True)]
         keys[start : start + CHUNK] = torch.cat(cut, dim=1) / math.sqrt(len(rows))
     return keys
+
+
+def share_keys(text: Tensor, texts: Sequence[str]) -> None:
+    """Give equal texts the embedding of the first of them, in place.
+
+    Their own differ in the last bits, in bf16 in more, as the other texts of a batch do. Left so, the order of X-rays with
+    the same report would depend on the batches, and thus on the number of ranks.
+
+    Args:
+        text: (N, D).
+        texts: N.
+    """
+    codes, _ = pd.factorize(np.array(texts, dtype=object))
+    first = np.unique(codes, return_index=True)[1][codes]
+    again = np.flatnonzero(first != np.arange(len(texts)))
+    text[torch.from_numpy(again)] = text[torch.from_numpy(first[again])]
 
 
 def make_queries(kind: KeyKind, reports: Tensor, mean: Tensor | None = None) -> Tensor:

@@ -11,8 +11,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ctx_distill.distributed import rank, world_size
+from ctx_distill.retrieval.equal import EqualKeys
 from ctx_distill.retrieval.exact import WIDE, exact_neighbours, merge
-from ctx_distill.retrieval.index import Device, as_matrix, check_query, flat_on_gpu, gpu_wanted, knn, refuse_worker
+from ctx_distill.retrieval.index import (
+    Device,
+    XrayIndex,
+    as_matrix,
+    check_query,
+    current_device,
+    flat_on_gpu,
+    gpu_of,
+    gpu_wanted,
+    knn,
+    refuse_worker,
+)
 
 
 class ShardedIndex:
@@ -24,25 +36,45 @@ class ShardedIndex:
     any number of ranks. With one rank, or without a process group, the one part is the whole.
 
     Args:
-        keys: (N, D) unit rows, memory-mapped: a rank reads its part of them, N / ranks rows, alone.
-        device: of the part; on a GPU, it alone lies there.
+        keys: (G, D) unit rows, memory-mapped: a rank reads its part of them, G / ranks rows, alone. All keys, or the
+            distinct ones where `equal` is given.
+        device: of the part, which is all that a GPU holds; see `XrayIndex`.
+        equal: which positions share each key; None: each has its own.
+
+    Raises:
+        InputError: `device` is `gpu`, and FAISS sees none.
     """
 
-    def __init__(self, keys: Tensor, device: Device = "auto") -> None:
-        self._table, self._device = keys, device
+    def __init__(self, keys: Tensor, device: Device = "auto", equal: EqualKeys | None = None) -> None:
+        gpu_wanted(device)
+        self._table, self._device, self._equal = keys, device, equal
+        self._rank_device: torch.device | None = None
+        self._owner: XrayIndex | None = None
         self._world: Any = None
         self._group: Any = None
         self._start = 0
+        self._part_equal: EqualKeys | None = None
         self._part: NDArray[np.float32] = np.empty((0, keys.shape[1]), dtype=np.float32)
         self._on_gpu: Any = None
 
+    @classmethod
+    def of(cls, index: XrayIndex, device: Device = "auto") -> ShardedIndex:
+        """The keys of an exact index, where they are, in parts over the ranks."""
+        sharded = cls(torch.from_numpy(index.keys), device, index.equal)
+        sharded._owner = index  # of the memory
+        return sharded
+
     def __len__(self) -> int:
-        return len(self._table)
+        return len(self._table) if self._equal is None else len(self._equal.order)
 
     @property
     def dimension(self) -> int:
         """Dimension of keys and queries."""
         return int(self._table.shape[1])
+
+    def place(self, device: torch.device) -> None:
+        """See `KeyIndex.place`; the part is taken at the first search, which all ranks make together."""
+        self._rank_device = device
 
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The k nearest keys of each query of this rank, nearest first, ties by position; collective.
@@ -90,19 +122,25 @@ class ShardedIndex:
             return
         ranks = world_size()
         self._group = dist.new_group(backend="gloo") if ranks > 1 else None
-        self._start = len(self) * rank() // ranks
-        self._part = self._table[self._start : len(self) * (rank() + 1) // ranks].numpy()
-        self._on_gpu = flat_on_gpu(self._part) if gpu_wanted(self._device) and len(self._part) else None
+        rows = len(self._table)
+        start, end = rows * rank() // ranks, rows * (rank() + 1) // ranks
+        self._part = self._table[start:end].numpy()
+        self._start = start
+        self._part_equal = None if self._equal is None else self._equal.part(start, end)
+        gpu = gpu_of(self._device, self._rank_device or current_device())
+        self._on_gpu = flat_on_gpu(self._part, gpu) if gpu is not None and len(self._part) else None
         self._world = world
 
     def _search_part(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """(Q, k) of this rank's keys; where it has fewer than k, places that lose against any."""
         similarity = np.full((len(queries), k), -np.inf, dtype=np.float32)
         position = np.full((len(queries), k), len(self), dtype=np.int64)
-        within = min(k, len(self._part))
+        equal = self._part_equal
+        within = min(k, len(self._part) if equal is None else len(equal.order))
         if within and len(queries):
-            similarity[:, :within], position[:, :within] = exact_neighbours(self._find, self._part, queries, within)
-            position[:, :within] += self._start
+            widths = () if self._on_gpu is None else (WIDE,)
+            found = exact_neighbours(self._find, self._part, queries, within, equal, widths)
+            similarity[:, :within], position[:, :within] = found[0], found[1] + (self._start if equal is None else 0)
         return similarity, position
 
     def _find(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:

@@ -1,11 +1,12 @@
 """The feature store of stage 1: keys v_j, values u_j and who they belong to, in one order, as an artefact.
 
 An index artefact folder holds `artefact.json`, `model.safetensors` (`keys` (N, D_k), `values` (N, D_v) and, where
-given, `findings` (N, F)), `items.csv`, `index.faiss` and, where the texts were embedded by another encoder than the
-expert, `report_encoder.json`. Keys and values live in `model.safetensors`, not in .npy
+given, `findings` (N, F)), `items.csv`, `index.faiss`, where keys repeat `equal_keys.safetensors` (an exact `index.faiss`
+then holds each distinct key once), and, where the texts were embedded by another encoder than the expert,
+`report_encoder.json`. Keys and values live in `model.safetensors`, not in .npy
 files, because safetensors memory-maps a tensor as well as NumPy does (ranks of one host share the pages) and the
-artefact's fingerprint then covers them. `items.csv` is covered by its hash in the config; `index.faiss` is derived
-from the keys and checked for size; where the report encoder lies is no part of the fingerprint, what it is is one.
+artefact's fingerprint then covers them. `items.csv` is covered by its hash in the config; `index.faiss` and the table of
+equal keys are derived from the keys and checked for size; where the report encoder lies is no part of the fingerprint, what it is is one.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from ctx_distill.checkpoint import WEIGHTS_FILE, hash_file, hash_json, read_artefact, write_artefact, write_json
 from ctx_distill.retrieval.build import build_index
+from ctx_distill.retrieval.equal import first_near
 from ctx_distill.retrieval.index import INDEX_FILE, Device, IndexKind, KeyIndex, Placement, XrayIndex
 from ctx_distill.retrieval.keys import KeyKind, make_queries
 from ctx_distill.retrieval.sharded import ShardedIndex
@@ -36,6 +38,8 @@ EXPERT = "xray-expert"
 REPORT_ENCODER = "report-encoder"
 REPORT_ENCODER_FILE = "report_encoder.json"
 AGAIN = "Run stage 1 (make stage-1) to build it again."
+SAME_KEY = 1e-6
+"""Keys at most so far apart (Euclidean) are stored as one: what the last bits of an embedding differ by between batches."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ def write_index_artefact(
 
     Args:
         folder: the artefact's folder.
-        keys: (N, D_k) unit rows.
+        keys: (N, D_k) unit rows; of those within `SAME_KEY` of one another the first is stored for all.
         values: (N, D_v) unit rows: the teacher's features.
         items: N rows in the same order, with study_id, image_id, patient_id, row (of the manifest) and split.
         upstream: fingerprints by name; `xray-expert` must be among them.
@@ -111,6 +115,9 @@ def write_index_artefact(
         raise InputError(f"value {bad} of the X-ray index is not finite. Check the expert's weights and that image.")
     content = table.to_csv(index=False, quoting=csv.QUOTE_MINIMAL, lineterminator="\n")
     keys = keys.detach().cpu().float()
+    first = torch.from_numpy(first_near(keys, SAME_KEY))
+    if bool((first != torch.arange(rows)).any()):
+        keys = keys[first]
     index = build_index(keys, kind, device="cpu", search_width=search_width, minimum_recall=minimum_recall)
     tensors = {"keys": keys, "values": values.detach().cpu().to(getattr(torch, value_type))}
     if findings is not None:
@@ -156,9 +163,11 @@ class XrayIndexArtefact:
         upstream: all upstream fingerprints.
         config: what `write_index_artefact` got, with key_dim, value_dim, items, index_kind, index_recall.
         items: N rows: position, study_id, image_id, patient_id, row, split, and report where kept.
-        index: over the keys.
+        keys: (N, D_k), memory-mapped.
         features: (N, D_v) the values, memory-mapped.
         findings: (N, F) or None.
+        device: of the index; see `open`.
+        placement: of the index; see `open`.
         report_source: what embedded the texts; None: the expert.
     """
 
@@ -168,23 +177,31 @@ class XrayIndexArtefact:
     upstream: dict[str, str]
     config: dict[str, Any]
     items: pd.DataFrame
-    index: KeyIndex
+    keys: Tensor
     features: Tensor
     findings: Tensor | None
+    device: Device = "auto"
+    placement: Placement = "replicated"
     report_source: ReportSource | None = None
 
     @classmethod
     def open(
-        cls, folder: Path, device: Device = "auto", verify: bool = False, placement: Placement = "replicated"
+        cls,
+        folder: Path,
+        device: Device = "auto",
+        verify: bool = False,
+        placement: Placement = "replicated",
+        searched: bool = True,
     ) -> XrayIndexArtefact:
         """Open an artefact; keys and values stay on disk until touched.
 
         Args:
             folder: where it lies.
-            device: of the index.
+            device: of the index, once `place` or the first search moves it there.
             placement: `replicated`: this process searches the whole index, of whatever kind it was built;
                 `sharded`: each rank searches its part of the keys, exactly (see `ShardedIndex`).
             verify: read all of keys and values once and compare with the fingerprint.
+            searched: open the index, on the CPU; False leaves it closed until something asks for it.
 
         Raises:
             InputError: a part is missing, damaged, or does not fit the others.
@@ -211,37 +228,55 @@ class XrayIndexArtefact:
             dtype={"study_id": str, "image_id": str, "patient_id": str, "split": str, "report": str},
             keep_default_na=False,
         )
-        index: KeyIndex = (
-            ShardedIndex(keys, device) if placement == "sharded" else XrayIndex.load(folder / INDEX_FILE, device)
-        )
-        found = {
+        parts = {
             "artefact.json": (artefact.config.get("items"), artefact.config.get("key_dim")),
             WEIGHTS_FILE: (len(keys), keys.shape[1]),
-            INDEX_FILE: (len(index), index.dimension),
         }
-        if len(set(found.values())) > 1 or len(features) != len(index) or len(items) != len(index):
-            sizes = ", ".join(f"{name} {rows} x {dimension}" for name, (rows, dimension) in found.items())
-            raise InputError(
-                f"{folder}: the index's parts do not fit together ({sizes}, {len(features)} values, "
-                f"{len(items)} items). {AGAIN}"
-            )
+        if len(set(parts.values())) > 1 or not len(features) == len(items) == len(keys):
+            raise InputError(_misfit(folder, parts, len(features), len(items)))
         if EXPERT not in artefact.upstream:
             raise InputError(f"{folder}: the X-ray index does not name its {EXPERT}. {AGAIN}")
-        return cls(
+        store = cls(
             folder=folder,
             fingerprint=artefact.fingerprint,
             expert_fingerprint=artefact.upstream[EXPERT],
             upstream=artefact.upstream,
             config=artefact.config,
             items=items,
-            index=index,
+            keys=keys,
             features=features,
             findings=tensors.get("findings"),
+            device=device,
+            placement=placement,
             report_source=_read_report_source(folder, artefact.upstream.get(REPORT_ENCODER)),
         )
+        if searched:
+            store.index  # noqa: B018 - opened and checked here
+        return store
+
+    @cached_property
+    def index(self) -> KeyIndex:
+        """The index over the keys, opened on the CPU when it is first asked for; see `place`.
+
+        Raises:
+            InputError: it is damaged, or does not fit the other parts.
+        """
+        device: Device = "cpu" if self.placement == "sharded" else self.device
+        index = XrayIndex.load(self.folder / INDEX_FILE, device)
+        parts = {WEIGHTS_FILE: tuple(self.keys.shape), INDEX_FILE: (len(index), index.dimension)}
+        if len(set(parts.values())) > 1:
+            named = {"artefact.json": (self.config.get("items"), self.config.get("key_dim")), **parts}
+            raise InputError(_misfit(self.folder, named, len(self.features), len(self.items)))
+        if self.placement == "replicated":
+            return index
+        return ShardedIndex(self.keys, self.device) if index.equal is None else ShardedIndex.of(index, self.device)
+
+    def place(self, device: torch.device) -> None:
+        """Move the index to where a rank computes, as the `device` of `open` asks: from a task's `setup`."""
+        self.index.place(device)
 
     def __len__(self) -> int:
-        return len(self.index)
+        return len(self.keys)
 
     @property
     def key(self) -> KeyKind:
@@ -252,7 +287,7 @@ class XrayIndexArtefact:
     @property
     def key_dim(self) -> int:
         """D_k: width of the keys."""
-        return self.index.dimension
+        return int(self.keys.shape[1])
 
     @property
     def query_dim(self) -> int:
@@ -306,6 +341,11 @@ class XrayIndexArtefact:
         """
         rows = self.features[positions.reshape(-1).cpu()].float()
         return rows.reshape(*positions.shape, self.value_dim).to(positions.device)
+
+
+def _misfit(folder: Path, parts: Mapping[str, tuple[Any, ...]], values: int, items: int) -> str:
+    sizes = ", ".join(f"{name} {rows} x {dimension}" for name, (rows, dimension) in parts.items())
+    return f"{folder}: the index's parts do not fit together ({sizes}, {values} values, {items} items). {AGAIN}"
 
 
 def _read_report_source(folder: Path, fingerprint: str | None) -> ReportSource | None:

@@ -112,7 +112,8 @@ class AlignmentTask(TrainedTask):
         self.micro_batch, self.storage = micro_batch, storage
         self.masking = masking
         self.entity_masking: EntityMasking | None = None
-        teacher, store = open_teacher(expert, expert_revision, index)
+        self._searched = "retrieved" in robust.evidence or keep.weight > 0
+        teacher, store = open_teacher(expert, expert_revision, index, searched=self._searched)
         self._teacher, self._queries = (teacher,), (open_queries(teacher, store),)
         self.lookup = NeighbourLookup(store, min(neighbours, len(store)), "mean")
         self.student_spec: str | None = None
@@ -205,6 +206,8 @@ class AlignmentTask(TrainedTask):
             )  # fmt: skip
         device = self.trainer.strategy.root_device
         teacher, queries = self._teacher[0].to(device), self._queries[0].to(device)
+        if self._searched:
+            self.lookup.store.place(device)
         self.training_reports = TrainingReports(datamodule.training_rows(), teacher, queries)
         if self.robust.evidence:
             self.false_negatives = FalseNegatives(self.robust, self.training_reports, self.lookup, self.moving_average)

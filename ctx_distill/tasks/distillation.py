@@ -124,7 +124,10 @@ class DistillationTask(TrainedTask):
     ) -> None:
         super().__init__(optimizer, scheduler, warmup, select, survival)
         self.compute = compute
-        teacher, store = open_teacher(expert, expert_revision, index, neighbours.placement, neighbours.device)
+        self._searched = teachers.retrieved > 0 and neighbours.control != "oracle"
+        teacher, store = open_teacher(
+            expert, expert_revision, index, neighbours.placement, neighbours.device, self._searched
+        )
         if store.config.get("value_dim") != store.value_dim or store.value_dim != teacher.embed_dim:
             raise InputError(
                 f"{index}: the index names values of {store.config.get('value_dim')} dimensions and holds "
@@ -187,6 +190,8 @@ class DistillationTask(TrainedTask):
                 "X-rays are the only teacher. Set data.init_args.text=required to leave them out, or give "
                 "teachers.projection a weight above 0."
             )
+        if self._searched:
+            self.store.place(self.trainer.strategy.root_device)
         if self.neighbours.control == "oracle":
             self.oracle = OracleTeacher(self.store, self.neighbours, datamodule.manifest.finding_names)
         elif self.neighbours.lookup == "static" and self.teachers.retrieved > 0:

@@ -13,15 +13,15 @@ from torch import Tensor
 
 from ctx_distill.data.datamodules import XrayDataModule
 from ctx_distill.data.manifest import Manifest
-from ctx_distill.distributed import barrier, gather_objects, rank, world_size
+from ctx_distill.distributed import barrier, gather_objects, rank, run_on_rank_zero, world_size
 from ctx_distill.errors import InputError
 from ctx_distill.files import hash_json
 from ctx_distill.models.report_encoder import FrozenReportEncoder, ReportEncoder, open_report_encoder
 from ctx_distill.models.weights import HUB
 from ctx_distill.models.xray_expert import XrayExpert, open_expert
 from ctx_distill.retrieval.index import IndexKind
-from ctx_distill.retrieval.keys import KeyKind, make_keys
-from ctx_distill.retrieval.shards import merge_shards, open_shards, standing_blocks, write_shard
+from ctx_distill.retrieval.keys import KeyKind, make_keys, share_keys
+from ctx_distill.retrieval.shards import kept_rows, merge_shards, open_shards, standing_blocks, write_shard
 from ctx_distill.retrieval.store import ReportSource, XrayIndexArtefact, write_index_artefact
 from ctx_distill.tasks.base import StageTask, stop_if_asked
 from ctx_distill.tasks.findings_reader import FindingsReader
@@ -52,8 +52,8 @@ class IndexTask(StageTask):
         report_encoder_revision: pinned commit of a hub encoder.
         vocabulary: findings that are read from the pool's reports for the findings re-rank of later stages; name or
             YAML file.
-        part_items: X-rays that a rank embeds before it writes them down; a run that was stopped goes on from what is
-            written.
+        part_items: X-rays that a rank embeds before it writes them down; a run that was stopped resumes from what is
+            written, on any number of ranks.
 
     Raises:
         InputError: expert, key and report encoder do not fit together.
@@ -135,52 +135,62 @@ class IndexTask(StageTask):
         pool, left_out = self._pool(datamodule)
         datamodule.preprocess, datamodule.preprocess_key = self.expert.preprocess, self.expert.fingerprint()
         shards = folder / "shards"
-        self._embed(trainer, datamodule, pool, shards)
-        metrics: dict[str, Any] = {}
-        if rank() == 0:
+        first_block = self._embed(trainer, datamodule, pool, shards)
+        findings = self._findings(pool)
+
+        def build() -> dict[str, Any]:
             self.to(trainer.strategy.root_device)
-            table = merge_shards(shards, [int(row) for row in pool.frame.index])
-            store = self._write(folder / "artefact", table, pool, datamodule, left_out)
+            table = merge_shards(shards, [int(row) for row in pool.frame.index], first_block)
+            store = self._write(folder / "artefact", table, pool, datamodule, left_out, findings)
             shutil.rmtree(shards)
             metrics = {"pool": len(pool), "left_out": left_out, "key_dim": store.key_dim, "value_dim": store.value_dim}
-            if datamodule.ct is not None:
-                metrics |= self._quality(store, pool, held_out_studies(datamodule.ct))
-        barrier()
-        return metrics
+            if datamodule.ct is None:
+                return metrics
+            return metrics | self._quality(store, pool, held_out_studies(datamodule.ct))
 
-    def _embed(self, trainer: L.Trainer, datamodule: XrayDataModule, pool: Manifest, shards: Path) -> None:
-        """Write the shards of the pool's blocks, but for those that an earlier run of the same request left whole."""
-        size = self.part_items * world_size()
-        starts = range(0, len(pool), size)
+        # Minutes to hours on a large pool, so that the others must not wait in a collective with a time limit.
+        return run_on_rank_zero(build) or {}
+
+    def _embed(self, trainer: L.Trainer, datamodule: XrayDataModule, pool: Manifest, shards: Path) -> int:
+        """Write the shards of the pool's blocks, but for what an earlier run of the same request has written.
+
+        Returns:
+            The first block of this run's layout (`open_shards`).
+        """
+        ranks = world_size()
         request = {
             "manifest": datamodule.manifest.fingerprint,
             "rows": [int(row) for row in pool.frame.index],
             "expert": self.expert.fingerprint(),
             "reports": self.reports.fingerprint(),
             "key": self.key,
-            "ranks": world_size(),
-            "part_items": self.part_items,
             "batch": datamodule.eval_batch_size,
             "precision": str(trainer.precision),
         }
-        standing: list[int] = []
+        # Rank zero alone reads what this layout has written so far: the other ranks may be writing already.
+        opened: list[int] = []
         if rank() == 0:
-            open_shards(shards, hash_json(request))
-            standing = standing_blocks(shards, world_size(), len(starts))
-        standing = gather_objects(standing)
-        if standing:
+            opened = [open_shards(shards, hash_json(request), ranks, self.part_items)]
+        (first_block,) = gather_objects(opened)
+        kept = kept_rows(shards, first_block)
+        pool = pool.where(~np.isin(pool.frame.index.to_numpy(), kept.numpy()))
+        size = self.part_items * ranks
+        starts = range(0, len(pool), size)
+        standing = gather_objects(standing_blocks(shards, ranks, len(starts), first_block) if rank() == 0 else [])
+        if standing and rank() == 0:
             print(f"{shards}: {len(standing)} of {len(starts)} parts of the pool are embedded already")
-        for block, start in enumerate(starts):
+        for block, start in enumerate(starts, first_block):
             if block in standing:
                 continue
             stop_if_asked("between two parts of the pool")
             part = pool.where((np.arange(len(pool)) >= start) & (np.arange(len(pool)) < start + size))
             outputs: list[Any] = trainer.predict(self, dataloaders=datamodule.loader(part)) or []
             # A sampler repeats the last item where a block does not go into equal parts.
-            own = len(range(rank(), len(part), world_size()))
+            own = len(range(rank(), len(part), ranks))
             joined = {name: torch.cat([output[name] for output in outputs])[:own] for name in ("keys", "values", "row")}
-            write_shard(shards, rank(), world_size(), joined["keys"], joined["values"], joined["row"], block)
+            write_shard(shards, rank(), ranks, joined["keys"], joined["values"], joined["row"], block)
         barrier()
+        return first_block
 
     def _pool(self, datamodule: XrayDataModule) -> tuple[Manifest, dict[str, int]]:
         """The X-rays that the index takes; those without a report only where images are the key."""
@@ -195,6 +205,20 @@ class IndexTask(StageTask):
             raise InputError(f"{datamodule.manifest.path}: no X-ray is left for the index; left out: {left_out}.")
         return pool, left_out
 
+    def _findings(self, pool: Manifest) -> Tensor | None:
+        """(N, F) extracted from the pool's texts, the ranks sharing the work; None where a text is missing. Collective.
+
+        An X-ray without a text may show anything; beside it, what a text does not mention counts as absent.
+        """
+        texts = [pool.report(row) for row in pool.frame.index]
+        if not all(texts):
+            return None
+        parts = gather_objects([extract_many(texts[rank() :: world_size()], self.vocabulary)])
+        findings = np.empty((len(texts), len(self.vocabulary.names)), dtype=np.float32)
+        for place, part in enumerate(parts):
+            findings[place :: len(parts)] = part
+        return torch.from_numpy(findings)
+
     def _write(
         self,
         folder: Path,
@@ -202,25 +226,27 @@ class IndexTask(StageTask):
         pool: Manifest,
         datamodule: XrayDataModule,
         left_out: dict[str, int],
+        findings: Tensor | None,
     ) -> XrayIndexArtefact:
-        """Keys, index, and findings read from the pool's texts, as an artefact."""
+        """Keys, index, and findings extracted from the pool's texts, as an artefact."""
         texts = [pool.report(row) for row in pool.frame.index]
-        # A silent X-ray may show anything; beside it, what a text does not mention counts as absent.
-        told = all(texts)
+        keys = table.pop("keys")
+        if self.key != "image":
+            share_keys(keys, texts)
         query_centre = self._query_centre(datamodule.ct)
         described = {name: value for name, value in self.expert.describe().items() if name != "source"}
         config = {"expert": described, "key": self.key, "vocabulary": self.vocabulary.name, "left_out": left_out,
                   "query_centre": query_centre, **self._describe_separate()}  # fmt: skip
         return write_index_artefact(
             folder,
-            make_keys(self.key, table.pop("keys"), table["values"], centred=query_centre is not None),
+            make_keys(self.key, keys, table["values"], centred=query_centre is not None),
             table["values"],
             pool.frame.assign(row=pool.frame.index),
             {"xray-expert": self.expert.fingerprint(), "xray-manifest": datamodule.manifest.fingerprint},
             config,
             texts=texts,
-            findings=torch.from_numpy(extract_many(texts, self.vocabulary)) if told else None,
-            finding_names=self.vocabulary.names if told else None,
+            findings=findings,
+            finding_names=None if findings is None else self.vocabulary.names,
             kind=self.index_kind,
             minimum_recall=self.minimum_recall if self.index_kind != "exact" else None,
             search_width=self.search_width,

@@ -17,6 +17,7 @@ def open_teacher(
     index: str,
     placement: Placement = "replicated",
     device: Device = "auto",
+    searched: bool = True,
 ) -> tuple[XrayExpert, XrayIndexArtefact]:
     """Open an expert and an index.
 
@@ -25,13 +26,14 @@ def open_teacher(
         revision: pinned commit of a hub expert.
         index: folder of the stage-1 artefact.
         placement: of the index over the ranks; see `XrayIndexArtefact.open`.
-        device: of the index.
+        device: of the index, once the task's `setup` places it: the rank's own device is not set before.
+        searched: whether the task looks anything up; see `XrayIndexArtefact.open`.
 
     Raises:
         InputError: one cannot be had, or the index was built with another expert.
     """
     teacher = open_expert(expert, revision)
-    store = XrayIndexArtefact.open(Path(index), device, placement=placement)
+    store = XrayIndexArtefact.open(Path(index), device, placement=placement, searched=searched)
     require_same(
         f"the expert {expert}", teacher.fingerprint(),
         f"the expert that the index {index} was built with", store.expert_fingerprint,

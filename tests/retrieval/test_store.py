@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ctx_distill.checkpoint import write_artefact
-from ctx_distill.retrieval.shards import merge_shards, open_shards, standing_blocks, write_shard
+from ctx_distill.retrieval.index import XrayIndex, faiss_module
+from ctx_distill.retrieval.shards import kept_rows, merge_shards, open_shards, standing_blocks, write_shard
 from ctx_distill.retrieval.store import XrayIndexArtefact, write_index_artefact
 from ctx_distill.types import InputError
 
@@ -229,11 +231,11 @@ def test_missing_left_over_and_torn_shards(tmp_path: Path) -> None:
 
 
 def test_blocks_join_and_those_that_stand_are_known(tmp_path: Path) -> None:
-    open_shards(tmp_path / "shards", "a")
+    open_shards(tmp_path / "shards", "a", 2, 2)
     for block, rank, rows in ((0, 0, [4, 2]), (0, 1, [3]), (1, 1, [9]), (1, 0, [7])):
         row = torch.tensor(rows)
         write_shard(tmp_path / "shards", rank, 2, row[:, None].float(), -row[:, None].float(), row, block)
-    open_shards(tmp_path / "shards", "a")
+    open_shards(tmp_path / "shards", "a", 2, 2)
     assert standing_blocks(tmp_path / "shards", 2, 3) == [0, 1]
     merged = merge_shards(tmp_path / "shards", [2, 3, 4, 7, 9])
     assert merged["keys"][:, 0].tolist() == (-merged["values"][:, 0]).tolist() == [2, 3, 4, 7, 9]
@@ -244,5 +246,124 @@ def test_blocks_join_and_those_that_stand_are_known(tmp_path: Path) -> None:
     assert standing_blocks(tmp_path / "shards", 2, 3) == [0]
     with pytest.raises(InputError, match="3 in 2 blocks; expected every rank of one run in every block"):
         merge_shards(tmp_path / "shards", [2, 3, 4, 9])
-    open_shards(tmp_path / "shards", "b")
+    open_shards(tmp_path / "shards", "b", 2, 2)
     assert standing_blocks(tmp_path / "shards", 2, 3) == []
+
+
+def test_another_layout_keeps_what_is_embedded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "shards"
+
+    def write_part(rank: int, ranks: int, rows: list[int], block: int) -> Path:
+        row = torch.tensor(rows)
+        return write_shard(folder, rank, ranks, row[:, None].float(), -row[:, None].float(), row, block)
+
+    assert open_shards(folder, "a", 2, 2) == 0
+    for block, rank, rows in ((0, 0, [0, 2]), (0, 1, [1, 3]), (1, 0, [4, 6])):
+        write_part(rank, 2, rows, block)
+    write_part(1, 2, [5, 7], 1).write_bytes(b"damaged")
+    assert kept_rows(folder, 0).tolist() == []
+    assert capsys.readouterr().out == ""
+
+    # Three ranks: the parts that can be read stay, and the new blocks begin behind them.
+    assert open_shards(folder, "a", 3, 2) == 2
+    assert capsys.readouterr().out == (
+        f"{folder}: embedded by 2 ranks in parts of 2 so far; these 3 parts are kept, and 3 ranks embed the rest in parts "
+        "of 2\n"
+    )
+    assert open_shards(folder, "a", 3, 2) == 2
+    assert capsys.readouterr().out == ""
+    assert sorted(kept_rows(folder, 2).tolist()) == [0, 1, 2, 3, 4, 6]
+    assert standing_blocks(folder, 3, 2, first_block=2) == []
+    write_part(0, 3, [5, 9], 2)
+    write_part(1, 3, [7], 2)
+    with pytest.raises(InputError, match="ranks \\[0, 1\\] of runs with \\[3\\] ranks, 2 in 1 blocks"):
+        merge_shards(folder, range(10), first_block=2)
+    write_part(2, 3, [8], 2)
+    assert standing_blocks(folder, 3, 2, first_block=2) == [2]
+    assert merge_shards(folder, range(10), first_block=2)["keys"][:, 0].tolist() == list(range(10))
+
+    # Back on two ranks nothing is left to embed.
+    assert open_shards(folder, "a", 2, 2) == 3
+    assert sorted(kept_rows(folder, 3).tolist()) == list(range(10))
+    assert merge_shards(folder, range(10), first_block=3)["row"].tolist() == list(range(10))
+
+    capsys.readouterr()
+    assert open_shards(folder, "b", 2, 2) == 0
+    assert "the pool is embedded from the start" in capsys.readouterr().out
+    assert not list(folder.glob("shard-*"))
+
+
+def test_shards_of_an_earlier_version_are_embedded_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shards(tmp_path, [[0], [1]])
+    (tmp_path / "shards.json").write_text(json.dumps({"request": "a"}))
+    assert open_shards(tmp_path, "a", 2, 1) == 0
+    assert "holds parts of other inputs, settings or versions" in capsys.readouterr().out
+    assert standing_blocks(tmp_path, 2, 1) == []
+
+
+def test_keys_that_differ_in_their_last_bits_are_stored_as_one(tmp_path: Path) -> None:
+    keys, values = unit(30, 6, 0), unit(30, 4, 1)
+    noise = 1e-7 * torch.randn(4, 6, generator=torch.Generator().manual_seed(2))
+    keys[[5, 9, 17, 29]] = keys[3] + noise
+    keys[20] = F.normalize(keys[3] + 1e-3, dim=0)
+    store = write_index_artefact(tmp_path / "artefact", keys, values, items(30), UPSTREAM, {})
+    assert (tmp_path / "artefact" / "equal_keys.safetensors").is_file()
+    expected = keys.clone()
+    expected[[5, 9, 17, 29]] = keys[3]
+    assert torch.equal(store.keys, expected)
+    assert len(store) == len(store.index) == 30
+    similarity, position = store.search(keys[3:4], 6)
+    assert position.tolist() == [[3, 5, 9, 17, 29, 20]]
+    assert similarity[0, :5].unique().numel() == 1
+    for placement in ("replicated", "sharded"):
+        opened = XrayIndexArtefact.open(tmp_path / "artefact", "cpu", placement=placement)  # type: ignore[arg-type]
+        for k in (1, 4, 30):
+            for mine, theirs in zip(opened.search(keys, k), store.search(keys, k), strict=True):
+                assert torch.equal(mine, theirs)
+
+
+def _cut_table(folder: Path) -> None:
+    content = (folder / "equal_keys.safetensors").read_bytes()
+    (folder / "equal_keys.safetensors").write_bytes(content[:50])
+
+
+def _table_of_others(folder: Path) -> None:
+    keys = unit(30, 6, 0)
+    keys[3:9] = keys[2]
+    write_index_artefact(folder.parent / "other", keys, unit(30, 4, 1), items(30), UPSTREAM, {})
+    other = (folder.parent / "other" / "equal_keys.safetensors").read_bytes()
+    (folder / "equal_keys.safetensors").write_bytes(other)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_remove("equal_keys.safetensors"), r"do not fit together .*model.safetensors 30 x 6, index.faiss 29 x 6"),
+        (_cut_table, "equal_keys.safetensors: not a readable table"),
+        (_table_of_others, "names 24 distinct keys, index.faiss beside it holds 29"),
+    ],
+)
+def test_a_damaged_table_of_equal_keys_is_refused(tmp_path: Path, damage: Callable[[Path], None], message: str) -> None:
+    keys = unit(30, 6, 0)
+    keys[4] = keys[2]
+    write_index_artefact(tmp_path / "artefact", keys, unit(30, 4, 1), items(30), UPSTREAM, {})
+    damage(tmp_path / "artefact")
+    with pytest.raises(InputError, match=message):
+        XrayIndexArtefact.open(tmp_path / "artefact")
+
+
+def test_an_artefact_without_a_table_of_equal_keys_is_searched_alike(tmp_path: Path) -> None:
+    """As written before there were such tables: the index holds every key."""
+    keys = unit(60, 6, 0)
+    keys[10:50] = keys[2]
+    store = write_index_artefact(tmp_path / "artefact", keys, unit(60, 4, 1), items(60), UPSTREAM, {})
+    shutil.copytree(tmp_path / "artefact", tmp_path / "old")
+    (tmp_path / "old" / "equal_keys.safetensors").unlink()
+    flat = faiss_module().IndexFlatIP(6)
+    flat.add(keys.numpy())
+    XrayIndex(flat, "exact", "cpu").save(tmp_path / "old" / "index.faiss")
+    old = XrayIndexArtefact.open(tmp_path / "old", "cpu")
+    assert old.fingerprint == store.fingerprint
+    for k in (1, 8, 45, 60):
+        for mine, theirs in zip(old.search(keys, k), store.search(keys, k), strict=True):
+            assert torch.equal(mine, theirs)
