@@ -96,8 +96,7 @@ class Shards:
             for name, place in [*whole.named_parameters(), *whole.named_buffers()]:
                 value = values[name]
                 if isinstance(value, DTensor):
-                    moved = cast(DTensor, value.to(value.device_mesh.device_type))
-                    value = moved.full_tensor()
+                    value = cast(DTensor, value.to(value.device_mesh.device_type)).full_tensor()
                 place.copy_(value)
             whole.train(sharded.training)
             for parent in list(self._task.modules()):
