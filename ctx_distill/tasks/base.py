@@ -288,7 +288,7 @@ class TrainedTask(StageTask):
 
     def gather_once(self, rows: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
         """Values (b, ...) of the global batch; of a held-out row that the sampler repeated to fill up, once."""
-        first = first_rows(gather_with_gradient(rows))
+        first = first_rows(gather_with_gradient(rows)).nonzero()[:, 0]
         return tuple(gather_with_gradient(value)[first] for value in values)
 
     @staticmethod

@@ -71,4 +71,4 @@ class TrainingReports:
 
     def places(self, rows: Tensor) -> Tensor:
         """(b,) int64 on the CPU: where manifest rows (b,) stand in what has N rows here."""
-        return torch.tensor([self._position[int(row)] for row in rows])
+        return torch.tensor([self._position[row] for row in rows.tolist()])
