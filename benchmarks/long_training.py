@@ -16,8 +16,11 @@ import argparse
 import functools
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
+import signal
 import sys
+import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import replace
@@ -65,9 +68,17 @@ def _opened(data: Path, scale: str) -> tuple[Plan, Any]:
 
 
 def _begin(threads: int) -> None:
-    """Set a worker up."""
+    """Set a worker up; it ends with its parent, so that none is left on the GPU when a time limit kills that."""
     import torch
 
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
     torch.set_num_threads(threads)
 
 
@@ -114,6 +125,7 @@ def main() -> int:
     parser.add_argument("--run", type=Path, default=OUT / "long-training", help="phantoms, expert, index and arms")
     parser.add_argument("--out", type=Path, default=OUT / "long_training.json")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # workers are ended on the way out
     began = time.monotonic()
     plan = plan_of(options.scale)
     arms = options.arms or list(plan.regimes[CORE].arms)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 
@@ -60,6 +61,13 @@ class FindingsHead(nn.Module):
         nn.init.normal_(self.linear.weight, std=0.01)
 
     def forward(self, pooled: Tensor) -> Tensor:
-        """(B, D_c) to logits (B, F)."""
+        """(B, D_c) to logits (B, F), in the weights' own type also under autocast: in bf16 the scores of studies tie."""
+        device = pooled.device.type
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return self._logits(pooled.to(self.linear.weight.dtype))
+        return self._logits(pooled)
+
+    def _logits(self, pooled: Tensor) -> Tensor:
         logits: Tensor = self.linear(self.norm(pooled))
         return logits

@@ -76,7 +76,7 @@ def encode_in_micro_batches(
     """
 
     def encode_part(part: CTBatch) -> tuple[Tensor, ...]:
-        return encode(replace(part, volume=part.volume.to(device).to(dtype)))
+        return encode(replace(part, volume=part.volume.to(device, non_blocking=True).to(dtype)))
 
     if len(batch.row) <= micro_batch:
         return encode_part(batch)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -84,3 +86,22 @@ def test_long_training_writes_each_arm(tmp_path: Path) -> None:
     assert again == 0
     assert [row["arm"] for row in same["rows"]] == ["infonce"]
     assert "macro AUROC" not in printed
+
+
+@pytest.mark.slow
+def test_a_killed_long_training_leaves_no_process(tmp_path: Path) -> None:
+    """A time limit from outside kills the script alone; a worker that stayed would hold the GPU."""
+    command = [sys.executable, str(BENCHMARKS / "long_training.py"), "--scale", "small", "--device", "cpu"]
+    script = subprocess.Popen([*command, "--run", str(tmp_path / "run"), "--out", str(tmp_path / "out.json")])
+    group = psutil.Process(script.pid)
+    end = time.monotonic() + 400
+    while not (tmp_path / "run" / "small" / "experts").is_dir():
+        assert script.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    workers = group.children(recursive=True)
+    script.kill()
+    script.wait()
+    gone, alive = psutil.wait_procs(workers, timeout=60)
+    assert workers
+    assert not alive, f"{len(gone)} ended"

@@ -22,7 +22,7 @@ import yaml
 from ctx_distill.pipeline.plan import STAGES
 from ctx_distill.signals import STOPPED
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(2400)]
 TRAINED = ("expert", "distill", "align", "classifier", "report")
 EPOCHS = 3
 PROBABILITY = 0.05
@@ -65,7 +65,7 @@ def run(
         start_new_session=True,
     )
     written = run / "align" / "checkpoints" / "last.ckpt"
-    end = time.monotonic() + 400
+    end = time.monotonic() + 900
     while not written.exists() and first.poll() is None and time.monotonic() < end:
         time.sleep(0.01)
     if first.poll() is None:
@@ -73,7 +73,7 @@ def run(
     printed, _ = first.communicate(timeout=300)
     assert written.exists(), printed[-4000:]
     assert first.returncode == STOPPED, printed[-4000:]
-    second = subprocess.run(command(run, cohort, preset), text=True, capture_output=True, timeout=400)
+    second = subprocess.run(command(run, cohort, preset), text=True, capture_output=True, timeout=900)
     assert second.returncode == 0, second.stdout[-2000:] + second.stderr[-4000:]
     return run, printed, second.stdout
 

@@ -19,10 +19,38 @@ pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 VIT = "--model.init_args.encoder={class_path: ctx_distill.models.ct_encoder.ViT3D, init_args: {img_size: [24, 32, 32], variant: small}}"
 WAITS = {
     "data.augment:_draws": "what is drawn on the CPU goes to the device",
+    "models.experts.open_clip_text:OpenClipTextTower.tokenize": "token ids go to the device",
+    "models.text_tower:TextTower.encode_reports": "which chunks are whose goes to the device",
     "retrieval.index:as_matrix": "FAISS on the CPU takes its queries from the host",
     "retrieval.index:XrayIndex.search": "what FAISS found goes to the device",
+    "retrieval.keys:make_queries": "the centre of the queries goes to the device",
+    "retrieval.lookup:NeighbourLookup._rerank": "findings of the pool are on the host",
+    "retrieval.store:XrayIndexArtefact.values": "values of the pool are on the host",
+    "tasks.row_features:RowFeatures.__call__": "what a frozen tower made of a row is kept on the host",
+    "tasks.row_features:RowFeatures.get": "what a frozen tower made of a row is kept on the host",
+    "tasks.row_features:ReportFeatures.__call__": "the rows' numbers, and features from the host",
+    "tasks.distillation_targets:RetrievedTeacher._live": "which reports have text",
+    "tasks.distillation:DistillationTask._terms": "the rows' numbers",
+    "tasks.distillation:DistillationTask.on_train_batch_end": "timings go to the device to be averaged",
+    "tasks.distillation:DistillationTask._warn_of_uniform_targets": "once per epoch, until it has warned",
+    "tasks.base:TrainedTask.on_train_batch_start": "the rows' numbers",
+    "tasks.base:TrainedTask.row_seeds": "the rows' numbers",
+    "tasks.base:TrainedTask.gather_once.<locals>.<genexpr>": "a row that a sampler repeated counts once",
+    "tasks.alignment:AlignmentTask._views": "the rows' numbers",
+    "tasks.training_reports:TrainingReports.places": "the rows' numbers",
+    "tasks.training_reports:TrainingReports.places.<locals>.<listcomp>": "the rows' numbers",
+    "tasks.false_negatives:FalseNegatives.features": "evidence of the training rows is on the host",
+    "tasks.false_negatives:FalseNegatives.features.<locals>.<dictcomp>": "evidence of the training rows is on the host",
+    "tasks.false_negatives:FalseNegatives.loss": "counts of the epoch",
+    "losses.robust:findings_evidence": "equal rows are grouped",
+    "losses.robust:identification_quality": "counts of the epoch",
+    "tasks.corrected_pairs:CorrectedPairs.observe": "the record is on the host",
+    "tasks.corrected_pairs:CorrectedPairs.observe.<locals>.<dictcomp>": "the record is on the host",
+    "tasks.corrected_pairs:CorrectedPairs._may_be_kept": "the record is on the host",
+    "tasks.corrected_pairs:_label_agreement": "the record is on the host",
 }
-"""Functions in which a training step may make the host wait, and why."""
+"""Functions of the package in which a training step makes the host wait for the device, and what for. None is a callback: a
+guard or a watchdog that waits costs every stage its head start over the device."""
 
 
 def stage(name: str, run: Path, cohort: Path, preset: Path, *more: str) -> list[str]:
@@ -95,11 +123,12 @@ def test_the_host_waits_in_named_places_alone(
     tmp_path: Path,
 ) -> None:
     preset = bf16_preset if device.type == "cuda" else pretend_preset(bf16_preset, tmp_path)
-    more = ["--trainer.log_every_n_steps=1000", "--trainer.max_epochs=3", "--data.init_args.num_workers=0"]
+    more = ["--trainer.log_every_n_steps=1000", "--trainer.max_epochs=5", "--data.init_args.num_workers=0"]
     found, steps = waits_of_a_stage(stage(name, begun, cohort, preset, *more), device, monkeypatch)
     assert steps >= 3
-    unnamed = {where: count / steps for where, count in found.items() if where not in WAITS}
-    assert not unnamed, f"waits per step: {unnamed}"
+    own = {where: count / steps for where, count in found.items() if not where.startswith("(")}
+    unnamed = {where: count for where, count in own.items() if where not in WAITS}
+    assert not unnamed, f"waits per step: {unnamed}; all of them: {own}"
 
 
 def test_batches_are_pinned_and_copied_without_waiting(

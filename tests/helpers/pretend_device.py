@@ -54,6 +54,16 @@ class _Backend(getattr(backend_registration, "_DummyBackendModule", object)):  #
         """Let autocast be named; it casts nothing on this device."""
         return [torch.bfloat16]
 
+    @staticmethod
+    def get_rng_state(device: Any = None) -> Tensor:
+        """Give the CPU's random state: the device draws its numbers."""
+        return torch.get_rng_state()
+
+    @staticmethod
+    def set_rng_state(state: Tensor, device: Any = None) -> None:
+        """Put it back."""
+        torch.set_rng_state(state)
+
 
 class Generator(torch.Generator):
     """Takes the place of `torch.Generator`, so that one can be made for the device."""
@@ -147,6 +157,17 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     return tree_map(give, made)
 
 
+def _moved(make: Any) -> Any:
+    """`torch.tensor` or `torch.as_tensor` whose result goes to the device by a copy."""
+
+    def made(*args: Any, device: Any = None, **kwargs: Any) -> Tensor:
+        if device is None or torch.device(device).type != NAME:
+            return make(*args, device=device, **kwargs)  # type: ignore[no-any-return]
+        return make(*args, **kwargs).to(device)  # type: ignore[no-any-return]
+
+    return made
+
+
 class PretendDevice(TorchDispatchMode):
     """Make `pretend` a device of this process while the context is open.
 
@@ -160,21 +181,23 @@ class PretendDevice(TorchDispatchMode):
         register()
         super().__init__()
         self.syncs: Counter[tuple[str, str]] = Counter()
-        self._before: list[tuple[bool, Any]] = []
+        self._before: list[dict[str, Any]] = []
 
     def __enter__(self) -> PretendDevice:
-        """Open the context; `torch.tensor(..., device="pretend")` then makes its copy by an operation that is seen here."""
-        self._before.append((torch._C._only_lift_cpu_tensors(), torch.Generator))
-        torch._C._set_only_lift_cpu_tensors(True)
-        torch.Generator = Generator  # type: ignore[misc]
+        """Open the context, in which torch makes tensors and generators for the device too."""
+        self._before.append({name: getattr(torch, name) for name in ("tensor", "as_tensor", "Generator")})
+        if len(self._before) == 1:
+            # made on the CPU and moved: in the threads that run a backward pass torch would look for the device's own
+            torch.tensor, torch.as_tensor = _moved(torch.tensor), _moved(torch.as_tensor)
+            torch.Generator = Generator  # type: ignore[misc]
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         """Close it."""
         super().__exit__(*error)
-        lifts, torch.Generator = self._before.pop()  # type: ignore[misc]
-        torch._C._set_only_lift_cpu_tensors(lifts)
+        for name, value in self._before.pop().items():
+            setattr(torch, name, value)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation; count it where the host would wait."""
@@ -207,7 +230,7 @@ class PretendDevice(TorchDispatchMode):
 
 
 def package_function() -> str:
-    """`module:function` of the innermost frame that is the package's; else of the innermost outside of torch."""
+    """`module:function` of the innermost frame that is the package's; else, in brackets, of the innermost outside of torch."""
     frame: FrameType | None = sys._getframe(1)
     outside = ""
     while frame is not None:
@@ -218,7 +241,7 @@ def package_function() -> str:
         if not outside and not module.startswith(("torch", "pretend_device")):
             outside = where
         frame = frame.f_back
-    return outside
+    return f"({outside})"
 
 
 class PretendAccelerator(CPUAccelerator):
