@@ -116,8 +116,8 @@ class RowFeatures:
         on_disk = self._scratch.stored_rows() if self._scratch is not None else 0
         size = self._row_bytes
         return (
-            f"{size:,} bytes per row; {len(self._memory):,} rows ({self._memory.held_bytes / 1e9:.3f} GB) in this rank's"
-            f" memory, {on_disk:,} ({on_disk * size / 1e9:.3f} GB) on this machine's disk, {len(self._unkept):,} computed"
+            f"{size:,} bytes per row; {len(self._memory):,} rows ({self._memory.held_bytes / 1e6:,.1f} MB) in this rank's"
+            f" memory, {on_disk:,} ({on_disk * size / 1e6:,.1f} MB) on this machine's disk, {len(self._unkept):,} computed"
             " again whenever they are needed"
         )
 

@@ -60,7 +60,9 @@ class RowTables:
 
     def describe(self) -> str:
         """Return what the tables take, for the log."""
-        return f"{self.held_bytes / 1e9:.3f} GB in this rank's memory, {self.mapped_bytes / 1e9:.3f} GB in mapped files"
+        return (
+            f"{self.held_bytes / 1e6:,.1f} MB in this rank's memory, {self.mapped_bytes / 1e6:,.1f} MB in mapped files"
+        )
 
     def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         count = math.prod(shape)
