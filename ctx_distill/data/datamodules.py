@@ -164,10 +164,11 @@ class ManifestDataModule(L.LightningDataModule):
         raise InputError(f"{rows.path}: {found}, so nothing would be trained. {remedy}")
 
     def state_dict(self) -> dict[str, Any]:
-        """What is left of the epoch, for a checkpoint."""
+        """What is left of the epoch, for a checkpoint; nothing where a subclass opens a training loader of another kind."""
         trainer = self.trainer
         assert trainer is not None
-        assert self.batches is not None
+        if self.batches is None:
+            return {}
         loop = trainer.fit_loop
         # Past the last batch Lightning counts the epoch as done already, and its batches still.
         within = loop.epoch_progress.current.ready > trainer.current_epoch
@@ -180,9 +181,8 @@ class ManifestDataModule(L.LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Begin the epoch where the checkpoint stopped."""
         self._left = state_dict
-        self.reopen = (
-            self.batches is not None
-        )  # FSDP2 restores once the loader is open, and its workers have read ahead
+        # FSDP2 restores once the loader is open, and its workers have read ahead
+        self.reopen = self.batches is not None
         self._resume()
 
     def _resume(self) -> None:
