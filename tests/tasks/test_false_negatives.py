@@ -259,6 +259,7 @@ def frozen(mode: Any) -> FalseNegatives:
         reports=[f"report {row}" for row in range(ROWS)],
         study=torch.tensor(STUDIES),
         identity=study_identity([f"s{code}" for code in STUDIES]),
+        has_report=np.ones(ROWS, dtype=bool),
         embeddings=unit(ROWS, 3, 4),
         places=lambda rows: rows.cpu(),
     )
