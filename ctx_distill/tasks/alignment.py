@@ -39,7 +39,7 @@ from ctx_distill.tasks.predict import predict_rows
 from ctx_distill.tasks.prior import PriorSettings, ProjectionPrior
 from ctx_distill.tasks.report_tower import TextSettings, build_report_tower
 from ctx_distill.tasks.report_views import report_views
-from ctx_distill.tasks.row_features import MEMORY_GB
+from ctx_distill.tasks.row_features import MEMORY_GB, WORTH_A_LINE
 from ctx_distill.tasks.row_tables import RowTables
 from ctx_distill.tasks.survival import SurvivalSettings
 from ctx_distill.tasks.teacher import open_queries, open_teacher
@@ -222,7 +222,7 @@ class AlignmentTask(TrainedTask):
             self.keep_targets = KeepTargets(
                 self.keep, self.training_reports, self.lookup.store, self.dual.embed_dim, self.cache_gb
             )
-        if rank() == 0 and tables.held_bytes + tables.mapped_bytes:
+        if rank() == 0 and tables.held_bytes + tables.mapped_bytes >= WORTH_A_LINE:
             print(f"stage 3: tables of the training reports: {tables.describe()}")
 
     def parameter_groups(self) -> list[dict[str, Any]]:

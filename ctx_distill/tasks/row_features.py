@@ -22,6 +22,8 @@ from ctx_distill.errors import InputError
 from ctx_distill.models.report_encoder import ReportEncoder
 from ctx_distill.tasks.row_scratch import RowScratch, open_scratch
 
+WORTH_A_LINE = 100_000_000
+"""Bytes in memory from which on a cache prints what it holds."""
 MEMORY_GB = 4.0
 """Gigabytes of features that one cache keeps in memory, per rank, where no setting says otherwise."""
 
@@ -108,8 +110,11 @@ class RowFeatures:
         """
         if self._row_bytes and not self._reported:
             self._reported = True
-            if rank() == 0:
+            if rank() == 0 and self._is_worth_a_line():
                 print(f"{what}: {self.describe()}")
+
+    def _is_worth_a_line(self) -> bool:
+        return self._memory.held_bytes >= WORTH_A_LINE or self._scratch is not None or bool(self._unkept)
 
     def describe(self) -> str:
         """Return what the cache holds, for the log."""

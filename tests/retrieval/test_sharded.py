@@ -132,7 +132,7 @@ def test_only_this_ranks_part_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ctx_distill.retrieval.sharded.rank", lambda: 1)
     index = ShardedIndex(keys, "cpu")
     monkeypatch.setattr("ctx_distill.retrieval.sharded.world_size", lambda: 2)
-    monkeypatch.setattr("ctx_distill.retrieval.sharded.dist.new_group", lambda backend: None)
+    monkeypatch.setattr("ctx_distill.retrieval.sharded.host_group", lambda: None)
     monkeypatch.setattr("ctx_distill.retrieval.sharded.dist.group", type("Group", (), {"WORLD": object()}))
     index._take_part()
     assert (index._start, index._part.shape) == (50, (50, 16))

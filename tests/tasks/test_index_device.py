@@ -93,7 +93,9 @@ def set_up(task: Any, cohort: Path, **data: Any) -> None:
             kept = getattr(task, name)[0]
             setattr(task, name, (SimpleNamespace(to=lambda device, kept=kept: kept),))
     module = CTDataModule(str(cohort / "ct.csv"), SPEC, **data)
-    task._trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=DEVICE), datamodule=module)
+    task._trainer = SimpleNamespace(
+        default_root_dir=str(cohort), strategy=SimpleNamespace(root_device=DEVICE), datamodule=module
+    )
     task.setup("fit")
 
 

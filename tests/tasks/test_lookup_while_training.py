@@ -125,9 +125,10 @@ def ranks_look_up(run: str, reports: list[str], settings: dict[str, Any]) -> lis
     teacher = RetrievedTeacher(store, NeighbourSettings(**settings), "phantom", ReportFeatures(expert))
     own = ["" for _ in reports] if distributed.rank() == 0 and distributed.world_size() > 1 else reports
     rows = torch.arange(len(reports))
-    live = teacher(rows, own, own)
+    seeds = rows.tolist()
+    live = teacher(rows, own, own, seeds)
     teacher.prepare(list(range(len(reports))), reports, torch.device("cpu"), batch=2)
-    return [live, teacher(rows, reports, reports)]
+    return [live, teacher(rows, reports, reports, seeds)]
 
 
 @pytest.mark.ddp

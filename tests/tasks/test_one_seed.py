@@ -68,11 +68,12 @@ def sections_of_the_expert(epoch: int, monkeypatch: pytest.MonkeyPatch) -> Any:
     task: Any = ExpertTask()
     monkeypatch.setattr(ExpertTask, "current_epoch", epoch)
     task._sections = {i: (report, "An impression.") for i, report in enumerate(REPORTS)}
-    task._ct_sections = [(report, f"Impression {i}.") for i, report in enumerate(REPORTS * 3)]
+    task._reports = [(i, report, f"Impression {i}.") for i, report in enumerate(REPORTS * 3)]
     read: list[list[str]] = []
     monkeypatch.setattr(task, "_text", lambda texts: read.append(texts) or torch.ones(len(texts), 2))
     task.model = SimpleNamespace(logit_scale=torch.zeros(()))
-    task._section_to_section(list(range(ROWS)), 0)
+    batch: Any = SimpleNamespace(row=torch.arange(ROWS), study=torch.arange(ROWS))
+    task._section_to_section(batch, 0)
     return read
 
 
