@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ctx_distill.data.manifest import ReportTexts
 from ctx_distill.data.manifest_table import cache_folder
-from ctx_distill.distributed import gather_objects, rank, world_size
+from ctx_distill.distributed import barrier, gather_objects, rank, world_size
 from ctx_distill.parallel import usable_cores
 from ctx_distill.text.extraction import extract_in_processes, keep, kept_file, load_kept
 from ctx_distill.text.findings import load_vocabulary
@@ -46,6 +46,7 @@ def extract_shared(texts: Sequence[str], vocabulary: str) -> NDArray[np.float32]
         found = whole
     if place is not None and rank() == 0:
         keep(place, found)
+    barrier()  # a rank that asks again finds what rank 0 kept
     return found
 
 

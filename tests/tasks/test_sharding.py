@@ -271,7 +271,8 @@ def test_bf16_on_two_ranks_is_near_float32(
         for precision in ("32-true", "bf16-mixed")
     )
     for one, other in zip(found, exact, strict=True):
-        assert one["losses"] == pytest.approx(other["losses"], rel=0.03)
+        # The third loss follows two AdamW steps, whose sign-like updates amplify the rounding of 8 bits.
+        assert one["losses"] == pytest.approx(other["losses"], rel=0.05)
         assert one["losses"] != other["losses"]
     for name, value in found[0]["weights"].items():
         assert torch.equal(value, found[1]["weights"][name])
