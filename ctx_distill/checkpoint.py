@@ -7,9 +7,11 @@ fingerprints wherever they lie.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -36,6 +38,8 @@ __all__ = [
 
 Kind = Literal["xray-expert", "xray-index", "ct-encoder", "dual-encoder", "classifier", "report-decoder"]
 ARTEFACT_FILE = "artefact.json"
+RECORD_ATTEMPTS = 10
+"""Reads of a record, 10 ms apart, before the artefact counts as missing: it may be replaced in two steps at that moment."""
 WEIGHTS_FILE = "model.safetensors"
 
 
@@ -119,14 +123,14 @@ def read_artefact(folder: Path, kind: Kind) -> Artefact:
         InputError: the folder holds no artefact, a torn one, or one of another kind.
     """
     path = folder / ARTEFACT_FILE
-    restore_folder(folder)
-    if not path.is_file():
+    text = _read_record(folder)
+    if text is None:
         raise InputError(
             f"{folder}: no {kind} artefact here ({ARTEFACT_FILE} is missing). "
             "Run the stage that makes it, or give the folder of one."
         )
     try:
-        record = json.loads(path.read_text())
+        record = json.loads(text)
         artefact = Artefact(folder, record["kind"], record["fingerprint"], record["config"], record["upstream"])
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise InputError(
@@ -137,6 +141,17 @@ def read_artefact(folder: Path, kind: Kind) -> Artefact:
             f"{folder}: holds a {artefact.kind} artefact, but a {kind} is needed here. Give the folder of a {kind}."
         )
     return artefact
+
+
+def _read_record(folder: Path) -> str | None:
+    """Read an artefact's record, None where there is none; `replace_folder` may be at work on a file system without exchange."""
+    for attempt in range(RECORD_ATTEMPTS):
+        if attempt:
+            time.sleep(0.01)
+        restore_folder(folder)
+        with contextlib.suppress(FileNotFoundError):
+            return (folder / ARTEFACT_FILE).read_text()
+    return None
 
 
 def require_same(first: str, first_fingerprint: str, second: str, second_fingerprint: str, remedy: str) -> None:
