@@ -149,7 +149,7 @@ def _read_record(folder: Path) -> str | None:
         if attempt:
             time.sleep(0.01)
         restore_folder(folder)
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             return (folder / ARTEFACT_FILE).read_text()
     return None
 
