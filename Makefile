@@ -64,7 +64,7 @@ JOB = --data "$(DATA)" --run "$(RUN)" --preset "$(PRESET)" $(if $(EXPERT),--expe
 
 .PHONY: help setup demo data expert all stage-1 stage-2 stage-3 stage-4 ablation explorer page compare check lock clean \
 	slurm-stage-1 slurm-stage-2 slurm-stage-3 slurm-stage-4 slurm-expert slurm-prepare slurm-all \
-	test test-quick test-slow test-slurm test-browser test-gpu gpu-wheels gpu-report gpu-rehearsal chaos bench-large-batch bench-data bench-index bench-train bench-processes bench-text \
+	test test-quick test-slow test-slurm test-browser test-device test-gpu gpu-wheels gpu-report gpu-rehearsal chaos bench-large-batch bench-data bench-index bench-train bench-processes bench-text \
 	bench-cache bench-retrieval bench-pairs bench-equal-keys bench-manifest
 
 help: ## list the targets
@@ -181,6 +181,9 @@ test-slurm: $(READY) ## a real SLURM of two nodes on this host, with jobs signal
 test-browser: $(READY) $(NIIVUE) $(AXE) ## explorer and pages in a headless Chromium: upload to result, axe-core, print; 2 minutes
 	@tests/explorer/chromium.sh || [ -z "$$CI" ]
 	@$(PYTEST) -m browser --durations 5 tests/explorer
+
+test-device: $(READY) ## every stage, and variants, on a pretended second device that refuses the CPU's tensors; many minutes
+	@$(PYTEST) -m slow tests/tasks/second_device.py
 
 test-gpu: $(READY) ## the tests that need a GPU; without one each is skipped; CTX_TEST_DEVICE=cpu rehearses them
 	@$(PYTEST) -m "gpu"
