@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
+from lightning.fabric.utilities.seed import isolate_rng
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
@@ -82,10 +83,11 @@ def run_task(cli: LightningCLI, folder: Path) -> dict[str, Any]:
     """
     strategy = cli.trainer.strategy
     strategy.connect(cli.model)
-    if isinstance(strategy.launcher, _SubprocessScriptLauncher):
-        strategy.launcher.launch(strategy.setup_environment)
-    elif strategy.launcher is None:
-        strategy.setup_environment()
+    with isolate_rng():  # DDP seeds anew when it starts: what `run` initialises must not depend on the number of ranks
+        if isinstance(strategy.launcher, _SubprocessScriptLauncher):
+            strategy.launcher.launch(strategy.setup_environment)
+        elif strategy.launcher is None:
+            strategy.setup_environment()
     return cast(StageTask, cli.model).run(cli.trainer, cli.datamodule, folder)
 
 
