@@ -10,10 +10,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
-from lightning.fabric.utilities.seed import isolate_rng
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.utilities.seed import isolate_rng
 
 from ctx_distill.data.datamodules import ManifestDataModule
 from ctx_distill.errors import InputError
