@@ -114,7 +114,8 @@ class RowFeatures:
                 print(f"{what}: {self.describe()}")
 
     def _is_worth_a_line(self) -> bool:
-        return self._memory.held_bytes >= WORTH_A_LINE or self._scratch is not None or bool(self._unkept)
+        on_disk = self._scratch is not None and self._scratch.stored_rows() > 0
+        return on_disk or self._memory.held_bytes >= WORTH_A_LINE or bool(self._unkept)
 
     def describe(self) -> str:
         """Return what the cache holds, for the log."""
