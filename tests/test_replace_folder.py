@@ -98,7 +98,7 @@ def test_a_kill_at_any_moment_leaves_an_artefact(
             done = True
     found = read_artefact(place, "classifier").config["number"]
     assert found == 2 if done else found in (1, 2)
-    write(place, 3)  # and the next writer goes on from there
+    write(place, 3)  # and the next writer starts from that state
     assert read_artefact(place, "classifier").config["number"] == 3
     assert names(tmp_path) == ["artefact"]
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import csv
 import os
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -104,7 +105,7 @@ def _through_cache(batches: Iterator[Any], cached: Path) -> Any | None:
     """Write the columns to the cache part by part, map them, and name the file once they are checked."""
     import pyarrow as pa
 
-    part = cached.with_name(f".{cached.name}.{os.getpid()}.part")
+    part = cached.with_name(f".{cached.name}.{uuid.uuid4().hex}.part")
     try:
         first = next(batches, None)
         if first is None:

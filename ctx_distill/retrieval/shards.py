@@ -11,8 +11,8 @@ block or not. Its own blocks are cut from the rows that are left, and are number
 from __future__ import annotations
 
 import json
-import os
 import shutil
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -122,7 +122,7 @@ def write_shard(
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = shard_path(folder, rank, block)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     tensors = {"keys": keys.float(), "values": values.float(), "row": rows.to(torch.int64)}
     save_file(
         {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()},

@@ -208,7 +208,7 @@ class TrainedTask(StageTask):
     def resume_schedule(self, step: int, in_epoch: int, per_epoch: int) -> None:
         """Have the default schedule go on as a function of the share of the training that is done.
 
-        A schedule of a configuration's own counts optimiser steps, of which there is another number now.
+        A custom scheduler counts optimiser steps, and their number has changed.
 
         Args:
             step: optimiser steps so far.
@@ -219,9 +219,9 @@ class TrainedTask(StageTask):
         if self.rate_schedule is None:
             if rank() == 0:
                 print(
-                    "the learning-rate scheduler of this configuration counts optimiser steps, and with another number of "
-                    "ranks there are more or fewer of them; it goes on from its step. Leave model.init_args.scheduler "
-                    "out for a schedule that goes by the share of the training that is done."
+                    "model.init_args.scheduler counts optimiser steps, and their number changes with the number of ranks: it "
+                    "resumes from its step, which is another share of the training. Remove it to use the default "
+                    "schedule, which follows the share of the training that is done."
                 )
             return
         if epochs < 0 or 0 < most <= self.rate_schedule.steps:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ctx_distill.data.manifest import ReportTexts
 from ctx_distill.data.manifest_table import cache_folder
-from ctx_distill.distributed import barrier, gather_objects, rank, world_size
+from ctx_distill.distributed import barrier, gather_objects, own_share, rank, world_size
 from ctx_distill.parallel import usable_cores
 from ctx_distill.text.extraction import extract_in_processes, keep, kept_file, load_kept
 from ctx_distill.text.findings import load_vocabulary
@@ -54,11 +54,12 @@ def _share_of(texts: Sequence[str]) -> Sequence[str]:
     """This rank's texts: the ranks' shares follow each other."""
     if world_size() == 1:
         return texts
-    share = -(-len(texts) // world_size())
+    share = own_share(len(texts))
     if not isinstance(texts, ReportTexts):
-        return texts[rank() * share : (rank() + 1) * share]
-    places = np.arange(len(texts)) // share
-    return texts.manifest.where(places == rank()).reports()
+        return texts[share]
+    chosen = np.zeros(len(texts), dtype=bool)
+    chosen[share] = True
+    return texts.manifest.where(chosen).reports()
 
 
 def _ranks_on_these_cores() -> int:

@@ -1,4 +1,4 @@
-"""The command line, with stage 1 watched: each rank notes the rows that it embeds, and dies where it is told to.
+"""The command line, with stage 1 watched: each rank notes the rows that it embeds, and dies at the row that the test names.
 
 WATCH_FOLDER holds `rows-<rank>`, one manifest row per line. With WATCH_LIMIT, a number per rank, the last for all further ones,
 a rank ends as a killed process does, in the first batch after that many rows.

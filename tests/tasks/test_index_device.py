@@ -144,7 +144,7 @@ def test_what_stays_on_the_cpu(finished_run: Path, cohort: Path, gpus: Gpus) -> 
     assert not hnsw.on_gpu
     assert gpus.used == []
     assert gpu_of("auto", torch.device("cpu")) is None, "a rank that trains on the CPU takes no GPU"
-    assert gpu_of("gpu", torch.device("cpu")) == 0, "unless it is told to"
+    assert gpu_of("gpu", torch.device("cpu")) == 0, "`gpu` is given"
 
 
 def test_without_a_task_the_process_s_own_gpu_is_taken(gpus: Gpus, monkeypatch: pytest.MonkeyPatch) -> None:
