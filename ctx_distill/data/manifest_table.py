@@ -3,15 +3,16 @@
 No text becomes a Python object that stays: a million reports take a gigabyte as Arrow strings and four as Python's. What
 is found wrong here is not explained here: `manifest.read_manifest` then reads the file row by row for its messages.
 
-The cache is `FOLDER/manifest-KEY.arrow`, Arrow's file format. `KEY` is a SHA-256 of the manifest's bytes and of the code
-that reads it, so another content or version has another file. Files are written under a temporary name and renamed;
-several processes may write the same one. FOLDER is `CTX_DISTILL_CACHE`, or else `.ctx-distill-cache` beside the manifest,
+The cache is `FOLDER/NAME-PLACE-KEY.arrow`, Arrow's file format. `KEY` is a SHA-256 of the manifest's bytes and of the code
+that reads it, so another content or version has another file, and the files of the one before are deleted. `PLACE` is a
+hash of the manifest's path. Files are written under a temporary name and renamed; several processes may write the same one. FOLDER is `CTX_DISTILL_CACHE`, or else `.ctx-distill-cache` beside the manifest,
 where the reports are kept under the same access rights; where neither can be written nothing is cached.
 """
 
 from __future__ import annotations
 
 import csv
+import glob
 import os
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -63,6 +64,29 @@ def cache_folder(manifest: Path) -> Path | None:
     return folder if os.access(folder, os.W_OK) else None
 
 
+def cache_file(manifest: Path, key: str, kind: str) -> Path | None:
+    """Where something computed from a manifest is kept; None where nothing can be.
+
+    Args:
+        manifest: the manifest's path.
+        key: its `content_key`.
+        kind: ending of the file's name.
+    """
+    folder = cache_folder(manifest)
+    return None if folder is None else folder / f"{_cache_stem(manifest)}-{key}.{kind}"
+
+
+def _cache_stem(manifest: Path) -> str:
+    return f"{manifest.stem}-{hash_json(str(manifest.resolve()))[:8]}"
+
+
+def _delete_former(manifest: Path, key: str, folder: Path) -> None:
+    """Delete what was kept of a former content; a process that has it mapped keeps its mapping."""
+    for path in folder.glob(f"{glob.escape(_cache_stem(manifest))}-*"):
+        if not path.name.startswith(f"{_cache_stem(manifest)}-{key}."):
+            path.unlink(missing_ok=True)
+
+
 def content_key(path: Path) -> str | None:
     """A key of a manifest's bytes and of the code that reads them; None for a file that is too small to be cached."""
     try:
@@ -83,8 +107,7 @@ def read_columns(path: Path, key: str | None) -> Any | None:
     """
     import pyarrow as pa
 
-    folder = cache_folder(path) if key is not None else None
-    cached = None if folder is None else folder / f"manifest-{key}.arrow"
+    cached = None if key is None else cache_file(path, key, "arrow")
     if cached is not None and cached.is_file():
         try:
             return _mapped(cached)
@@ -96,7 +119,10 @@ def read_columns(path: Path, key: str | None) -> Any | None:
             held = list(batches)
             table = pa.Table.from_batches(held) if held else None
             return table if table is not None and _is_clean(table) else None
-        return _through_cache(batches, cached)
+        table = _through_cache(batches, cached)
+        if table is not None and key is not None:
+            _delete_former(path, key, cached.parent)
+        return table
     except (_NotClean, OSError, ValueError, csv.Error, pa.ArrowException):
         return None
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import ctx_distill.data.manifest_table as table
-from ctx_distill.data.manifest import Manifest, _read_by_rows, read_manifest
+from ctx_distill.data.manifest import Manifest, read_manifest
+from ctx_distill.data.manifest_rows import read_by_rows
 from ctx_distill.errors import InputError
 
 ROWS = 300
@@ -60,7 +61,7 @@ def same(one: Manifest, other: Manifest) -> None:
 
 def test_from_the_cache_as_row_by_row(tmp_path: Path) -> None:
     path = write(tmp_path / "data" / "ct.csv")
-    slow = _read_by_rows(path, check_images=True)
+    slow = Manifest(path, *read_by_rows(path, check_images=True))
     for _ in range(2):
         fast = read_manifest(path)
         same(fast, slow)
@@ -68,7 +69,7 @@ def test_from_the_cache_as_row_by_row(tmp_path: Path) -> None:
         odd = np.arange(len(fast.split("val", "test"))) % 2 == 1
         same(fast.split("val", "test").where(odd), slow.split("val", "test").where(odd))
     folder = path.parent / ".ctx-distill-cache"
-    assert len(list(folder.glob("manifest-*.arrow"))) == 1
+    assert len(list(folder.glob("*.arrow"))) == 1
     assert not list(folder.glob(".*part"))
     assert stat.S_IMODE(folder.stat().st_mode) & 0o077 == 0
 
@@ -78,8 +79,8 @@ def test_another_content_has_another_cache_and_a_corrupt_one_is_replaced(tmp_pat
     read_manifest(path)
     write(path, findings="Changed.")
     assert read_manifest(path).frame.at[200, "findings"] == "Changed."
-    files = list((tmp_path / ".ctx-distill-cache").glob("manifest-*.arrow"))
-    assert len(files) == 2
+    files = list((tmp_path / ".ctx-distill-cache").glob("*.arrow"))
+    assert len(files) == 1  # that of the former content is deleted
     for file in files:
         file.write_bytes(b"not Arrow")
     assert read_manifest(path).frame.at[200, "findings"] == "Changed."
@@ -97,7 +98,7 @@ def test_faults_have_the_messages_of_the_row_by_row_reader_and_are_not_cached(
 ) -> None:
     path = write(tmp_path / "ct.csv", **change)
     with pytest.raises(InputError) as slow:
-        _read_by_rows(path, check_images=True)
+        read_by_rows(path, check_images=True)
     for _ in range(2):
         with pytest.raises(InputError) as fast:
             read_manifest(path)
@@ -126,10 +127,10 @@ def test_the_folder_can_be_chosen_and_need_not_be_writable(tmp_path: Path, monke
 
 
 def test_parquet_is_cached_too(tmp_path: Path) -> None:
-    frame = _read_by_rows(write(tmp_path / "ct.csv"), check_images=True).frame.drop(columns="study_code")
+    frame = read_by_rows(write(tmp_path / "ct.csv"), check_images=True)[0].drop(columns="study_code")
     frame = frame.astype({"slope": str, "intercept": str})
     frame.to_parquet(tmp_path / "ct.parquet")
-    slow = _read_by_rows(tmp_path / "ct.parquet", check_images=True)
+    slow = Manifest(tmp_path / "ct.parquet", *read_by_rows(tmp_path / "ct.parquet", check_images=True))
     for _ in range(2):
         fast = read_manifest(tmp_path / "ct.parquet")
         assert fast.fingerprint == slow.fingerprint == read_manifest(tmp_path / "ct.csv").fingerprint

@@ -107,7 +107,7 @@ def test_val_and_test_reports_change_nothing(manifest: Manifest) -> None:
     frame = manifest.frame.copy()
     frame.loc[frame["split"] != "train", "findings"] = "Nodule nodule nodule left."
     before = made(settings, manifest)
-    after = made(settings, Manifest(manifest.path, frame, manifest.finding_names, manifest.fingerprint))
+    after = made(settings, Manifest(manifest.path, frame, manifest.finding_names))
     assert after.thresholds == before.thresholds
     assert before.tables.keys() == {"report", "retrieved", "findings"}
     for kind, table in before.tables.items():
