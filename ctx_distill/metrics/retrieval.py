@@ -11,9 +11,6 @@ from numpy.typing import ArrayLike, NDArray
 from ctx_distill.metrics.bootstrap import Groups, bootstrap_mean
 from ctx_distill.metrics.score_blocks import CELLS, Candidates, Floats
 
-_BLOCK = 4_000_000
-"""Cells of a query-by-pool matrix that are held at once."""
-
 
 def common_labels(
     names_a: Sequence[str], labels_a: ArrayLike, names_b: Sequence[str], labels_b: ArrayLike
@@ -125,7 +122,7 @@ def retrieval_quality(
     random, same, best = np.empty(count), np.empty(count), np.empty(count)
     at_one = {name: np.empty(count) for name in lists}
     hits: dict[str, NDArray[np.bool_]] = {name: np.zeros(rows.shape, dtype=bool) for name, rows in lists.items()}
-    step = max(1, _BLOCK // len(pool))
+    step = max(1, CELLS // len(pool))
     for start in range(0, count, step):
         rows = slice(start, start + step)
         jaccard = _jaccard(queries[rows], pool)
