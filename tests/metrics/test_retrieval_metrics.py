@@ -48,7 +48,7 @@ def test_jaccard_is_that_of_sets(labels: tuple[np.ndarray[Any, Any], np.ndarray[
 def test_quality_equals_brute_force(
     labels: tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]], block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(retrieval, "_BLOCK", block)
+    monkeypatch.setattr(retrieval, "CELLS", block)
     a, b = labels
     nearest = np.array([np.random.default_rng(i).permutation(40)[:10] for i in range(25)])
     patients = [f"p{i // 2}" for i in range(25)]
