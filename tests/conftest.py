@@ -18,6 +18,11 @@ TINY = Path(__file__).parent / "conf" / "tiny.yaml"
 REAL_MINI = Path(__file__).parents[2] / "shared" / "data" / "real_mini"
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    ddp_helper().forget_former_runs()
+
+
 @pytest.fixture(scope="session")
 def tiny_preset() -> Path:
     """A preset under which every stage takes seconds."""
@@ -52,13 +57,18 @@ def real_mini() -> Path:
     return REAL_MINI
 
 
-@pytest.fixture(scope="session")
-def pool() -> Callable[[int], Any]:
-    """`pool(2).run(__file__, "function", arguments)` runs a function of a test file on two ranks."""
+def ddp_helper() -> Any:
+    """Return the module `tests/helpers/ddp.py`, which no package holds."""
     if "ddp_helper" not in sys.modules:
         spec = importlib.util.spec_from_file_location("ddp_helper", Path(__file__).parent / "helpers" / "ddp.py")
         assert spec is not None
         assert spec.loader is not None
         sys.modules["ddp_helper"] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules["ddp_helper"])
-    return sys.modules["ddp_helper"].pool
+    return sys.modules["ddp_helper"]
+
+
+@pytest.fixture(scope="session")
+def pool() -> Callable[[int], Any]:
+    """`pool(2).run(__file__, "function", arguments)` runs a function of a test file on two ranks."""
+    return ddp_helper().pool

@@ -304,8 +304,8 @@ def contradictions(labels: Tensor) -> Tensor:
 @torch.no_grad()
 def identification_quality(
     suspects: Tensor, labels: Tensor, study: Tensor | None = None, contradicted: Tensor | None = None
-) -> dict[str, float]:
-    """Precision and recall of the identification against labels, for logs alone.
+) -> dict[str, Tensor]:
+    """Counts for precision (hits / suspected) and recall (hits / actual) of the identification, for logs alone.
 
     A pair is a true false negative when two studies have the same label for every finding known (1 or 0) of both;
     pairs with no such finding are not scored.
@@ -317,19 +317,14 @@ def identification_quality(
         contradicted: (B, B) bool, `contradictions` of the labels where they are at hand.
 
     Returns:
-        Counts `hits`, `suspected`, `actual` (sum them over batches for an epoch's figures), and this batch's
-        `precision` and `recall`, NaN where not defined.
+        Counts `hits`, `suspected` and `actual`, each () int64 on the device: sum them over the batches of an epoch.
     """
     same = ~(contradictions(labels) if contradicted is None else contradicted)
     known = ((labels == 1) | (labels == 0)).float()
     ids = torch.arange(len(labels), device=labels.device) if study is None else study
     scored = (known @ known.T > 0) & (study_targets(ids) == 0)
-    hits = float((suspects & same & scored).count_nonzero())
-    suspected, actual = float((suspects & scored).count_nonzero()), float((same & scored).count_nonzero())
     return {
-        "hits": hits,
-        "suspected": suspected,
-        "actual": actual,
-        "precision": hits / suspected if suspected else float("nan"),
-        "recall": hits / actual if actual else float("nan"),
+        "hits": (suspects & same & scored).count_nonzero(),
+        "suspected": (suspects & scored).count_nonzero(),
+        "actual": (same & scored).count_nonzero(),
     }

@@ -103,7 +103,7 @@ class FalseNegatives:
         settings: what is switched on.
         thresholds: of the frozen kinds.
         moving_average: gives `ema`, or None.
-        counts: of the epoch so far, for the log.
+        counts: of the epoch so far, for the log; on the device, so that no step waits for them.
         pairs: which pairs were suspected and corrected, of the whole stage.
     """
 
@@ -136,7 +136,7 @@ class FalseNegatives:
             self.tables[kind] = table
             given = settings.thresholds.get(kind)
             self.thresholds[kind] = self._quantile(table, table, reports.study) if given is None else given
-        self.counts: defaultdict[str, float] = defaultdict(float)
+        self.counts: defaultdict[str, Tensor | int] = defaultdict(int)
         self.pairs = CorrectedPairs(settings.evidence)
         self.known = torch.from_numpy(reports.has_report)
 
@@ -257,8 +257,8 @@ class FalseNegatives:
         evidence = self._evidence(gathered, study)
         correction, suspects = self._correct(evidence, gathered["identity"], study, epoch)
         counts = self.counts
-        counts["suspected"] += float(correction.suspected)
-        counts["corrected"] += float(correction.corrected)
+        counts["suspected"] += correction.suspected
+        counts["corrected"] += correction.corrected
         counts["pairs"] += len(study) * (len(study) - 1)
         labels = contradicted = None
         if batch.labels is not None and batch.labels.shape[1]:
@@ -281,7 +281,8 @@ class FalseNegatives:
             `corrected_share` (of all ordered pairs), and, where labels say so, `false_negative_precision` and
             `false_negative_recall`.
         """
-        counts, self.counts = self.counts, defaultdict(float)
+        counts = defaultdict(float, {name: float(count) for name, count in self.counts.items()})
+        self.counts = defaultdict(int)
         values = {"suspected_pairs": counts["suspected"], "corrected_pairs": counts["corrected"]}
         shares = {
             "suspected_share": ("suspected", "pairs"),

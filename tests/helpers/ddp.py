@@ -82,6 +82,14 @@ class Pool:
         atexit.unregister(self.close)
 
 
+def forget_former_runs() -> None:
+    """Make this process unseeded and rank 0 again: Lightning keeps both for the whole process, whoever set them."""
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS", "LOCAL_RANK"):
+        os.environ.pop(name, None)
+    if "lightning_utilities.core.rank_zero" in sys.modules:
+        sys.modules["lightning_utilities.core.rank_zero"].rank_zero_only.rank = 0
+
+
 @functools.cache
 def pool(size: int) -> Pool:
     """The session's pool of this size."""
@@ -113,6 +121,7 @@ def _serve(rank: int, size: int, rendezvous: str, backend: str) -> None:
     )
     for line in sys.stdin:
         task = json.loads(line)
+        forget_former_runs()
         try:
             arguments = torch.load(f"{task['stem']}-in.pt", weights_only=True)
             result = getattr(_load(task["file"]), task["function"])(**arguments)

@@ -15,12 +15,14 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 
@@ -32,6 +34,15 @@ ACCELERATOR = Path(__file__).parents[1] / "helpers" / "accelerator.py"
 pytestmark = [pytest.mark.slow, pytest.mark.ddp]
 
 DOUBLE = ["--trainer.precision=64-true", "--expert.model.init_args.vision=vit", "--report.model.init_args.dropout=0"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """As the two ranks have: the frozen expert and the index stay float32, whose sums depend on the number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -101,8 +112,7 @@ def same_results(theirs: Path, mine: Path) -> None:
         one, two = load_file(path), load_file(mine / "artefact" / path.name)
         assert one.keys() == two.keys()
         for name, value in one.items():
-            # AdamW divides a gradient by its own size: where that is near 0, its rounding is seen in the weight.
-            np.testing.assert_allclose(two[name].numpy(), value.numpy(), rtol=0, atol=5e-6, err_msg=name)
+            np.testing.assert_allclose(two[name].numpy(), value.numpy(), rtol=0, atol=1e-6, err_msg=name)
 
 
 @pytest.mark.parametrize("stage", list(STAGES))
@@ -113,7 +123,10 @@ def test_two_ranks_give_the_numbers_of_one(alone: Path, halved: Path, cohort: Pa
 
 
 SETTINGS = {
-    "beams": ("report", "--model.init_args.beams=3", "--model.init_args.no_repeat=2", "--model.init_args.min_length=4"),
+    "beams": (  # once it has learnt a little, this decoder writes one text for all studies; as it begins, it does not
+        "report", "--model.init_args.beams=3", "--model.init_args.no_repeat=2", "--model.init_args.min_length=4",
+        "--model.init_args.optimizer={class_path: torch.optim.AdamW, init_args: {lr: 1.0e-9}}",
+    ),
     "sampling": ("report", "--model.init_args.sampling={temperature: 1.5, top_p: 0.9, seed: 3}"),
     "early stopping": (
         "classifier", "--model.init_args.mode=finetune", "--model.init_args.layer_decay=0.7",
@@ -151,7 +164,7 @@ def test_so_do_the_other_ways_to_train_and_to_write(
     same_results(theirs, mine)
     if stage == "report":
         written = pd.read_csv(theirs / "reports.csv", keep_default_na=False)["generated"]
-        assert name == "beams" or written.nunique() > 1  # two epochs of a tiny decoder may leave its beams one text
+        assert written.nunique() > 1
         assert (
             written.tolist()
             != pd.read_csv(alone / "report" / "reports.csv", keep_default_na=False)["generated"].tolist()
