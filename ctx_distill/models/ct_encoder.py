@@ -151,6 +151,11 @@ _RESNETS: dict[str, tuple[str, list[int], int]] = {
 }
 
 
+SHALLOW = 7
+"""Slices below which a ResNet's block runs in float32 on a CPU: oneDNN's bf16 gradient of a 3D convolution's weights is made of
+unset memory where the volume has fewer slices than the kernel (torch 2.11 to 2.15 on processors with AVX-512 BF16)."""
+
+
 class ResNet3D(CTEncoder):
     """MONAI's 3D ResNet with group norm (He et al. 2016; Wu and He 2018), mean-pooled.
 
@@ -212,6 +217,12 @@ class ResNet3D(CTEncoder):
             "last_stride": last_stride,
             "groups": groups,
         }
+
+    def _through(self, block: nn.Module, x: Tensor) -> Tensor:
+        if x.device.type == "cpu" and x.shape[2] < SHALLOW and torch.is_autocast_enabled("cpu"):
+            with torch.autocast("cpu", enabled=False):
+                return super()._through(block, x.float())
+        return super()._through(block, x)
 
     def forward(self, volume: Tensor) -> EncoderOutput:
         """Encode volumes (B, 1, D, H, W) of any size; tokens in D, H, W order."""

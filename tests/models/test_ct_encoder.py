@@ -130,3 +130,27 @@ def test_only_ct_encoders_are_built(monkeypatch: pytest.MonkeyPatch) -> None:
         build_ct_encoder({"class_path": "ctx_distill.nothing.X"})
     with pytest.raises(InputError, match="arguments do not fit"):
         build_ct_encoder({"class_path": "ctx_distill.models.ct_encoder.ResNet3D", "init_args": {"colour": 1}})
+
+
+def test_the_gradient_in_bf16_on_a_cpu_is_near_float32_s_though_the_last_stages_have_two_slices() -> None:
+    """Of each weight: oneDNN's own gradient there is made of unset memory, on processors that have bf16 instructions."""
+    torch.manual_seed(1)
+    encoder = ResNet3D("small").train()
+    volume = torch.rand(2, 1, 32, 32, 32)
+    assert encoder.token_grid((32, 32, 32)).shape[0] == 2
+    direction = torch.randn(2, encoder.embed_dim)
+
+    def gradients(bf16: bool) -> dict[str, torch.Tensor]:
+        encoder.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            pooled = encoder(volume).pooled
+        torch.autograd.backward((pooled.float() * direction).sum())
+        return {
+            name: p.grad.flatten().clone()
+            for name, p in encoder.named_parameters()
+            if p.grad is not None and p.ndim == 5
+        }
+
+    expected = gradients(bf16=False)
+    for name, found in gradients(bf16=True).items():
+        assert torch.cosine_similarity(found, expected[name], dim=0) > 0.9, name
