@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -115,6 +116,6 @@ def _pool(workers: int) -> ProcessPoolExecutor:
 
 
 def _one_thread() -> None:
-    import torch
-
-    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # of a torch that is imported later: reading texts needs none
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)

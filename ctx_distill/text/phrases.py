@@ -73,12 +73,14 @@ class PhraseIndex(Generic[T]):
     def __init__(self) -> None:
         self._root: _Node[T] = _Node()
         self._gapped: dict[str, list[tuple[list[list[str]], T]]] = {}
+        self._first: set[str] = set()
 
     def add(self, phrase: str, payload: T | None) -> None:
         """Adds a phrase; one without a payload only hides the shorter phrases inside it."""
         parts = [words(part) for part in phrase.split(_GAP)]
         if not all(parts):
             raise ValueError(f"the phrase {phrase!r} holds no word, or nothing before or after '...'")
+        self._first.add(parts[0][0])
         if len(parts) > 1:
             if payload is not None:
                 self._gapped.setdefault(parts[0][0], []).append((parts, payload))
@@ -96,8 +98,9 @@ class PhraseIndex(Generic[T]):
         """Matches as (first word, one behind the last word, whether the phrase has gaps, payload), by place."""
         found: list[tuple[int, int, bool, T]] = []
         free_from, total = 0, len(tokens)
-        gapped, begins = self._gapped, self._root.children
-        for i, token in enumerate(tokens):
+        gapped, begins, first = self._gapped, self._root.children, self._first
+        for i in [i for i, token in enumerate(tokens) if token in first]:
+            token = tokens[i]
             if token in gapped:
                 for parts, payload in gapped[token]:
                     end = _match_gapped(tokens, i, parts)
@@ -121,9 +124,11 @@ class PhraseIndex(Generic[T]):
 def _match_gapped(tokens: Sequence[str], start: int, parts: list[list[str]]) -> int:
     """One behind the last word of a gapped phrase that begins at `start`; 0 where it does not stand there."""
     end = start + len(parts[0])
-    if list(tokens[start:end]) != parts[0]:
+    if len(parts[0]) > 1 and list(tokens[start:end]) != parts[0]:
         return 0
     for part in parts[1:]:
+        if part[0] not in tokens:
+            return 0
         for skip in range(_GAP_WORDS + 1):
             at = end + skip
             if list(tokens[at : at + len(part)]) == part:
