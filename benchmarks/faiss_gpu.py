@@ -95,7 +95,7 @@ def measure(rows: int, device: str, finished: Callable[[dict[str, Any]], None], 
         row["recall_at_1"] = recall_at_1(cpu, keys, queries)
         finished(row)
         used = device_bytes()
-        other = XrayIndex(cpu._cpu, kind, device)  # type: ignore[arg-type]
+        other = XrayIndex(cpu._cpu, kind, device, equal=cpu.equal)  # type: ignore[arg-type]
         if device == "gpu" and not other.on_gpu:
             raise InputError(f"the {kind} index was asked onto the GPU and is on the CPU.")
         similarity, position = (x.cpu() for x in other.search(on_device, NEIGHBOURS))

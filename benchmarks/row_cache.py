@@ -71,7 +71,7 @@ def measure_sweeps(preset: str, where: str, again: int) -> dict[str, float]:
         sums = 0.0
         for at in range(0, rows, BATCH[preset]):
             batch = order[at : at + BATCH[preset]]
-            sums += float(features.get(batch, lambda new, b=batch: compute(b[new[0]])).sum())
+            sums += float(features.get(batch, lambda new, b=batch: compute(*b[new])).sum())
         return sums
 
     if preset == "demo":

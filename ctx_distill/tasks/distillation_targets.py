@@ -271,7 +271,7 @@ class ProjectionTeacher:
         return features.to(batch.row.device)
 
 
-def embed_projection(batch: CTBatch, expert: XrayExpert, places: list[int] | None = None) -> Tensor:
+def embed_projection(batch: CTBatch, expert: XrayExpert, places: slice = slice(None)) -> Tensor:
     """Expert features (b, D_e), unit rows, of a batch's projections, or of those at some places.
 
     Raises:
@@ -281,5 +281,4 @@ def embed_projection(batch: CTBatch, expert: XrayExpert, places: list[int] | Non
         raise InputError(
             "the CTs' own projections are asked for, but the batches carry none. Set data.init_args.projection=true."
         )
-    pictures = batch.projection if places is None else batch.projection[places]
-    return F.normalize(expert.encode_image(expert.preprocess_batch(pictures)), dim=-1)
+    return F.normalize(expert.encode_image(expert.preprocess_batch(batch.projection[places])), dim=-1)

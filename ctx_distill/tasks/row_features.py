@@ -81,22 +81,23 @@ class RowFeatures:
             folder = Path(self.settings.folder) if self.settings.folder is not None else None
             self._scratch = open_scratch(trainer, folder, self.settings.disk_gb, rows)
 
-    def get(self, rows: Sequence[int], compute: Callable[[list[int]], Tensor]) -> Tensor:
+    def get(self, rows: Sequence[int], compute: Callable[[slice], Tensor]) -> Tensor:
         """Return the features (b, ...) of rows, on the CPU.
 
         Args:
             rows: b manifest rows, at least one.
-            compute: gives the features (1, ...) of one place in `rows`; called for rows that are not kept.
+            compute: gives the features (1, ...) of one place in `rows`, which it gets as a slice, so that what lies on a GPU is cut
+                there; called for rows that are not kept.
         """
         finds = (partial(self._find, row, place, compute) for place, row in enumerate(rows))
         return torch.stack([self._memory.get(row, find) for row, find in zip(rows, finds, strict=True)])
 
-    def _find(self, row: int, place: int, compute: Callable[[list[int]], Tensor]) -> Tensor:
+    def _find(self, row: int, place: int, compute: Callable[[slice], Tensor]) -> Tensor:
         found = self._scratch.read(row) if self._scratch is not None else None
         if found is not None:
             return found
         # A copy of its own: a view would keep all that it is a view of in memory.
-        made = compute([place])[0].to("cpu", copy=True).contiguous()
+        made = compute(slice(place, place + 1))[0].to("cpu", copy=True).contiguous()
         self._row_bytes = made.nbytes
         if not self._memory.fits(made) and (self._scratch is None or not self._scratch.write(row, made)):
             self._unkept.add(row)
@@ -168,7 +169,7 @@ class ReportFeatures:
             return self.encoder.encode_text([views[place] for place in places])
 
         if whole:
-            known = self.whole.get([numbers[place] for place in whole], lambda new: embed([whole[i] for i in new]))
+            known = self.whole.get([numbers[place] for place in whole], lambda new: embed(whole[new]))
             features[whole] = known.to(features)
         if cut:
             features[cut] = embed(cut).to(features)

@@ -33,7 +33,7 @@ def test_the_same_neighbours_as_on_the_cpu(kind: Any, place: Device, device: tor
     keys /= np.linalg.norm(keys, axis=1, keepdims=True)
     queries = torch.from_numpy(np.concatenate([keys[:40], keys[7:8], -keys[:23]]))
     cpu = construct(keys, kind, device="cpu")
-    index = XrayIndex(cpu._cpu, kind, place)
+    index = XrayIndex(cpu._cpu, kind, place, equal=cpu.equal)
     assert index.on_gpu == (place == "gpu")
     expected, found = cpu.search(queries, 8), index.search(queries.to(device), 8)
     assert found[0].device.type == found[1].device.type == device.type

@@ -203,7 +203,7 @@ def test_the_gpu_gives_the_results_of_the_cpu(kind: str) -> None:
         assert mine._on_gpu is not None
     else:
         built = build_index(keys, kind, device="cpu")  # type: ignore[arg-type]
-        gpu = XrayIndex(built._cpu, built.kind, "gpu")
+        gpu = XrayIndex(built._cpu, built.kind, "gpu", equal=built.equal)
         assert gpu.on_gpu
         found, expected = gpu.search(queries.cuda(), 8), built.search(queries, 8)
     assert found[0].is_cuda

@@ -37,13 +37,13 @@ def ask(features: RowFeatures, rows: list[int], dtype: torch.dtype = torch.float
     """The features of rows, asked in batches of four, and the rows that were computed."""
     computed: list[int] = []
 
-    def compute(batch: list[int], places: list[int]) -> Tensor:
-        (place,) = places
-        computed.append(batch[place])
-        return feature(batch[place], dtype)[None]
+    def compute(rows: list[int]) -> Tensor:
+        (row,) = rows
+        computed.append(row)
+        return feature(row, dtype)[None]
 
     batches = [rows[at : at + 4] for at in range(0, len(rows), 4)]
-    return torch.cat([features.get(batch, lambda new, b=batch: compute(b, new)) for batch in batches]), computed
+    return torch.cat([features.get(batch, lambda new, b=batch: compute(b[new])) for batch in batches]), computed
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
