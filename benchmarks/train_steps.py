@@ -324,7 +324,8 @@ def plain_row(job: Job, device: torch.device, memory: Memory) -> dict[str, Any]:
 
     model, reports = dual_encoder(job, device)
     loss_of = ClipLoss()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=2e-4, fused=device.type == "cuda" or None)
     volumes = torch.rand(job.batch, 1, *job.shape, device=device) * 2 - 1
 
     def step() -> None:
@@ -346,7 +347,7 @@ def cached_row(job: Job, device: torch.device, memory: Memory) -> dict[str, Any]
 
     model, reports = dual_encoder(job, device)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=2e-4)
+    optimizer = torch.optim.AdamW(parameters, lr=2e-4, fused=device.type == "cuda" or None)
     few = torch.rand(min(job.batch, 16), 1, *job.shape, device=device) * 2 - 1  # drawing a thousand takes minutes
     volumes = few.to("cpu", torch.float16).repeat(-(-job.batch // len(few)), 1, 1, 1, 1)[: job.batch]
     del few

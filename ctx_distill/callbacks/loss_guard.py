@@ -7,7 +7,7 @@ needed.
 
 On a GPU nothing waits for the host. The step is skipped on the device, by the `found_inf` with which
 `torch.amp.GradScaler` skips steps of fused optimizers, and the norms are read back every `READ_EVERY` steps. An
-optimizer without that support (`fused: true` gives it to Adam, AdamW and Adagrad) costs one wait per step.
+optimizer without that support costs one wait per step; `tasks.fused_optimizer` gives it to Adam and AdamW.
 """
 
 from __future__ import annotations
@@ -263,7 +263,9 @@ def _skips_on_device(optimizer: Optimizer) -> bool:
 
     Not so SGD: where its first step is skipped, its momentum stays what `torch.empty_like` found in memory.
     """
-    return getattr(optimizer, "_step_supports_amp_scaling", False) and not isinstance(optimizer, SGD)
+    # what was saved without fused kernels goes on without them, whatever the optimizer was made with
+    fused = all(group.get("fused") for group in optimizer.param_groups)
+    return fused and getattr(optimizer, "_step_supports_amp_scaling", False) and not isinstance(optimizer, SGD)
 
 
 def _global_norm(gradients: list[Tensor]) -> Tensor:

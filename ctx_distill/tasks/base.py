@@ -39,6 +39,7 @@ from ctx_distill.models.ct_encoder import CTEncoder
 from ctx_distill.seeds import seed_of
 from ctx_distill.tasks.curves import cut_logs, join_history
 from ctx_distill.tasks.epoch_means import EpochMeans
+from ctx_distill.tasks.fused_optimizer import fused_on
 from ctx_distill.tasks.schedule import WarmupCosine
 from ctx_distill.tasks.sharding import Shards, by_layout, shard_for_training
 from ctx_distill.tasks.survival import SurvivalSettings
@@ -253,7 +254,7 @@ class TrainedTask(StageTask):
         refuse_no_steps(self.trainer)
         groups = by_layout(self.parameter_groups())
         factors = [group.pop("lr_factor", 1.0) for group in groups]
-        optimizer = self.make_optimizer(groups)
+        optimizer = fused_on(self.device, self.make_optimizer(groups))
         for group, factor in zip(optimizer.param_groups, factors, strict=True):
             group["lr"] *= factor
         if self.make_scheduler is None:

@@ -168,9 +168,11 @@ class ReportFeatures:
         def embed(places: Sequence[int]) -> Tensor:
             return self.encoder.encode_text([views[place] for place in places])
 
+        def put(places: list[int], found: Tensor) -> None:
+            features.index_copy_(0, torch.tensor(places, device=rows.device), found.to(features))
+
         if whole:
-            known = self.whole.get([numbers[place] for place in whole], lambda new: embed(whole[new]))
-            features[whole] = known.to(features)
+            put(whole, self.whole.get([numbers[place] for place in whole], lambda new: embed(whole[new])))
         if cut:
-            features[cut] = embed(cut).to(features)
+            put(cut, embed(cut))
         return features

@@ -26,16 +26,16 @@ WAITS = {
     "retrieval.keys:make_queries": "the centre of the queries goes to the device",
     "retrieval.lookup:NeighbourLookup._rerank": "findings of the pool are on the host",
     "retrieval.store:XrayIndexArtefact.values": "values of the pool are on the host",
-    "tasks.row_features:RowFeatures.__call__": "what a frozen tower made of a row is kept on the host",
-    "tasks.row_features:RowFeatures.get": "what a frozen tower made of a row is kept on the host",
-    "tasks.row_features:ReportFeatures.__call__": "the rows' numbers, and features from the host",
+    "tasks.row_features:RowFeatures._find": "what a frozen tower made of a row is kept on the host",
+    "tasks.row_features:ReportFeatures.__call__.<locals>.put": "features from the host",
+    "tasks.row_features:ReportFeatures.__call__": "the rows' numbers",
     "tasks.distillation_targets:RetrievedTeacher._live": "which reports have text",
     "tasks.distillation:DistillationTask._terms": "the rows' numbers",
     "tasks.distillation:DistillationTask.on_train_batch_end": "timings go to the device to be averaged",
     "tasks.distillation:DistillationTask._warn_of_uniform_targets": "once per epoch, until it has warned",
     "tasks.base:TrainedTask.on_train_batch_start": "the rows' numbers",
     "tasks.base:TrainedTask.row_seeds": "the rows' numbers",
-    "tasks.base:TrainedTask.gather_once.<locals>.<genexpr>": "a row that a sampler repeated counts once",
+    "tasks.base:TrainedTask.gather_once": "a row that a sampler repeated counts once",
     "tasks.alignment:AlignmentTask._views": "the rows' numbers",
     "tasks.training_reports:TrainingReports.places": "the rows' numbers",
     "tasks.training_reports:TrainingReports.places.<locals>.<listcomp>": "the rows' numbers",
@@ -44,11 +44,16 @@ WAITS = {
     "losses.robust:findings_evidence": "equal rows are grouped",
     "tasks.corrected_pairs:CorrectedPairs.observe": "the record is on the host",
     "tasks.corrected_pairs:CorrectedPairs.observe.<locals>.<dictcomp>": "the record is on the host",
-    "tasks.corrected_pairs:CorrectedPairs._may_be_kept": "the record is on the host",
+    "tasks.corrected_pairs:CorrectedPairs._select": "which pairs the record may keep",
     "tasks.corrected_pairs:_label_agreement": "the record is on the host",
 }
 """Functions of the package in which a training step makes the host wait for the device, and what for. None is a callback: a
 guard or a watchdog that waits costs every stage its head start over the device."""
+
+PRETENDED = {
+    "callbacks.loss_guard:LossGuard.on_before_optimizer_step": "no fused optimizer, which skips a step by itself"
+}
+"""Those of the pretended device alone."""
 
 
 def stage(name: str, run: Path, cohort: Path, preset: Path, *more: str) -> list[str]:
@@ -125,7 +130,8 @@ def test_the_host_waits_in_named_places_alone(
     found, steps = waits_of_a_stage(stage(name, begun, cohort, preset, *more), device, monkeypatch)
     assert steps >= 3
     own = {where: count / steps for where, count in found.items() if not where.startswith("(")}
-    unnamed = {where: count for where, count in own.items() if where not in WAITS}
+    named = WAITS if device.type == "cuda" else WAITS | PRETENDED
+    unnamed = {where: count for where, count in own.items() if where not in named}
     assert not unnamed, f"waits per step: {unnamed}; all of them: {own}"
 
 
