@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from host_waits import pretend_preset, waits_of_a_stage
+from host_waits import pretend_preset, waits_in_a_process, waits_of_a_stage
 
 from ctx_distill.cli import main
 from ctx_distill.data.datamodules import CTDataModule
@@ -127,7 +127,9 @@ def test_the_host_waits_in_named_places_alone(
 ) -> None:
     preset = bf16_preset if device.type == "cuda" else pretend_preset(bf16_preset, tmp_path)
     more = ["--trainer.log_every_n_steps=1000", "--trainer.max_epochs=5", "--data.init_args.num_workers=0"]
-    found, steps = waits_of_a_stage(stage(name, begun, cohort, preset, *more), device, monkeypatch)
+    arguments = stage(name, begun, cohort, preset, *more)
+    on_gpu = device.type == "cuda"
+    found, steps = waits_of_a_stage(arguments, device, monkeypatch) if on_gpu else waits_in_a_process(arguments)
     assert steps >= 3
     own = {where: count / steps for where, count in found.items() if not where.startswith("(")}
     named = WAITS if device.type == "cuda" else WAITS | PRETENDED

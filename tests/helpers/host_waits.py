@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -82,6 +86,15 @@ def waits_of_a_stage(
     return total, steps
 
 
+def waits_in_a_process(arguments: list[str]) -> tuple[Counter[str], int]:
+    """`waits_of_a_stage` on the pretended device, in a process of its own: torch takes it only before its first backward pass."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, __file__, *arguments], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found, steps = json.loads(done.stdout.splitlines()[-1])
+    return Counter(found), steps
+
+
 def pretend_preset(preset: Path, folder: Path) -> Path:
     """The preset on the device `pretend`, in float32 (autocast casts nothing there)."""
     import yaml
@@ -92,3 +105,7 @@ def pretend_preset(preset: Path, folder: Path) -> Path:
     path = folder / "pretend.yaml"
     path.write_text(yaml.safe_dump(layers))
     return path
+
+
+if __name__ == "__main__":
+    print(json.dumps(waits_of_a_stage(sys.argv[1:], torch.device("cpu"), pytest.MonkeyPatch())))
