@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 
 from ctx_distill import signals
@@ -37,3 +43,32 @@ def test_workers_that_a_signal_ended_are_no_fault(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(signals, "requested", lambda: next(looks, "SIGTERM"))
     with pytest.raises(signals.StopRequested):
         list(in_processes("x", eval, [DEADLY], 1, workers=1, died=lambda item: "died"))
+
+
+@pytest.mark.full
+def test_workers_do_not_outlive_a_process_that_is_killed(tmp_path: Path) -> None:
+    """Such workers waited for work forever, with all their memory."""
+    note = f"__import__('pathlib').Path({str(tmp_path)!r}, str(__import__('os').getpid())).touch()"
+    code = f"from ctx_distill.parallel import in_processes; list(in_processes('x', eval, [{note!r}] * 1000000, 1000000, 2))"
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
+    try:
+        wait_for(lambda: len(list(tmp_path.iterdir())) == 2)
+    finally:
+        parent.kill()
+        parent.wait()
+    wait_for(lambda: not any(is_alive(int(path.name)) for path in tmp_path.iterdir()))
+
+
+def wait_for(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def is_alive(process: int) -> bool:
+    try:
+        status = Path(f"/proc/{process}/status").read_text()
+    except FileNotFoundError:
+        return False
+    return "State:\tZ" not in status
