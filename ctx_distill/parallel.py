@@ -117,7 +117,7 @@ def _pool(workers: int) -> ProcessPoolExecutor:
 
 
 def _begin() -> None:
-    """Set up a worker: one thread of torch, and the end with the process that started it."""
+    """Set up a worker: torch gets one thread there, and it ends with the process that started it."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["OMP_NUM_THREADS"] = "1"  # of a torch that is imported later: reading texts needs none
     if "torch" in sys.modules:
