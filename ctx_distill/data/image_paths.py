@@ -69,13 +69,13 @@ def all_listed(folder: Path, roots: Sequence[str], image_paths: Sequence[str]) -
         roots: N roots ("" for `folder`); remote ones are not looked at.
         image_paths: N clean relative paths.
     """
-    wanted: dict[str, set[str]] = {}
+    wanted: dict[tuple[str, str], set[str]] = {}
     for root, image_path in zip(roots, image_paths, strict=True):
         if REMOTE not in root:
-            parent, name = os.path.split(image_path)
-            wanted.setdefault(os.path.join(root, parent), set()).add(name)  # noqa: PTH118
+            parent, _, name = image_path.rpartition("/")  # a third of the time of os.path.split
+            wanted.setdefault((root, parent), set()).add(name)
     try:
-        return all(names <= set(os.listdir(folder / parent)) for parent, names in wanted.items())  # noqa: PTH208
+        return all(names <= set(os.listdir(folder / root / parent)) for (root, parent), names in wanted.items())  # noqa: PTH208
     except OSError:
         return False
 

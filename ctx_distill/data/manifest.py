@@ -175,16 +175,15 @@ class Manifest:
         return ReportTexts(self)
 
     def has_report(self) -> NDArray[np.bool_]:
-        """(N,) bool: whether `report` is not empty."""
+        """(N,) bool: whether `report` is not empty. Reads no text: a manifest's are stripped, so a blank one has no length."""
         import pyarrow as pa
         import pyarrow.compute as pc
 
-        told = np.zeros(len(self), dtype=bool)
+        told = np.zeros(len(self._whole), dtype=bool)
         for name in ("findings", "impression"):
-            texts = pa.chunked_array([pa.array([], pa.large_string()), *_chunks(self.column(name))])
-            blank = pc.or_(pc.equal(pc.binary_length(texts), 0), pc.utf8_is_space(texts))
-            told |= ~blank.to_numpy()
-        return told
+            texts = pa.chunked_array([pa.array([], pa.large_string()), *_chunks(self._whole[name])])
+            told |= pc.greater(pc.binary_length(texts), 0).to_numpy()
+        return told if self._places is None else told[self._places]
 
     def labels(self) -> NDArray[np.float32]:
         """(N, F) float32 in the order of the rows and of `finding_names`: 1, 0, -1 (uncertain) or NaN (blank)."""
@@ -206,7 +205,8 @@ class ReportTexts(Sequence[str]):
     """
 
     def __init__(self, manifest: Manifest) -> None:
-        self._findings, self._impression = manifest.column("findings"), manifest.column("impression")
+        self._sections = [manifest._whole[name] for name in ("findings", "impression")]
+        self._places = np.arange(len(manifest)) if manifest._places is None else manifest._places
         self._manifest = manifest
 
     @property
@@ -215,7 +215,7 @@ class ReportTexts(Sequence[str]):
         return self._manifest
 
     def __len__(self) -> int:
-        return len(self._findings)
+        return len(self._places)
 
     @overload
     def __getitem__(self, place: int) -> str: ...
@@ -225,9 +225,10 @@ class ReportTexts(Sequence[str]):
 
     def __getitem__(self, place: int | slice) -> str | list[str]:
         if isinstance(place, slice):
-            pairs = zip(self._findings.iloc[place].tolist(), self._impression.iloc[place].tolist(), strict=True)
-            return [_joined(findings, impression) for findings, impression in pairs]
-        return _joined(str(self._findings.iloc[place]), str(self._impression.iloc[place]))
+            sections = [section.iloc[self._places[place]].tolist() for section in self._sections]
+            return [_joined(findings, impression) for findings, impression in zip(*sections, strict=True)]
+        findings, impression = (section.iloc[self._places[place]] for section in self._sections)
+        return _joined(str(findings), str(impression))
 
     def __iter__(self) -> Iterator[str]:
         for start in range(0, len(self), _PART):

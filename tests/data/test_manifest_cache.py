@@ -134,3 +134,24 @@ def test_parquet_is_cached_too(tmp_path: Path) -> None:
     for _ in range(2):
         fast = read_manifest(tmp_path / "ct.parquet")
         assert fast.fingerprint == slow.fingerprint == read_manifest(tmp_path / "ct.csv").fingerprint
+
+
+def test_asking_a_split_for_its_reports_copies_no_text(tmp_path: Path) -> None:
+    import pyarrow as pa
+
+    text = "no pleural effusion " * 500
+    path = write(tmp_path / "ct.csv", findings=text)
+    rows = list(csv.reader(path.open(encoding="utf-8-sig")))
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([rows[0], *([*row[:4], f"{row[4]} {text}", *row[5:]] for row in rows[1:])])
+    part = read_manifest(path).split("train", "val")
+    counted, before = pa.proxy_memory_pool(pa.default_memory_pool()), pa.default_memory_pool()
+    pa.set_memory_pool(counted)
+    try:
+        told, texts = part.has_report(), part.reports()
+        assert counted.max_memory() < len(part) * len(text) / 20
+    finally:
+        pa.set_memory_pool(before)
+    assert told.all()
+    assert len(texts) == len(part) == 200
+    assert texts[7] == part.report(int(part.rows[7]))
