@@ -225,7 +225,7 @@ class ReportTexts(Sequence[str]):
 
     def __getitem__(self, place: int | slice) -> str | list[str]:
         if isinstance(place, slice):
-            sections = [section.iloc[self._places[place]].tolist() for section in self._sections]
+            sections = [_texts_at(section, self._places[place]) for section in self._sections]
             return [_joined(findings, impression) for findings, impression in zip(*sections, strict=True)]
         findings, impression = (section.iloc[self._places[place]] for section in self._sections)
         return _joined(str(findings), str(impression))
@@ -236,6 +236,17 @@ class ReportTexts(Sequence[str]):
 
 
 _PART = 4096
+
+
+def _texts_at(column: pd.Series[Any], places: NDArray[np.int64]) -> list[str]:
+    """Texts of a column at places; where these lie close together, cut out of the piece that holds them."""
+    if not len(places):
+        return []
+    first, last = int(places.min()), int(places.max())
+    if last - first > 4 * len(places):
+        return list(column.iloc[places])
+    piece = column.iloc[first : last + 1].tolist()
+    return [piece[place] for place in (places - first).tolist()]
 
 
 def _joined(findings: str, impression: str) -> str:

@@ -155,3 +155,13 @@ def test_asking_a_split_for_its_reports_copies_no_text(tmp_path: Path) -> None:
     assert told.all()
     assert len(texts) == len(part) == 200
     assert texts[7] == part.report(int(part.rows[7]))
+
+
+@pytest.mark.parametrize("step", [1, 3, 10])
+def test_the_reports_of_rows_near_each_other_and_far_apart(tmp_path: Path, step: int) -> None:
+    manifest = read_manifest(write(tmp_path / "ct.csv"))
+    part = manifest.where(np.arange(ROWS) % step == 0)
+    assert list(part.reports()) == [manifest.report(row) for row in range(0, ROWS, step)]
+    assert part.reports()[4:4] == []
+    nothing = manifest.where(np.zeros(ROWS, dtype=bool))
+    assert list(nothing.reports()) == nothing.has_report().tolist() == []
