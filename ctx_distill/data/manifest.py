@@ -29,6 +29,7 @@ from ctx_distill.data.manifest_table import (
     content_key,
     frame_of,
     read_columns,
+    release_pages,
 )
 from ctx_distill.data.remote import REMOTE
 from ctx_distill.data.scan_file import ScanFile
@@ -226,6 +227,7 @@ class ReportTexts(Sequence[str]):
     def __getitem__(self, place: int | slice) -> str | list[str]:
         if isinstance(place, slice):
             sections = [_texts_at(section, self._places[place]) for section in self._sections]
+            release_pages()
             return [_joined(findings, impression) for findings, impression in zip(*sections, strict=True)]
         findings, impression = (section.iloc[self._places[place]] for section in self._sections)
         return _joined(str(findings), str(impression))
@@ -329,7 +331,9 @@ def _fingerprint(manifest: Manifest) -> str:
         # Lengths go in too, or moving a word from one cell to the next would not show.
         for chunk in chunks:
             digest.update(pc.utf8_length(chunk).to_numpy(zero_copy_only=False).astype("<i8", copy=False))
+            release_pages()
         for chunk in chunks:
+            release_pages()
             offsets = np.frombuffer(chunk.buffers()[1], dtype=np.int64)[chunk.offset : chunk.offset + len(chunk) + 1]
             if len(chunk) and chunk.buffers()[2] is not None:
                 digest.update(pa.py_buffer(chunk.buffers()[2])[offsets[0] : offsets[-1]])

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import csv
 import glob
+import mmap
 import os
 import uuid
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -47,6 +49,9 @@ _PART = 8192
 LABEL_VALUES: Mapping[str, float] = {
     "": float("nan"), "1": 1.0, "0": 0.0, "-1": -1.0, "1.0": 1.0, "0.0": 0.0, "-1.0": -1.0, "-0": 0.0, "-0.0": 0.0,
 }  # fmt: skip
+
+
+_MAPPINGS: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
 
 
 class _NotClean(Exception):
@@ -111,7 +116,7 @@ def read_columns(path: Path, key: str | None) -> Any | None:
     if cached is not None and cached.is_file():
         try:
             return _mapped(cached)
-        except (OSError, pa.ArrowException):
+        except (OSError, ValueError, pa.ArrowException):  # ValueError: an empty file
             cached.unlink(missing_ok=True)
     try:
         batches = _batches(path)
@@ -152,8 +157,20 @@ def _through_cache(batches: Iterator[Any], cached: Path) -> Any | None:
 def _mapped(path: Path) -> Any:
     import pyarrow as pa
 
-    with pa.memory_map(str(path)) as source:
-        return pa.ipc.open_file(source).read_all()
+    with path.open("rb") as file:
+        mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    _MAPPINGS.add(mapping)
+    return pa.ipc.open_file(pa.py_buffer(mapping)).read_all()
+
+
+def release_pages() -> None:
+    """Remove the mapped columns from this process's memory. They are read from the file again when they are used.
+
+    Call it while all text of a manifest is read once: the text would otherwise stay in memory until memory is short.
+    """
+    for mapping in list(_MAPPINGS):
+        if hasattr(mapping, "madvise"):
+            mapping.madvise(mmap.MADV_DONTNEED)
 
 
 def _batches(path: Path) -> Iterator[Any]:

@@ -165,3 +165,30 @@ def test_the_reports_of_rows_near_each_other_and_far_apart(tmp_path: Path, step:
     assert part.reports()[4:4] == []
     nothing = manifest.where(np.zeros(ROWS, dtype=bool))
     assert list(nothing.reports()) == nothing.has_report().tolist() == []
+
+
+def test_reading_all_text_once_does_not_keep_it_in_memory(tmp_path: Path) -> None:
+    """The resident pages of the cache file, as the kernel counts them, after the fingerprint and after all reports."""
+    text = "x" * 100_000
+    path = write(tmp_path / "m.csv", findings=text)
+    lines = path.read_text(encoding="utf-8-sig").replace("Größe", text).encode()
+    path.write_bytes(lines)
+    manifest = read_manifest(path)
+    resident_mb = {"read": _resident_mb(".arrow")}
+    assert manifest.fingerprint
+    resident_mb["fingerprint"] = _resident_mb(".arrow")
+    assert sum(len(part) for part in manifest.reports()) > 19e6
+    resident_mb["reports"] = _resident_mb(".arrow")
+    assert max(resident_mb.values()) < 5, resident_mb
+
+
+def _resident_mb(ending: str) -> float:
+    """MB of this process's resident memory that are pages of files whose name ends so."""
+    mapped, total = False, 0
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        words = line.split()
+        if not words[0].endswith(":"):
+            mapped = words[-1].endswith(ending)
+        elif words[0] == "Rss:" and mapped:
+            total += int(words[1])
+    return total / 1024
