@@ -21,8 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ctx_distill.losses.contrastive import contrastive_loss, study_targets
-from ctx_distill.losses.pair_order import study_identity
-from ctx_distill.losses.robust import (
+from ctx_distill.losses.false_negatives import (
     Correction,
     contradictions,
     correct,
@@ -31,7 +30,8 @@ from ctx_distill.losses.robust import (
     report_evidence,
     retrieved_evidence,
 )
-from ctx_distill.tasks.corrected_pairs import CorrectedPairs
+from ctx_distill.losses.pair_order import study_identity
+from ctx_distill.stages.align.corrected_pairs import CorrectedPairs
 
 T = TypeVar("T")
 OUT = Path(__file__).parents[1] / "runs" / "bench"

@@ -84,7 +84,7 @@ def copied(path: Path) -> Callable[[Path], Any]:
     """The inflated voxels copied once in memory."""
     import numpy as np
 
-    from ctx_distill.data.volume import read_volume
+    from ctx_distill.data.io.volume import read_volume
 
     voxels = read_volume(path).voxels
     return lambda _: np.array(voxels)
@@ -92,7 +92,7 @@ def copied(path: Path) -> Callable[[Path], Any]:
 
 def ours(antialias: bool) -> Callable[[Path], Any]:
     """This project's raw path."""
-    from ctx_distill.data.transforms import VolumeSpec, load_ct
+    from ctx_distill.data.transforms.volume import VolumeSpec, load_ct
 
     spec = VolumeSpec(spacing=SPACING, shape=SHAPE, window=WINDOW, antialias=antialias)
     return lambda path: load_ct(path, spec)
@@ -134,10 +134,10 @@ def measure_prepared(path: str, workers: int, repeats: int) -> dict[str, float]:
     import psutil
     import torch
 
-    from ctx_distill.data.datamodules import CTDataModule
-    from ctx_distill.data.prepared import PreparedFolder
-    from ctx_distill.data.scan_file import ScanFile
-    from ctx_distill.data.transforms import VolumeSpec
+    from ctx_distill.data.io.scan_file import ScanFile
+    from ctx_distill.data.loading.datamodules import CTDataModule
+    from ctx_distill.data.loading.prepared import PreparedFolder
+    from ctx_distill.data.transforms.volume import VolumeSpec
 
     torch.set_num_threads(1)
     folder = Path(path).parent

@@ -130,9 +130,9 @@ def measure_step(kind: str, rows: int, batch: int) -> dict[str, float]:
     from ctx_distill.models.xray_expert import open_expert
     from ctx_distill.retrieval.index import faiss_module
     from ctx_distill.retrieval.store import write_index_artefact
-    from ctx_distill.tasks.distillation_targets import NeighbourSettings, RetrievedTeacher
-    from ctx_distill.tasks.row_features import ReportFeatures
+    from ctx_distill.stages.distill.targets import NeighbourSettings, RetrievedTeacher
     from ctx_distill.text.findings import load_vocabulary
+    from ctx_distill.training.row_features import ReportFeatures
 
     torch.set_num_threads(1)
     faiss_module().omp_set_num_threads(1)

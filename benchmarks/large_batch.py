@@ -68,7 +68,7 @@ def measure_step(rows: int, micro_batch: int | None) -> dict[str, float]:
     from ctx_distill.models.ct_encoder import ResNet3D
     from ctx_distill.models.dual_encoder import DualEncoder
     from ctx_distill.models.text_encoder import BertTextEncoder
-    from ctx_distill.tasks.cached_gradients import encode_in_micro_batches
+    from ctx_distill.training.cached_batches import encode_in_micro_batches
     from ctx_distill.types import CTBatch
 
     torch.manual_seed(SEED)

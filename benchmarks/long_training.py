@@ -31,7 +31,7 @@ import numpy as np
 
 from ctx_distill.ablation.plan import CORE, Expert, Job, Plan, read_plan
 from ctx_distill.files import write_json, write_text
-from ctx_distill.pipeline.plan import load_preset, merge, stages_folder
+from ctx_distill.runs.stage_table import load_preset, merge, stages_folder
 
 OUT = Path(__file__).parents[1] / "runs" / "bench"
 PLAN = "ablation_long.yaml"

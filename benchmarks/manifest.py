@@ -129,8 +129,8 @@ def make_ready(path: Path, vocabulary: str) -> dict[str, Any]:
         return value
 
     def imports() -> Any:
-        from ctx_distill.data.datamodules import CTDataModule
-        from ctx_distill.data.transforms import VolumeSpec
+        from ctx_distill.data.loading.datamodules import CTDataModule
+        from ctx_distill.data.transforms.volume import VolumeSpec
 
         return CTDataModule, VolumeSpec
 
@@ -146,7 +146,7 @@ def make_ready(path: Path, vocabulary: str) -> dict[str, Any]:
 
     def extract() -> Any:
         try:
-            from ctx_distill.tasks.shared_findings import extract_shared
+            from ctx_distill.stages.shared.shared_extraction import extract_shared
         except ImportError:  # a version of before it
             from ctx_distill.text.findings import extract_many, load_vocabulary
 

@@ -37,11 +37,11 @@ def measure(
     import torch.distributed as dist
     from train_flops import encoder_of
 
-    from ctx_distill.data.datamodules import CTDataModule
+    from ctx_distill.data.loading.datamodules import CTDataModule
     from ctx_distill.models.ct_encoder import ResNet3D
-    from ctx_distill.tasks.alignment import AlignmentTask
-    from ctx_distill.tasks.distillation import DistillationTask
-    from ctx_distill.tasks.report_tower import TextSettings
+    from ctx_distill.stages.align.report_tower import TextSettings
+    from ctx_distill.stages.align.task import AlignmentTask
+    from ctx_distill.stages.distill.task import DistillationTask
 
     torch.set_num_threads(1)
     L.seed_everything(0, verbose=False)

@@ -3,7 +3,7 @@
     make bench-cache          (or: python benchmarks/row_cache.py)
 
 Sweeps over the outputs of a CT encoder (pooled vector and tokens) as the report stage reads them, in shuffled batches, through
-`ctx_distill.tasks.row_features.RowFeatures`. Every line is measured in a process of its own: what the process grows by over
+`ctx_distill.training.row_features.RowFeatures`. Every line is measured in a process of its own: what the process grows by over
 the first sweep (resident set), the disk space taken, and the seconds per row of a further sweep, those of the CPU and those
 of the clock (a disk is waited for). `disk, cold` drops the file from the page cache before the sweep. Volumes and weights are random.
 `base` sweeps over stand-ins for the encoder's outputs; only `--again` volumes are encoded, for the line `computed again`.
@@ -49,7 +49,7 @@ def measure_sweeps(preset: str, where: str, again: int) -> dict[str, float]:
     """Two sweeps over the rows of a preset."""
     import torch
 
-    from ctx_distill.tasks.row_features import CacheSettings, RowFeatures
+    from ctx_distill.training.row_features import CacheSettings, RowFeatures
 
     torch.set_num_threads(1)
     encode = preset == "demo" or where == "computed again"

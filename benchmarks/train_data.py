@@ -14,7 +14,7 @@ VOLUMES = {
 
 def volume_spec(shape: tuple[int, int, int]) -> Any:
     """The preset's volume spec of this shape; another shape covers about the same 288 mm."""
-    from ctx_distill.data.transforms import VolumeSpec
+    from ctx_distill.data.transforms.volume import VolumeSpec
 
     spacing, window = VOLUMES.get(shape, (tuple(288.0 / edge for edge in shape), (-1000.0, 1000.0)))
     return VolumeSpec(spacing=spacing, shape=shape, window=window)
@@ -38,11 +38,11 @@ def make_data(
     import pandas as pd
     import yaml
 
-    from ctx_distill.data.manifest import read_manifest
+    from ctx_distill.data.manifests.manifest import read_manifest
     from ctx_distill.files import write_text
     from ctx_distill.models.experts.open_clip_expert import make_expert_folder
     from ctx_distill.phantom.cohort import write_cohort
-    from ctx_distill.pipeline.prepare import prepare_manifest
+    from ctx_distill.runs.prepare_volumes import prepare_manifest
 
     ct = folder / f"ct-{max(volumes.values())}"
     manifests = {shape: ct / f"ct-{'x'.join(map(str, shape))}.csv" for shape in volumes}

@@ -216,8 +216,8 @@ def _load_libraries() -> None:
     import open_clip.loss
     import transformers
 
-    import ctx_distill.tasks.alignment
-    import ctx_distill.tasks.distillation  # noqa: F401
+    import ctx_distill.stages.align.task
+    import ctx_distill.stages.distill.task  # noqa: F401
 
     del monai, open_clip, transformers
 
@@ -227,12 +227,12 @@ def stage_row(job: Job, device: torch.device, memory: Memory) -> dict[str, Any]:
     import lightning as L
     from train_data import volume_spec
 
-    from ctx_distill.data.augment import Augmentation
-    from ctx_distill.data.datamodules import CTDataModule
+    from ctx_distill.data.loading.datamodules import CTDataModule
+    from ctx_distill.data.transforms.augment import Augmentation
     from ctx_distill.models.compute import ComputeSettings
-    from ctx_distill.tasks.alignment import AlignmentTask
-    from ctx_distill.tasks.distillation import DistillationTask
-    from ctx_distill.tasks.report_tower import TextSettings
+    from ctx_distill.stages.align.report_tower import TextSettings
+    from ctx_distill.stages.align.task import AlignmentTask
+    from ctx_distill.stages.distill.task import DistillationTask
 
     data = Path(job.data)
     common: dict[str, Any] = {
@@ -291,7 +291,7 @@ def stage_row(job: Job, device: torch.device, memory: Memory) -> dict[str, Any]:
 
 def dual_encoder(job: Job, device: torch.device) -> tuple[Any, list[str]]:
     """The model of stage 3 with the expert's text tower, frozen, and the reports."""
-    from ctx_distill.data.manifest import read_manifest
+    from ctx_distill.data.manifests.manifest import read_manifest
     from ctx_distill.models.compute import ComputeSettings
     from ctx_distill.models.dual_encoder import DualEncoder
     from ctx_distill.models.text_encoder import ExpertTextEncoder
@@ -342,7 +342,7 @@ def plain_row(job: Job, device: torch.device, memory: Memory) -> dict[str, Any]:
 def cached_row(job: Job, device: torch.device, memory: Memory) -> dict[str, Any]:
     """A step of a large global batch: volumes wait on the host in 16 bits and are encoded a few at a time."""
     from ctx_distill.losses.contrastive import contrastive_loss
-    from ctx_distill.tasks.cached_gradients import encode_in_micro_batches, split_rows
+    from ctx_distill.training.cached_batches import encode_in_micro_batches, split_rows
     from ctx_distill.types import CTBatch
 
     model, reports = dual_encoder(job, device)

@@ -198,7 +198,7 @@ def host_group() -> Any:
     """A gloo group of all ranks for words between the processes; made at the first call, which is collective."""
     global _host_group
     if _host_group is None or _host_group[0] is not dist.group.WORLD:
-        # no limit of its own to speak of: callbacks/watchdog.py ends a run that hangs, and says who holds it up
+        # no limit of its own to speak of: training/callbacks/watchdog.py ends a run that hangs, and says who holds it up
         _host_group = (dist.group.WORLD, dist.new_group(backend="gloo", timeout=timedelta(days=7)))
     return _host_group[1]
 

@@ -42,7 +42,7 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def finished_run(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of `ctx-distill all` on the cohort under the tiny preset; do not write into it."""
-    from ctx_distill.cli import main
+    from ctx_distill.commands.main import main
 
     run = tmp_path_factory.mktemp("runs") / "tiny"
     assert main(["all", "--data", str(cohort), "--run", str(run), "--preset", str(TINY)]) == 0

@@ -85,7 +85,7 @@ def test_faiss_is_imported_in_one_place_and_never_at_the_top() -> None:
 @pytest.mark.parametrize("arguments", [["--help"], ["distill", "--help"], ["all", "--help"]])
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     code = (
-        "import sys\nfrom ctx_distill.cli import main\n"
+        "import sys\nfrom ctx_distill.commands.main import main\n"
         f"try:\n    main({arguments!r})\nexcept SystemExit:\n    pass\n"
         f"print('loaded:', sorted({HEAVY!r} & set(sys.modules)))"
     )

@@ -10,12 +10,12 @@ import numpy as np
 import pandas as pd
 
 from ctx_distill.ablation.plan import Plan, Regime
-from ctx_distill.data.manifest import Manifest, read_manifest
+from ctx_distill.data.manifests.manifest import Manifest, read_manifest
 from ctx_distill.errors import InputError
 from ctx_distill.files import write_text
 from ctx_distill.phantom.cohort import DONE
 from ctx_distill.phantom.items import plan_study
-from ctx_distill.pipeline.runner import find_manifest
+from ctx_distill.runs.runner import find_manifest
 
 PREFIX = "ablation"
 

@@ -9,7 +9,6 @@ import shutil
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
 from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -17,49 +16,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ctx_distill.ablation.analysis import crossed
 from ctx_distill.ablation.cohort import Cohort, open_cohort
 from ctx_distill.ablation.execute import Place, Score, ensure_expert, run_job
+from ctx_distill.ablation.options import AblationOptions
 from ctx_distill.ablation.plan import Job, Plan, config_hash, read_plan, selection_jobs, table_jobs
 from ctx_distill.ablation.records import ROWS, Records
 from ctx_distill.ablation.report import write_report
 from ctx_distill.errors import InputError
 from ctx_distill.files import hash_file, hash_json
-from ctx_distill.pipeline.runner import find_manifest
+from ctx_distill.runs.runner import find_manifest
 
 # Raised so that glibc keeps freed volumes: giving each back to the kernel costs a quarter of the time.
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": "1000000000", "MALLOC_TRIM_THRESHOLD_": "4000000000"}
 
 
-@dataclass(frozen=True)
-class Options:
-    """What is asked of the ablation.
-
-    Attributes:
-        data: the cohort's folder.
-        run: where runs go.
-        preset: sizes.
-        record: folder of the rows: read, and written as runs end.
-        arms: those to run; empty runs all.
-        regimes: those to run; empty runs all.
-        seeds: at most so many a regime.
-        workers: processes; each gets its share of the cores.
-        again: run what stands in the table anew and compare; the rows of the first run stay.
-        report: run nothing, write tables and page.
-        plan: another plan than `stages/ablation.yaml`.
-    """
-
-    data: Path
-    run: Path
-    preset: str = "ablation"
-    record: Path = Path("runs/ablation")
-    arms: tuple[str, ...] = ()
-    regimes: tuple[str, ...] = ()
-    seeds: int | None = None
-    workers: int = 0
-    again: bool = False
-    report: bool = False
-    plan: Path | None = None
-
-
-def run_ablation(options: Options) -> Path:
+def run_ablation(options: AblationOptions) -> Path:
     """Choose learning rates on `val`, run the table, write its report; returns the page.
 
     Raises:
@@ -68,10 +37,10 @@ def run_ablation(options: Options) -> Path:
     plan = read_plan(options.plan)
     arms = _known("ARMS", options.arms, plan.arms)
     regimes = _known("REGIMES", options.regimes, plan.regimes)
-    records = Records.open(options.record)
+    records = Records.open(options.record_folder)
     if not options.report:
         _run_all(options, plan, records, arms, regimes)
-    return write_report(plan, records, options.run, options.record.with_name(f"{options.record.name}.md"))
+    return write_report(plan, records, options.run, options.record_folder.with_name(f"{options.record_folder.name}.md"))
 
 
 def _known(what: str, asked: Sequence[str], known: Iterable[str]) -> list[str]:
@@ -81,7 +50,7 @@ def _known(what: str, asked: Sequence[str], known: Iterable[str]) -> list[str]:
     return list(asked or names)
 
 
-def _run_all(options: Options, plan: Plan, records: Records, arms: list[str], regimes: list[str]) -> None:
+def _run_all(options: AblationOptions, plan: Plan, records: Records, arms: list[str], regimes: list[str]) -> None:
     open_cohort(options.data, plan)
     os.environ.update({name: os.environ.get(name, value) for name, value in _MALLOC.items()})
     cores = len(os.sched_getaffinity(0))
@@ -105,7 +74,7 @@ def _run_all(options: Options, plan: Plan, records: Records, arms: list[str], re
 def _run(
     pool: ProcessPoolExecutor,
     place: Place,
-    options: Options,
+    options: AblationOptions,
     plan: Plan,
     records: Records,
     jobs: Iterable[Job],
@@ -140,8 +109,8 @@ def _run(
                 told += "" if interval.low <= value <= interval.high else ", OUTSIDE"
             else:
                 records.add(job, hashes[job], score)
-                if options.record != options.run and not job.select:
-                    shutil.copyfile(options.record / ROWS, options.run / ROWS)
+                if options.record_folder != options.run and not job.select:
+                    shutil.copyfile(options.record_folder / ROWS, options.run / ROWS)
             progress.advance(bar)
             print(told, flush=True)
 

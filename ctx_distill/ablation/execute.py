@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 
 from ctx_distill.ablation.cohort import Cohort, write_corpus, write_ct, write_held_out, write_probe, write_xray
 from ctx_distill.ablation.plan import CORE, Job, Plan, job_layers, laid_over
-from ctx_distill.data.manifest import Manifest
+from ctx_distill.data.manifests.manifest import Manifest
 from ctx_distill.files import hash_json, write_json, write_text
 from ctx_distill.metrics.bootstrap import resample_counts
 from ctx_distill.metrics.classification import macro_auroc_replicates
-from ctx_distill.pipeline.plan import ARTEFACT, STAGES, stage_config
-from ctx_distill.pipeline.runner import fill
+from ctx_distill.runs.runner import fill
+from ctx_distill.runs.stage_table import ARTEFACT, STAGES, stage_config
 
 DONE = "metrics.json"
 REPLICATES = 500
@@ -91,7 +91,7 @@ def run_job(place: Place, plan: Plan, cohort: Cohort, job: Job) -> Score:
 
 def run_layers(folder: Path, paths: dict[str, str], config: dict[str, Any]) -> dict[str, Any]:
     """Run one stage from merged layers; returns its metrics."""
-    from ctx_distill.pipeline.lightning import build, run_task
+    from ctx_distill.runs.lightning_cli import build, run_task
 
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "layers.yaml"

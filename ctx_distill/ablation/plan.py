@@ -9,7 +9,7 @@ from typing import Any
 
 from ctx_distill.errors import InputError
 from ctx_distill.files import hash_json
-from ctx_distill.pipeline.plan import STAGES, merge, read_layer, stage_config, stages_folder
+from ctx_distill.runs.stage_table import STAGES, merge, read_layer, stage_config, stages_folder
 
 CORE = "core"
 

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from ctx_distill.checkpoint import load_weights, read_artefact
-from ctx_distill.data.cache import shared_cache
-from ctx_distill.data.datasets import Collate, ct_dataset
-from ctx_distill.data.manifest import Manifest
-from ctx_distill.data.transforms import VolumeSpec
+from ctx_distill.data.loading.cache import shared_cache
+from ctx_distill.data.loading.datasets import Collate, ct_dataset
+from ctx_distill.data.manifests.manifest import Manifest
+from ctx_distill.data.transforms.volume import VolumeSpec
 from ctx_distill.metrics.classification import macro_auroc
 from ctx_distill.metrics.retrieval import recall_at_k
 from ctx_distill.models.ct_encoder import build_ct_encoder
 from ctx_distill.models.dual_encoder import DualEncoder
-from ctx_distill.tasks.prior import open_prior
+from ctx_distill.stages.shared.projection_prior import open_prior
 from ctx_distill.types import CTBatch
 
 

@@ -10,7 +10,7 @@ from ctx_distill.ablation.analysis import Estimate, crossed, difference, holm
 from ctx_distill.ablation.plan import CORE, Arm, Contrast, Plan, Regime
 from ctx_distill.ablation.records import Records
 from ctx_distill.files import write_text
-from ctx_distill.page import svg
+from ctx_distill.reporting import svg
 
 SECONDARY = {
     "probe_auroc_10": "probe 10 %",
@@ -178,7 +178,7 @@ def write_report(plan: Plan, records: Records, run: Path, document: Path) -> Pat
         standing = picture.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
         standing = standing.replace(">", f"><style>{_STYLE}</style>", 1)
         write_text(records.folder / "core.svg", standing)
-    from ctx_distill.page.ablation import build_ablation_page
+    from ctx_distill.reporting.ablation_page import build_ablation_page
 
     return build_ablation_page(run, plan_summary(plan), page_tables(plan, records))
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ctx_distill.data.volume import Volume
+from ctx_distill.data.io.volume import Volume
 
 Tell = Callable[[str], None]
 """Called with the name of the step that begins: `encoding`, `saliency`."""

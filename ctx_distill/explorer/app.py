@@ -20,7 +20,7 @@ from ctx_distill.explorer.sessions import Session, Sessions, TooMany
 from ctx_distill.explorer.uploads import clean_name
 from ctx_distill.explorer.viewer import licences, niivue
 from ctx_distill.explorer.worker import Job, Refused, Worker
-from ctx_distill.page.page import TEMPLATES
+from ctx_distill.reporting.run_page import TEMPLATES
 
 STATIC = Path(__file__).parent / "static"
 
@@ -84,7 +84,7 @@ def _add_pages(app: FastAPI, worker: Worker, limits: Limits) -> None:
             "facts": told.facts,
             "nearest": told.nearest,
             "shows_pool": told.shows_pool,
-            "upload_mb": limits.upload_mb,
+            "upload_mb": limits.max_upload_mb,
             "idle_minutes": limits.idle_minutes,
         }
 
@@ -164,20 +164,21 @@ class _Scratch:
         path = session.folder / "received"
         try:
             declared = int(request.headers.get("content-length") or 0)
-            if declared > self._limits.upload_mb * MB:
+            if declared > self._limits.max_upload_mb * MB:
                 raise self._too_large()
             with path.open("xb") as file:
-                async with asyncio.timeout(self._limits.seconds):
+                async with asyncio.timeout(self._limits.max_seconds):
                     size = 0
                     async for piece in request.stream():
                         size += len(piece)
-                        if size > self._limits.upload_mb * MB:
+                        if size > self._limits.max_upload_mb * MB:
                             raise self._too_large()
                         file.write(piece)
         except TimeoutError:
             self._sessions.end(session)
             raise HTTPException(
-                408, f"the upload took longer than {self._limits.seconds:g} seconds; start with a larger --max-seconds"
+                408,
+                f"the upload took longer than {self._limits.max_seconds:g} seconds; start with a larger --max-seconds",
             ) from None
         except OSError as error:
             self._sessions.end(session)
@@ -192,7 +193,7 @@ class _Scratch:
 
     def _too_large(self) -> HTTPException:
         return HTTPException(
-            413, f"larger than {self._limits.upload_mb:,.0f} MB; start the explorer with a larger --max-upload"
+            413, f"larger than {self._limits.max_upload_mb:,.0f} MB; start the explorer with a larger --max-upload-mb"
         )
 
     async def _work(self, session: Session, job: Job) -> None:

@@ -1,4 +1,4 @@
-"""What the explorer takes at most."""
+"""Limits of the explorer."""
 
 from __future__ import annotations
 
@@ -11,23 +11,25 @@ MB = 1 << 20
 
 @dataclass(frozen=True)
 class Limits:
-    """Attributes:
-    upload_mb: MB of one upload.
-    unpacked_mb: MB of a scan's voxels as stored, and of what a zip unpacks to.
-    files: entries of a zip.
-    seconds: of receiving one upload, and of reading it and computing.
-    idle_minutes: after which a session that nobody asks ends.
-    sessions: at one time.
-    display_mvoxels: million voxels that the page shows; a larger scan is shown at fewer slices, rows and columns.
+    """What the explorer accepts.
+
+    Attributes:
+        max_upload_mb: Largest upload, in MB.
+        max_unpacked_mb: Largest scan as stored voxels, and largest unpacked zip, in MB.
+        max_files: Most files in a zip.
+        max_seconds: Longest time to receive an upload, and to read it and compute.
+        idle_minutes: Minutes without a request after which a session ends.
+        max_sessions: Most sessions at one time.
+        max_display_mvoxels: Million voxels shown. A larger scan is shown with fewer slices, rows and columns.
     """
 
-    upload_mb: float = 1024
-    unpacked_mb: float = 2048
-    files: int = 5000
-    seconds: float = 300
+    max_upload_mb: float = 1024
+    max_unpacked_mb: float = 2048
+    max_files: int = 5000
+    max_seconds: float = 300
     idle_minutes: float = 15
-    sessions: int = 4
-    display_mvoxels: float = 80
+    max_sessions: int = 4
+    max_display_mvoxels: float = 80
 
     def __post_init__(self) -> None:
         for field in fields(self):

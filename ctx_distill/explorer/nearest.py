@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ctx_distill.checkpoint import require_same
-from ctx_distill.data.radiograph import read_radiograph
+from ctx_distill.data.io.radiograph import read_radiograph
 from ctx_distill.errors import InputError
 from ctx_distill.explorer.answers import Neighbour
-from ctx_distill.page.gather import gather
 from ctx_distill.retrieval.store import XrayIndexArtefact
+from ctx_distill.runs.reader import gather
 
 if TYPE_CHECKING:
-    from ctx_distill.data.manifest import Manifest
+    from ctx_distill.data.manifests.manifest import Manifest
     from ctx_distill.explorer.reader import ReaderSettings
     from ctx_distill.inference.model import CTModel
     from ctx_distill.inference.parts import Parts

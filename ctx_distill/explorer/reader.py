@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 import ctx_distill
-from ctx_distill.data.volume import Volume
+from ctx_distill.data.io.volume import Volume
 from ctx_distill.explorer.answers import About, Answer, FindingAnswer, Saliency, Tell
 from ctx_distill.explorer.nearest import NearestXrays, open_nearest
 from ctx_distill.inference.model import CTModel

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ctx_distill.data.volume import Volume
-from ctx_distill.data.write_nifti import write_nifti
+from ctx_distill.data.io.volume import Volume
+from ctx_distill.data.io.write_nifti import write_nifti
 from ctx_distill.explorer.answers import Answer, FindingAnswer, Saliency
 from ctx_distill.files import write_bytes, write_json
 

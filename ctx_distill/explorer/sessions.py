@@ -59,7 +59,7 @@ class Sessions:
         """
         self.sweep()
         with self._lock:
-            if len(self._open) >= self._limits.sessions:
+            if len(self._open) >= self._limits.max_sessions:
                 raise TooMany
             key = secrets.token_urlsafe(24)
             session = Session(key, self.root / key, used=self._clock())

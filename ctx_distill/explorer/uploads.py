@@ -139,10 +139,10 @@ def check_dicom(folder: Path, upload: Upload, limits: Limits) -> None:
 
 
 def _check_claim(shown: str, claimed: int, told: str, limits: Limits) -> None:
-    if claimed > limits.unpacked_mb * MB:
+    if claimed > limits.max_unpacked_mb * MB:
         raise InputError(
-            f"{shown}: claims {told} = {claimed / MB:,.0f} MB of voxels; expected at most {limits.unpacked_mb:,.0f} MB, "
-            "send a smaller scan or start the explorer with a larger --max-unpacked"
+            f"{shown}: claims {told} = {claimed / MB:,.0f} MB of voxels; expected at most {limits.max_unpacked_mb:,.0f} MB, "
+            "send a smaller scan or start the explorer with a larger --max-unpacked-mb"
         )
 
 
@@ -154,7 +154,7 @@ def _from_zip(received: Path, shown: str, folder: Path, limits: Limits) -> Uploa
             slices = folder / "slices"
             slices.mkdir()
             names = {}
-            left = int(limits.unpacked_mb * MB)
+            left = int(limits.max_unpacked_mb * MB)
             for number, entry in enumerate(entries):
                 own = f"{number:06d}"
                 names[own] = PurePosixPath(entry.filename).name
@@ -185,20 +185,20 @@ def _check_directory(received: Path, shown: str, limits: Limits) -> None:
         if not record.startswith(b"PK\x06\x06"):
             raise zipfile.BadZipFile("the zip64 record is not at its place")
         size = max(int.from_bytes(record[40:48], "little"), size if size != 0xFFFFFFFF else 0)
-    if size > limits.files * _ENTRY:
+    if size > limits.max_files * _ENTRY:
         raise _too_many(shown, limits, f"a directory of {size / MB:,.0f} MB")
 
 
 def _too_many(shown: str, limits: Limits, told: str) -> InputError:
     return InputError(
-        f"{shown}: {told}; expected at most {limits.files:,} entries, zip one series alone or start the explorer with a "
+        f"{shown}: {told}; expected at most {limits.max_files:,} entries, zip one series alone or start the explorer with a "
         "larger --max-files"
     )
 
 
 def _checked_entries(archive: zipfile.ZipFile, shown: str, limits: Limits) -> list[zipfile.ZipInfo]:
     infos = archive.infolist()
-    if len(infos) > limits.files:
+    if len(infos) > limits.max_files:
         raise _too_many(shown, limits, f"{len(infos):,} entries")
     for info in infos:
         name = info.orig_filename.replace("\\", "/")
@@ -212,7 +212,7 @@ def _checked_entries(archive: zipfile.ZipFile, shown: str, limits: Limits) -> li
         if info.flag_bits & 1:
             raise InputError(f"{shown}: the zip is encrypted; expected one without a password")
     declared = sum(info.file_size for info in infos)
-    if declared > limits.unpacked_mb * MB:
+    if declared > limits.max_unpacked_mb * MB:
         raise _too_much(shown, limits, f"declares {declared / MB:,.0f} MB unpacked")
     entries = [info for info in infos if not info.is_dir() and not _LITTER.search(info.filename)]
     if not entries:
@@ -226,15 +226,15 @@ def _unpack(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, path: Path, left: 
         while piece := packed.read(_CHUNK):
             written += len(piece)
             if written > left:
-                raise _too_much(shown, limits, f"unpacks to more than {limits.unpacked_mb:,.0f} MB")
+                raise _too_much(shown, limits, f"unpacks to more than {limits.max_unpacked_mb:,.0f} MB")
             out.write(piece)
     return written
 
 
 def _too_much(shown: str, limits: Limits, told: str) -> InputError:
     return InputError(
-        f"{shown}: {told}; expected at most {limits.unpacked_mb:,.0f} MB, zip one series alone or start the explorer with "
-        "a larger --max-unpacked"
+        f"{shown}: {told}; expected at most {limits.max_unpacked_mb:,.0f} MB, zip one series alone or start the explorer with "
+        "a larger --max-unpacked-mb"
     )
 
 

@@ -101,7 +101,7 @@ class Worker:
         """
         with self._lock:
             pipe = self._ready(job)
-            end = time.monotonic() + self._limits.seconds
+            end = time.monotonic() + self._limits.max_seconds
             try:
                 pipe.send(job)
                 while True:
@@ -110,7 +110,7 @@ class Worker:
                     if time.monotonic() > end:
                         self._end()
                         raise Refused(
-                            f"reading and computing took longer than {self._limits.seconds:g} seconds and was stopped; "
+                            f"reading and computing took longer than {self._limits.max_seconds:g} seconds and was stopped; "
                             "send a smaller scan or start the explorer with a larger --max-seconds"
                         )
                     if not pipe.poll(0.1):
@@ -196,7 +196,7 @@ def _watch(parent: int, root: Path) -> None:
 
 
 def _work(job: Job, reader: Any, limits: Limits, tell: Callable[[str], None]) -> None:
-    from ctx_distill.data.volume import read_volume
+    from ctx_distill.data.io.volume import read_volume
     from ctx_distill.explorer.results import write_answer, write_scan
     from ctx_distill.explorer.uploads import accept
 
@@ -206,7 +206,7 @@ def _work(job: Job, reader: Any, limits: Limits, tell: Callable[[str], None]) ->
     upload = accept(job.received, job.name, unpacked, limits)
     try:
         scan = read_volume(upload.path)
-        facts = write_scan(job.folder, scan, limits.display_mvoxels) | {"name": job.name, "kind": upload.kind}
+        facts = write_scan(job.folder, scan, limits.max_display_mvoxels) | {"name": job.name, "kind": upload.kind}
         answer = reader(scan, tell)
     except InputError as error:
         raise InputError(upload.in_users_words(str(error))) from error

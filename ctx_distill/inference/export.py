@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ctx_distill import __version__
 from ctx_distill.checkpoint import WEIGHTS_FILE
-from ctx_distill.data.projection import SIDE
+from ctx_distill.data.transforms.projection import SIDE
 from ctx_distill.errors import InputError
 from ctx_distill.files import replace_folder, write_json, write_text
 from ctx_distill.inference.card import model_card, read_record

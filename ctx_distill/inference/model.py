@@ -14,17 +14,17 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ctx_distill.data.projection import square_projection
-from ctx_distill.data.scan_file import ScanFile
-from ctx_distill.data.transforms import VolumeSpec, prepare_volume, target_affine
-from ctx_distill.data.volume import Volume
+from ctx_distill.data.io.scan_file import ScanFile
+from ctx_distill.data.io.volume import Volume
+from ctx_distill.data.transforms.projection import square_projection
+from ctx_distill.data.transforms.volume import VolumeSpec, prepare_volume, target_affine
 from ctx_distill.errors import InputError
 from ctx_distill.files import hash_json
 from ctx_distill.inference.parts import Parts, open_parts
 from ctx_distill.inference.prediction import Neighbour, Prediction, Saliency, ScanGrid
 from ctx_distill.inference.saliency import saliency_maps
 from ctx_distill.models.ct_encoder import CTEncoder
-from ctx_distill.tasks.prompting import prompt_features
+from ctx_distill.stages.shared.prompt_scores import prompt_features
 
 PathLike = str | Path
 

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from ctx_distill.checkpoint import ARTEFACT_FILE, Artefact, load_weights, read_artefact, require_same
-from ctx_distill.data.transforms import VolumeSpec
+from ctx_distill.data.transforms.volume import VolumeSpec
 from ctx_distill.errors import InputError
 from ctx_distill.models.ct_encoder import CTEncoder, build_ct_encoder
 from ctx_distill.models.decoder_artefact import load_decoder
@@ -20,7 +20,7 @@ from ctx_distill.models.dual_encoder import DualEncoder
 from ctx_distill.models.heads import FindingsHead
 from ctx_distill.models.report_decoder import ReportDecoder
 from ctx_distill.models.xray_expert import XrayExpert
-from ctx_distill.tasks.prior import open_prior
+from ctx_distill.stages.shared.projection_prior import open_prior
 from ctx_distill.text.findings import load_vocabulary
 from ctx_distill.text.prompts import Templates
 
@@ -32,7 +32,7 @@ AGAIN = "Give a run folder, or one whose parts were made together."
 
 @dataclass(frozen=True)
 class Asked:
-    """How the zero-shot stage of the run asked; see `ctx_distill.tasks.prompting.prompt_features`.
+    """How the zero-shot stage of the run asked; see `ctx_distill.stages.shared.prompt_scores.prompt_features`.
 
     Attributes:
         findings: F names.

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ctx_distill.data.resample import resample
-from ctx_distill.data.write_nifti import write_nifti
+from ctx_distill.data.io.write_nifti import write_nifti
+from ctx_distill.data.transforms.resample import resample
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,9 +13,9 @@ from typing import TypeVar
 from rich.progress import track
 
 from ctx_distill import signals
-from ctx_distill.data.manifest import read_manifest
-from ctx_distill.data.scan_file import ScanFile
-from ctx_distill.data.volume import SUFFIXES
+from ctx_distill.data.io.scan_file import ScanFile
+from ctx_distill.data.io.volume import SUFFIXES
+from ctx_distill.data.manifests.manifest import read_manifest
 from ctx_distill.errors import InputError
 
 T = TypeVar("T")

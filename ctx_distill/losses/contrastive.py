@@ -6,7 +6,7 @@
 
 With T the identity this is CLIP's loss (Radford et al. 2021, arXiv 2103.00020; `open_clip.loss.ClipLoss`). With
 several images of one study T is uniform over the row's positives (Khosla et al. 2020, arXiv 2004.11362, L_out).
-False negatives come in as soft T or as pairs left out of the denominator (`ctx_distill.losses.robust`).
+False negatives come in as soft T or as pairs left out of the denominator (`ctx_distill.losses.false_negatives`).
 
 The functions see the global batch: gather features first (`ctx_distill.distributed.gather_with_gradient`).
 """

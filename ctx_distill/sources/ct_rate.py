@@ -10,7 +10,7 @@ import math
 from collections import defaultdict
 from pathlib import Path
 
-from ctx_distill.data.tables import Table
+from ctx_distill.data.manifests.tables import Table
 from ctx_distill.errors import InputError
 from ctx_distill.sources.options import SourceOptions
 from ctx_distill.sources.rows import Built, Row, hashed_split, label_value, present, table

@@ -7,8 +7,8 @@ from collections import Counter, defaultdict
 from datetime import date
 from pathlib import Path
 
-from ctx_distill.data.dicom import read_dicom_folder
-from ctx_distill.data.write_nifti import write_nifti
+from ctx_distill.data.io.dicom import read_dicom_folder
+from ctx_distill.data.io.write_nifti import write_nifti
 from ctx_distill.errors import InputError
 from ctx_distill.parallel import DIED, in_processes
 from ctx_distill.sources.dicom_series import LOCALIZER, MIN_SLICES, Series, by_study, find_series

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pydicom
 
-from ctx_distill.data.dicom import CT_STORAGE
+from ctx_distill.data.io.dicom import CT_STORAGE
 from ctx_distill.parallel import in_processes
 
 ENHANCED_CT = "1.2.840.10008.5.1.4.1.1.2.1"

@@ -7,8 +7,8 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from ctx_distill.data.manifest import LABEL, NUMBERS, Manifest, read_manifest
-from ctx_distill.data.remote import REMOTE
+from ctx_distill.data.io.remote import REMOTE
+from ctx_distill.data.manifests.manifest import LABEL, NUMBERS, Manifest, read_manifest
 from ctx_distill.errors import InputError
 from ctx_distill.sources.rows import cell, counts, write_checked
 

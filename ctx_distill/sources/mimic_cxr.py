@@ -10,7 +10,7 @@ import io
 import zlib
 from pathlib import Path
 
-from ctx_distill.data.tables import Table, parse_csv
+from ctx_distill.data.manifests.tables import Table, parse_csv
 from ctx_distill.errors import InputError
 from ctx_distill.sources.options import SourceOptions
 from ctx_distill.sources.rows import Built, Row, label_value, one_split_a_patient, present

@@ -1,4 +1,4 @@
-"""What a user can ask of a manifest builder; each source says which of them it listens to."""
+"""Options of the manifest builders; each names the sources that it applies to."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ class SourceOptions:
     """Options of `ctx-distill manifest`.
 
     Attributes:
-        release: CT-RATE: `first` or `fixed`; None looks which is there.
-        reconstructions: CT-RATE and DICOM: `one` a study by the source's rule, or `all`.
-        labels: Rad-ChestCT: the map of its labels, by name.
-        english_from_labels: PadChest: English sentences made from its labels in place of the Spanish reports.
-        first_is_frontal: Open-I: take a report's first picture as frontal and the others as lateral.
-        reports: DICOM: a CSV of reports.
-        key: DICOM: the file of the secret that ids are hashed with.
-        keep_ids: DICOM: ids and dates as they stand in the headers.
-        convert: DICOM: a folder to write the chosen series to, as NIfTI under hashed names.
-        keep_paths: DICOM: write paths into the manifest although they hold a name or id.
-        val: share of patients for val where the set has no split.
-        test: likewise for test.
-        workers: processes; None takes one a core.
+        release: ct-rate: which release. Default: the one that is there.
+        reconstructions: ct-rate, dicom: one reconstruction per study, or all.
+        labels: rad-chestct: map of its labels.
+        english_from_labels: padchest: English sentences made from its labels, instead of the Spanish reports.
+        first_is_frontal: open-i: take the first image of a report as frontal and the others as lateral.
+        reports: dicom: CSV of reports; mimic-cxr: folder of reports.
+        key: dicom: file of the secret that ids are hashed with. Default: `~/.config/ctx-distill/key`.
+        keep_ids: dicom: keep ids and dates of the headers.
+        convert: dicom: folder to write the chosen series to, as NIfTI with hashed names.
+        keep_paths: dicom: write paths into the manifest even if they hold a name or id.
+        val: Share of patients for val, if the data set has no split.
+        test: Share of patients for test, if the data set has no split.
+        workers: Processes. Default: one per core.
     """
 
     release: Literal["first", "fixed"] | None = None
     reconstructions: Literal["one", "all"] = "one"
-    labels: str = "hlip"
+    labels: Literal["hlip", "radfinder", "own"] = "hlip"
     english_from_labels: bool = False
     first_is_frontal: bool = False
     reports: Path | None = None

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ctx_distill.data.manifest import LABEL, SPLITS, Manifest, read_manifest
-from ctx_distill.data.tables import Table, read_table
+from ctx_distill.data.manifests.manifest import LABEL, SPLITS, Manifest, read_manifest
+from ctx_distill.data.manifests.tables import Table, read_table
 from ctx_distill.errors import InputError
 from ctx_distill.files import write_text
 

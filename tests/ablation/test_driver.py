@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from ctx_distill.cli import main
+from ctx_distill.commands.main import main
 
 PLAN = {
     "cohort": {"candidates": 10, "val": 6, "labelled": 6},
@@ -28,7 +28,7 @@ PLAN = {
 
 @pytest.fixture
 def plan_file(tmp_path: Path) -> Path:
-    from ctx_distill.pipeline.plan import read_layer, stages_folder
+    from ctx_distill.runs.stage_table import read_layer, stages_folder
 
     shipped = read_layer(stages_folder() / "ablation.yaml")["arms"]
     keep = ("infonce", "text-frozen", "pair-relation", "paper", "expert-projection")

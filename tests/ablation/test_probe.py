@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from ctx_distill.ablation.probe import embed_aligned, report_recall
-from ctx_distill.data.datamodules import CTDataModule
-from ctx_distill.data.manifest import read_manifest
-from ctx_distill.data.transforms import VolumeSpec
-from ctx_distill.pipeline.plan import STAGES, stage_config
-from ctx_distill.tasks.zero_shot import ZeroShotTask
+from ctx_distill.data.loading.datamodules import CTDataModule
+from ctx_distill.data.manifests.manifest import read_manifest
+from ctx_distill.data.transforms.volume import VolumeSpec
+from ctx_distill.runs.stage_table import STAGES, stage_config
+from ctx_distill.stages.zero_shot.task import ZeroShotTask
 
 pytestmark = pytest.mark.full
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from ctx_distill.ablation.plan import CORE, read_plan, selection_jobs
-from ctx_distill.pipeline.plan import stages_folder
+from ctx_distill.runs.stage_table import stages_folder
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from ctx_distill.callbacks import random_state
-from ctx_distill.callbacks.checkpoint_files import LAST, OWN, PREVIOUS, part_of, read, settle, standing
-from ctx_distill.callbacks.checkpoints import Checkpoints, _Room
 from ctx_distill.distributed import rank
 from ctx_distill.errors import InputError
+from ctx_distill.training.callbacks import random_state
+from ctx_distill.training.callbacks.checkpoint_files import LAST, OWN, PREVIOUS, part_of, read, settle, standing
+from ctx_distill.training.callbacks.checkpoints import Checkpoints, _Room
 
 IDENTITY = {"stage": "DistillationTask", "request": "abc"}
 

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
-from ctx_distill.callbacks import loss_guard
-from ctx_distill.callbacks.loss_guard import LossGuard
 from ctx_distill.distributed import rank, world_size
 from ctx_distill.errors import InputError
+from ctx_distill.training.callbacks import loss_guard
+from ctx_distill.training.callbacks.loss_guard import LossGuard
 
 
 @dataclass
@@ -433,7 +433,7 @@ def sharded_norm(gradients: list[Tensor]) -> dict[str, float]:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
-    from ctx_distill.callbacks.loss_guard import _global_norm
+    from ctx_distill.training.callbacks.loss_guard import _global_norm
 
     mesh = init_device_mesh("cpu", (world_size(),))
     shards = [distribute_tensor(each, mesh, [Shard(0)]) for each in gradients]

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ctx_distill.callbacks.rank_records import RankRecord, explain, read_records, write_record
-from ctx_distill.callbacks.watchdog import HUNG, Watchdog
 from ctx_distill.distributed import rank, world_size
+from ctx_distill.training.callbacks.rank_records import RankRecord, explain, read_records, write_record
+from ctx_distill.training.callbacks.watchdog import HUNG, Watchdog
 
 MINUTES = 0.25
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ctx_distill.data.augment import Augmentation
+from ctx_distill.data.transforms.augment import Augmentation
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 32, 40), (2, 1, 16, 32, 40)])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ctx_distill.data.check_text import check_text, identical_texts
+from ctx_distill.data.quality.text import check_text, identical_texts
 
 REPORTS = Path(__file__).parents[3] / "shared/data/reports"
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
-from ctx_distill.data.volume import read_volume
+from ctx_distill.data.io.volume import read_volume
 from ctx_distill.types import InputError
 
 SHAPE = (7, 10, 12)

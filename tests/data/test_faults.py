@@ -17,8 +17,8 @@ import SimpleITK as sitk
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, EnhancedCTImageStorage, ExplicitVRLittleEndian, JPEG2000Lossless, generate_uid
 
-from ctx_distill.data.manifest import read_manifest
-from ctx_distill.data.volume import read_volume
+from ctx_distill.data.io.volume import read_volume
+from ctx_distill.data.manifests.manifest import read_manifest
 from ctx_distill.errors import InputError
 
 AXIAL = [1, 0, 0, 0, 1, 0]
@@ -158,7 +158,7 @@ def test_a_colour_slice(tmp_path: Path) -> None:
 
 def test_a_slice_that_vanishes_between_header_and_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = slices(tmp_path / "s")
-    from ctx_distill.data import dicom
+    from ctx_distill.data.io import dicom
 
     check = dicom.check_size
 
@@ -254,10 +254,10 @@ def test_a_gzip_bomb_is_refused_before_it_goes_off(tmp_path: Path) -> None:
 READING = """
 import resource, sys, torch
 from pathlib import Path
-from ctx_distill.data.check_scan import check_scan
-from ctx_distill.data.projection import square_projection
-from ctx_distill.data.scan_file import ScanFile
-from ctx_distill.data.transforms import VolumeSpec, prepare_volume
+from ctx_distill.data.quality.scan import check_scan
+from ctx_distill.data.transforms.projection import square_projection
+from ctx_distill.data.io.scan_file import ScanFile
+from ctx_distill.data.transforms.volume import VolumeSpec, prepare_volume
 torch.set_num_threads(1)
 spec = VolumeSpec((3.0, 1.5, 1.5), (48, 96, 96))
 def work(path):

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from ctx_distill.data.volume import Volume, read_volume
+from ctx_distill.data.io.volume import Volume, read_volume
 from ctx_distill.errors import InputError
 
 SHAPE = (7, 6, 5)
@@ -119,7 +119,7 @@ def test_npz(tmp_path: Path, changes: list[tuple[int, int]], cut: int) -> None:
 READ_ALL = """
 import sys
 from pathlib import Path
-from ctx_distill.data.volume import read_volume
+from ctx_distill.data.io.volume import read_volume
 from ctx_distill.errors import InputError
 for path in sorted(Path(sys.argv[1]).iterdir()):
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ctx_distill.data.hounsfield import to_hounsfield
+from ctx_distill.data.io.hounsfield import to_hounsfield
 
 
 @pytest.mark.parametrize("dtype", ["<i2", ">i2", "u1", "i1", "<u2", ">u2", "<i4", "<u4", "<i8", "<u8"])

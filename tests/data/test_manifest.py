@@ -12,8 +12,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from ctx_distill.data.index_rows import leave_out_for_index
-from ctx_distill.data.manifest import read_manifest
+from ctx_distill.data.manifests.index_rows import leave_out_for_index
+from ctx_distill.data.manifests.manifest import read_manifest
 from ctx_distill.types import InputError
 
 Row = Mapping[str, object]

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import ctx_distill.data.manifest_table as table
-from ctx_distill.data.manifest import Manifest, read_manifest
-from ctx_distill.data.manifest_rows import read_by_rows
+import ctx_distill.data.manifests.column_reader as table
+from ctx_distill.data.manifests.manifest import Manifest, read_manifest
+from ctx_distill.data.manifests.row_reader import read_by_rows
 from ctx_distill.errors import InputError
 
 ROWS = 300

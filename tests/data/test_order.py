@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from ctx_distill.data import order
-from ctx_distill.data.datamodules import CTDataModule
-from ctx_distill.data.manifest import read_manifest
-from ctx_distill.data.order import EpochBatches, EpochShuffle, InOrder, Mixing
-from ctx_distill.data.transforms import VolumeSpec
+from ctx_distill.data.loading import order
+from ctx_distill.data.loading.datamodules import CTDataModule
+from ctx_distill.data.loading.order import EpochBatches, EpochShuffle, InOrder, Mixing
+from ctx_distill.data.manifests.manifest import read_manifest
+from ctx_distill.data.transforms.volume import VolumeSpec
 from ctx_distill.distributed import gather_with_gradient, own_first_rows, world_size
 from ctx_distill.errors import InputError
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from ctx_distill.data.datamodules import CTDataModule
-from ctx_distill.data.transforms import VolumeSpec
-from ctx_distill.tasks.cached_gradients import encode_in_micro_batches, on_host
+from ctx_distill.data.loading.datamodules import CTDataModule
+from ctx_distill.data.transforms.volume import VolumeSpec
+from ctx_distill.training.cached_batches import encode_in_micro_batches, on_host
 from ctx_distill.types import CTBatch, XrayBatch
 
 SPEC = VolumeSpec(spacing=(12.0, 12.0, 12.0), shape=(24, 32, 32))

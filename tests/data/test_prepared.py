@@ -15,15 +15,15 @@ import numpy as np
 import pytest
 import torch
 
-from ctx_distill.cli import main
-from ctx_distill.data import prepared as prepared_module
-from ctx_distill.data.datamodules import CTDataModule
-from ctx_distill.data.manifest import read_manifest
-from ctx_distill.data.prepared import PreparedFolder
-from ctx_distill.data.scan_file import ScanFile
-from ctx_distill.data.transforms import VolumeSpec
+from ctx_distill.commands.main import main
+from ctx_distill.data.io.scan_file import ScanFile
+from ctx_distill.data.loading import prepared as prepared_module
+from ctx_distill.data.loading.datamodules import CTDataModule
+from ctx_distill.data.loading.prepared import PreparedFolder
+from ctx_distill.data.manifests.manifest import read_manifest
+from ctx_distill.data.transforms.volume import VolumeSpec
 from ctx_distill.errors import InputError
-from ctx_distill.pipeline.prepare import _prepare_one, array_part, preset_volume
+from ctx_distill.runs.prepare_volumes import _prepare_one, array_part, preset_volume
 
 SPEC = VolumeSpec(spacing=(12.0, 12.0, 12.0), shape=(24, 32, 32), window=(-1000.0, 600.0), stored="int16")
 
@@ -100,7 +100,7 @@ def test_parts_of_an_array_are_disjoint_and_whole(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.full
 def test_tasks_of_an_array_write_one_folder_at_once(cohort: Path, tmp_path: Path, tiny_preset: Path) -> None:
     """Three tasks started together, as SLURM starts an array 4-6: together they prepare each image once."""
-    command = [sys.executable, "-m", "ctx_distill.cli", "prepare", str(cohort / "ct.csv"), str(tmp_path / "out"),
+    command = [sys.executable, "-m", "ctx_distill", "prepare", str(cohort / "ct.csv"), str(tmp_path / "out"),
                "--preset", str(tiny_preset), "--workers", "1"]  # fmt: skip
     tasks = []
     for number in (4, 5, 6):

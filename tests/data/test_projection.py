@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from ctx_distill.data.projection import (
+from ctx_distill.data.io.volume import Volume, read_volume
+from ctx_distill.data.transforms.projection import (
     BONE_GAIN,
     SIDE,
     WATER_PER_MM,
@@ -17,7 +18,6 @@ from ctx_distill.data.projection import (
     line_integrals,
     square_projection,
 )
-from ctx_distill.data.volume import Volume, read_volume
 
 
 def scan(hu_zyx: NDArray[np.float32], spacing: tuple[float, float, float] = (3.0, 3.0, 3.0)) -> Volume:
@@ -110,7 +110,7 @@ def test_an_oblique_scan_is_straightened() -> None:
 
 def test_the_sum_does_not_depend_on_the_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = line_integrals(chest())
-    monkeypatch.setattr("ctx_distill.data.projection._SLAB", 1 << 10)
+    monkeypatch.setattr("ctx_distill.data.transforms.projection._SLAB", 1 << 10)
     np.testing.assert_array_equal(line_integrals(chest()), whole)
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import DigitalXRayImageStorageForPresentation, ExplicitVRLittleEndian, generate_uid
 
-from ctx_distill.data.radiograph import read_radiograph
+from ctx_distill.data.io.radiograph import read_radiograph
 from ctx_distill.types import InputError
 
 

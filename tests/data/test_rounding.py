@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ctx_distill.data.rounding import STEPS, from_steps, to_steps
+from ctx_distill.data.transforms.rounding import STEPS, from_steps, to_steps
 
 
 @pytest.mark.parametrize("ends", [(-1.0, 1.0), (0.0, 1.0), (-3.0, 5.0)])

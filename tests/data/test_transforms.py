@@ -12,9 +12,9 @@ import SimpleITK as sitk
 import torch
 from numpy.typing import NDArray
 
-from ctx_distill.data.resample import resample
-from ctx_distill.data.transforms import AIR_HU, VolumeSpec, load_ct, prepare_volume, target_affine
-from ctx_distill.data.volume import Volume
+from ctx_distill.data.io.volume import Volume
+from ctx_distill.data.transforms.resample import resample
+from ctx_distill.data.transforms.volume import AIR_HU, VolumeSpec, load_ct, prepare_volume, target_affine
 from ctx_distill.types import InputError
 
 Array = NDArray[np.float64]

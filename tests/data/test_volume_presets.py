@@ -23,11 +23,11 @@ from monai.transforms import (
     SpatialPad,
 )
 
-from ctx_distill.cli import main
-from ctx_distill.data.prepared import PreparedFolder
-from ctx_distill.data.transforms import VolumeSpec, load_ct
-from ctx_distill.data.volume_presets import VOLUME_PRESETS
-from ctx_distill.pipeline.prepare import preset_volume
+from ctx_distill.commands.main import main
+from ctx_distill.data.loading.prepared import PreparedFolder
+from ctx_distill.data.transforms.volume import VolumeSpec, load_ct
+from ctx_distill.data.transforms.volume_presets import VOLUME_PRESETS
+from ctx_distill.runs.prepare_volumes import preset_volume
 
 
 def scan(path: Path, size: tuple[int, int, int], spacing: tuple[float, float, float], axes: str) -> Path:

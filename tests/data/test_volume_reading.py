@@ -17,7 +17,7 @@ import pytest
 import SimpleITK as sitk
 from numpy.typing import NDArray
 
-from ctx_distill.data.volume import Volume, read_volume
+from ctx_distill.data.io.volume import Volume, read_volume
 from ctx_distill.types import InputError
 
 SHAPE = (9, 12, 14)  # k, j, i

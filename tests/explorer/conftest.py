@@ -25,7 +25,7 @@ def scratch() -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def address(finished_run: Path, scratch: Path) -> Iterator[str]:
     """A running `ctx-distill serve` that shows the pool; SIGTERM ends it with status 0 and an empty scratch folder."""
-    command = [sys.executable, "-m", "ctx_distill.cli", "serve", str(finished_run), "--port", "0", "--show-reports"]
+    command = [sys.executable, "-m", "ctx_distill", "serve", str(finished_run), "--port", "0", "--show-reports"]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "TMPDIR": str(scratch)}
     )

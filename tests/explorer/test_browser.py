@@ -15,8 +15,8 @@ import pytest
 from explorer_scans import dicom_zip
 
 import ctx_distill
-from ctx_distill.data.manifest import read_manifest
-from ctx_distill.data.volume import read_volume
+from ctx_distill.data.io.volume import read_volume
+from ctx_distill.data.manifests.manifest import read_manifest
 from ctx_distill.explorer import viewer
 from ctx_distill.inference.model import CTModel
 

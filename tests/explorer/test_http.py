@@ -113,7 +113,7 @@ def running(folder: Path, mode: str = "", **limits: float) -> Iterator[Explorer]
 
 @pytest.fixture(scope="module")
 def explorer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Explorer]:
-    with running(tmp_path_factory.mktemp("explorer"), upload_mb=2, unpacked_mb=8, sessions=3) as one:
+    with running(tmp_path_factory.mktemp("explorer"), max_upload_mb=2, max_unpacked_mb=8, max_sessions=3) as one:
         yield one
 
 
@@ -233,7 +233,7 @@ def test_no_page_asks_for_anything_from_outside_and_unknown_paths_are_not_there(
 
 
 def test_what_takes_too_long_is_stopped_and_the_next_scan_is_read(tmp_path: Path) -> None:
-    with running(tmp_path, "slow", seconds=2) as explorer:
+    with running(tmp_path, "slow", max_seconds=2) as explorer:
         _, state = explorer.send(nifti_bytes(BRIGHT))
         assert state["state"] == "refused"
         assert "longer than 2 seconds" in state["message"]
@@ -301,4 +301,4 @@ def test_without_the_viewer_it_says_what_to_run(monkeypatch: pytest.MonkeyPatch,
     with pytest.raises(InputError, match="cannot be listened on"):
         serve(open_fake, "", Limits(), Address(host="192.0.2.1", port=0))
     with pytest.raises(InputError, match="expected a number above 0"):
-        Limits(files=0)
+        Limits(max_files=0)

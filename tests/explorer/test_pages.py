@@ -16,9 +16,9 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from ctx_distill.cli import main
+from ctx_distill.commands.main import main
 from ctx_distill.explorer import viewer
-from ctx_distill.page.ablation import build_ablation_page
+from ctx_distill.reporting.ablation_page import build_ablation_page
 
 pytestmark = pytest.mark.browser
 AXE = Path(__file__).parent / "axe" / "node_modules" / "axe-core" / "axe.min.js"

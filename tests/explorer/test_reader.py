@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 import ctx_distill
-from ctx_distill.data.volume import read_volume
+from ctx_distill.data.io.volume import read_volume
 from ctx_distill.errors import InputError
 from ctx_distill.explorer.reader import ReaderSettings, open_reader
 

@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from ctx_distill.data.volume import Volume
+from ctx_distill.data.io.volume import Volume
 from ctx_distill.explorer import viewer
 from ctx_distill.explorer.answers import Answer, FindingAnswer, Saliency
 from ctx_distill.explorer.results import thinning, where, write_answer, write_scan

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from explorer_scans import dicom_zip, nifti_bytes
 
-from ctx_distill.data.volume import read_volume
+from ctx_distill.data.io.volume import read_volume
 from ctx_distill.errors import InputError
 from ctx_distill.explorer.limits import Limits
 from ctx_distill.explorer.uploads import accept, clean_name
@@ -76,20 +76,20 @@ def test_a_bomb_stops_at_the_limit_whatever_it_declares(tmp_path: Path) -> None:
     assert len(honest) < 100_000
     (tmp_path / "a").mkdir()
     with pytest.raises(InputError, match="declares 30 MB unpacked"):
-        take(tmp_path / "a", honest, "x.zip", unpacked_mb=8)
+        take(tmp_path / "a", honest, "x.zip", max_unpacked_mb=8)
     # The same with both declared sizes made small: the local header's and the directory's.
     lying = honest.replace(struct.pack("<L", 30 << 20), struct.pack("<L", 1000))
     assert lying != honest
     (tmp_path / "b").mkdir()
     with pytest.raises(InputError):
-        take(tmp_path / "b", lying, "x.zip", unpacked_mb=8)
+        take(tmp_path / "b", lying, "x.zip", max_unpacked_mb=8)
     assert sum(p.stat().st_size for p in (tmp_path / "b" / "session").rglob("*") if p.is_file()) <= 9 << 20
 
 
 def test_many_small_bombs_count_together(tmp_path: Path) -> None:
     content = zipped({f"{n}.dcm": bytes(1 << 20) for n in range(12)})
     with pytest.raises(InputError, match="12 MB unpacked"):
-        take(tmp_path, content, "x.zip", unpacked_mb=8)
+        take(tmp_path, content, "x.zip", max_unpacked_mb=8)
 
 
 def test_a_gzip_bomb_is_not_unpacked_before_its_header_is_believed(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import pytest
 import torch
 import yaml
 
-from ctx_distill.pipeline.plan import STAGES
+from ctx_distill.runs.stage_table import STAGES
 from ctx_distill.signals import STOPPED
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(2400)]
@@ -34,7 +34,7 @@ FLOAT32 = 0.01
 
 def command(run: Path, cohort: Path, preset: Path, stage: str = "all", *more: str) -> list[str]:
     given = [stage, "--data", str(cohort), "--run", str(run), "--preset", str(preset), *more]
-    return [sys.executable, "-m", "ctx_distill.cli", *given]
+    return [sys.executable, "-m", "ctx_distill", *given]
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from ctx_distill.losses.cached import encode_cached
 from ctx_distill.losses.contrastive import contrastive_loss
 from ctx_distill.models.compute import ComputeSettings
 from ctx_distill.models.ct_encoder import CTEncoder, ResNet3D, ViT3D
+from ctx_distill.training.gradient_cache import encode_cached
 
 pytestmark = pytest.mark.gpu
 SHAPE = (32, 64, 64)

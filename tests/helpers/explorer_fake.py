@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 
-from ctx_distill.data.volume import Volume
+from ctx_distill.data.io.volume import Volume
 from ctx_distill.errors import InputError
 from ctx_distill.explorer.answers import About, Answer, FindingAnswer, Neighbour, Saliency, Tell
 

@@ -18,7 +18,7 @@ import torch
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from pretend_device import PretendDevice, package_function
 
-from ctx_distill.cli import main
+from ctx_distill.commands.main import main
 
 
 @contextmanager

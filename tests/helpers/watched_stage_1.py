@@ -9,9 +9,9 @@ import os
 import sys
 from pathlib import Path
 
-from ctx_distill.cli import main
+from ctx_distill.commands.main import main
 from ctx_distill.distributed import rank
-from ctx_distill.tasks.indexing import IndexTask
+from ctx_distill.stages.index.task import IndexTask
 
 
 def watch() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ctx_distill.cli import main
+from ctx_distill.commands.main import main
 
 TEXT = (Path(__file__).parents[2] / "docs" / "use.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(python|sh)\n(.*?)```", TEXT, re.DOTALL)

@@ -13,10 +13,10 @@ import torch
 import yaml
 
 import ctx_distill
-from ctx_distill.cli import main
-from ctx_distill.data.projection import square_projection
-from ctx_distill.data.transforms import prepare_volume
-from ctx_distill.data.volume import read_volume
+from ctx_distill.commands.main import main
+from ctx_distill.data.io.volume import read_volume
+from ctx_distill.data.transforms.projection import square_projection
+from ctx_distill.data.transforms.volume import prepare_volume
 from ctx_distill.errors import InputError
 from ctx_distill.inference import export as exporting
 from ctx_distill.inference.export import export_model, push_to_hub

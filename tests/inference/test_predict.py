@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import ctx_distill
-from ctx_distill.data.manifest import read_manifest
+from ctx_distill.data.manifests.manifest import read_manifest
 from ctx_distill.errors import InputError
 from ctx_distill.inference.model import CTModel
 

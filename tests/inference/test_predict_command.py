@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 
 import ctx_distill
-from ctx_distill.cli import main
+from ctx_distill.commands.main import main
 from ctx_distill.inference.model import CTModel
 
 

@@ -18,12 +18,12 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 import ctx_distill
-from ctx_distill.cli import main
-from ctx_distill.data.manifest import read_manifest
+from ctx_distill.commands.main import main
+from ctx_distill.data.manifests.manifest import read_manifest
 from ctx_distill.errors import InputError
-from ctx_distill.inference.few_shot import draw_patients, read_shots
-from ctx_distill.inference.logistic import draw_shots, fit_probes
 from ctx_distill.inference.model import CTModel
+from ctx_distill.probing.few_shot import draw_patients, read_shots
+from ctx_distill.probing.logistic import draw_shots, fit_probes
 
 Pair = tuple[np.ndarray, np.ndarray]
 

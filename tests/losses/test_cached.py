@@ -14,8 +14,8 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn import functional as F
 
 from ctx_distill import distributed
-from ctx_distill.losses.cached import encode_cached
 from ctx_distill.losses.contrastive import contrastive_loss
+from ctx_distill.training.gradient_cache import encode_cached
 
 CPU = torch.device("cpu")
 STUDY = torch.tensor([4, 7, 4, 9, 7, 4, 1, 3, 8, 9, 2])

@@ -8,7 +8,7 @@ import torch
 from torchvision.ops import sigmoid_focal_loss
 
 from ctx_distill.errors import InputError
-from ctx_distill.losses.findings import LossSettings, findings_terms, mixup
+from ctx_distill.stages.classifier.loss import LossSettings, findings_terms, mixup
 
 LOGITS = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)) * 3
 TARGETS = (torch.rand(6, 4, generator=torch.Generator().manual_seed(1)) > 0.6).float()

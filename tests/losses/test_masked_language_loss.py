@@ -12,7 +12,7 @@ from ranks import own_rows
 from torch import Tensor, nn
 
 from ctx_distill import distributed
-from ctx_distill.losses.masked_language import masked_language_loss, masked_language_sums
+from ctx_distill.stages.align.masked_language_loss import masked_language_loss, masked_language_sums
 
 TARGETS = torch.tensor([1, 2, 0, 3, 3, 1])
 ENTITY = torch.tensor([1, 0, 0, 1, 1, 1]).bool()

@@ -12,7 +12,7 @@ from ranks import own_rows
 from torch import Tensor, nn
 
 from ctx_distill import distributed
-from ctx_distill.losses.report import IGNORE, report_loss
+from ctx_distill.stages.report.loss import IGNORE, report_loss
 
 TARGETS = torch.tensor([[1, 2, IGNORE], [0, IGNORE, IGNORE], [3, 3, 1]])
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ctx_distill import distributed
-from ctx_distill.losses import robust
+from ctx_distill.losses import false_negatives as robust
 from ctx_distill.losses.contrastive import contrastive_loss, study_targets
 from ctx_distill.losses.pair_order import pair_hashes, study_identity
 from ctx_distill.types import InputError

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ctx_distill.losses.cached import encode_cached
 from ctx_distill.models.compute import ComputeSettings
 from ctx_distill.models.ct_encoder import CTEncoder, ResNet3D, ViT3D
 from ctx_distill.models.dual_encoder import load_ct_encoder, save_ct_encoder
 from ctx_distill.models.heads import ProjectionHead
+from ctx_distill.training.gradient_cache import encode_cached
 
 CPU = torch.device("cpu")
 SHAPE = (16, 32, 32)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from ctx_distill.page import build_page
+from ctx_distill.reporting import build_page
 from ctx_distill.types import InputError
 
 VOID = {"meta", "link", "img", "br", "line", "rect", "circle", "polyline", "polygon"}
@@ -238,7 +238,7 @@ def test_half_written_and_odd_files_do_not_break_it(make_run: Callable[..., Path
 
 def test_colours_have_contrast() -> None:
     """Text at least 4.5 to 1 on its ground, plot colours at least 3 to 1, light and dark."""
-    import ctx_distill.page.page as module
+    import ctx_distill.reporting.run_page as module
 
     style = (module.TEMPLATES / "style.css").read_text()
 

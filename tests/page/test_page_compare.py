@@ -14,13 +14,13 @@ import pytest
 import yaml
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from ctx_distill.cli import main
+from ctx_distill.commands.main import main
 from ctx_distill.errors import InputError
 from ctx_distill.metrics.bootstrap import Interval, resample_counts
-from ctx_distill.page import paired
-from ctx_distill.page.compare import apart, build_compare_page, difference_words, run_names
-from ctx_distill.page.gather import gather
-from ctx_distill.page.settings import data_warnings, setting_rows
+from ctx_distill.reporting import paired
+from ctx_distill.reporting.compare_page import apart, build_compare_page, difference_words, run_names
+from ctx_distill.reporting.settings_section import data_warnings, setting_rows
+from ctx_distill.runs.reader import gather
 
 MACRO = "zero_shot.macro_auroc"
 

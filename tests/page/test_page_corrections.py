@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from ctx_distill.page import build_page
-from ctx_distill.page.corrections import corrections
-from ctx_distill.page.gather import gather
+from ctx_distill.reporting import build_page
+from ctx_distill.reporting.corrections_section import corrections
+from ctx_distill.runs.reader import gather
 
 HEADER = ("study_id,other_study_id,kept_as,evidence,strength,report,suspected_batches,corrected_batches,suspected_epochs,"
           "corrected_epochs,first_epoch,last_epoch,labels_known,labels_differ")  # fmt: skip

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from ctx_distill.page import build_page
-from ctx_distill.page.failures import failures
-from ctx_distill.page.gather import gather
-from ctx_distill.page.plots import learning_curves
+from ctx_distill.reporting import build_page
+from ctx_distill.reporting.failures_section import failures
+from ctx_distill.reporting.plots import learning_curves
+from ctx_distill.runs.reader import gather
 
 
 def section(run: Path) -> str:

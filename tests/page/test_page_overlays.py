@@ -13,8 +13,8 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from ctx_distill.data.volume import read_volume
-from ctx_distill.page.overlays import RAMP, Shown, colour, map_file, read_record, show_finding
+from ctx_distill.data.io.volume import read_volume
+from ctx_distill.reporting.overlays import RAMP, Shown, colour, map_file, read_record, show_finding
 
 KEY = ("zero_shot", "ct1", "lung nodule")
 RECORD = {KEY: {"file": "map.nii.gz", "method": "grad-cam"}}

@@ -9,10 +9,10 @@ import pandas as pd
 import pytest
 from sklearn.metrics import roc_auc_score, roc_curve
 
-from ctx_distill.page import plots, svg
-from ctx_distill.page.gather import Metric, gather, to_metric
-from ctx_distill.page.page import duration, metric_words, number
-from ctx_distill.page.studies import choose_studies, shared_runs, study_fits
+from ctx_distill.reporting import plots, svg
+from ctx_distill.reporting.run_page import duration, metric_words, number
+from ctx_distill.reporting.studies_section import choose_studies, shared_runs, study_fits
+from ctx_distill.runs.reader import Metric, gather, to_metric
 
 
 def test_roc_agrees_with_scikit_learn() -> None:

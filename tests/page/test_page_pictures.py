@@ -12,9 +12,9 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from ctx_distill.data.volume import Volume
-from ctx_distill.page import pictures
-from ctx_distill.page.pictures import Box, Plane
+from ctx_distill.data.io.volume import Volume
+from ctx_distill.reporting import pictures
+from ctx_distill.reporting.pictures import Box, Plane
 
 
 def marked_volume(blob: tuple[float, float, float]) -> Volume:
@@ -101,7 +101,7 @@ def test_an_oblique_scan_stands_upright() -> None:
 
 
 def test_planes_go_through_the_lungs(finished: Path) -> None:
-    from ctx_distill.data.volume import read_volume
+    from ctx_distill.data.io.volume import read_volume
 
     volume = read_volume(finished.parent / "data/ct/scan0.nii.gz")
     body, point = pictures.find_lungs(volume)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from ctx_distill.page import build_page
-from ctx_distill.page.gather import STAGES
+from ctx_distill.reporting import build_page
+from ctx_distill.runs.reader import STAGES
 
 
 @pytest.fixture(scope="module")

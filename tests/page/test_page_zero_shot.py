@@ -13,7 +13,7 @@ import pytest
 from ctx_distill.metrics.findings_report import findings_report
 from ctx_distill.metrics.operating import Threshold
 from ctx_distill.metrics.report_retrieval import report_retrieval
-from ctx_distill.page import build_page
+from ctx_distill.reporting import build_page
 
 
 def with_metrics(run: Path, more: dict[str, Any]) -> str:

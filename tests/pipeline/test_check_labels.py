@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ctx_distill.cli import main
-from ctx_distill.data.manifest import read_manifest
-from ctx_distill.pipeline.check_labels import label_faults
+from ctx_distill.commands.main import main
+from ctx_distill.data.manifests.manifest import read_manifest
+from ctx_distill.reporting.label_faults import label_faults
 
 
 def test_contradicted_labels_are_warnings_with_rows(tmp_path: Path) -> None:

@@ -11,10 +11,10 @@ import pandas as pd
 import pytest
 
 import ctx_distill
-from ctx_distill.data.manifest import read_manifest
-from ctx_distill.page import build_page
-from ctx_distill.pipeline.few_labels import SHOTS, write_few_labels
-from ctx_distill.tasks.pooled_features import features_key, read_features, write_features
+from ctx_distill.data.manifests.manifest import read_manifest
+from ctx_distill.probing.run_curve import SHOTS, write_few_labels
+from ctx_distill.reporting import build_page
+from ctx_distill.training.pooled_features import features_key, read_features, write_features
 
 pytestmark = pytest.mark.full
 

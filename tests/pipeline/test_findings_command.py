@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import f1_score
 
-from ctx_distill.cli import main
-from ctx_distill.pipeline.findings_parts import request_hash, standing_parts, write_part
+from ctx_distill.commands.main import main
+from ctx_distill.text.findings_table_parts import request_hash, standing_parts, write_part
 
 REPORTS = Path(__file__).parents[3] / "shared/data/reports/ct_reports_18_labels.csv"
 
@@ -166,7 +166,7 @@ def test_a_stopped_command_goes_on_with_what_was_read(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     # tests that run in the background inherit SIGINT ignored
     program = (
-        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); from ctx_distill.cli import main; "
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); from ctx_distill.commands.main import main; "
         "sys.exit(main(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", program, "findings", str(source), str(out), "--workers", "1"]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ctx_distill.errors import InputError
-from ctx_distill.pipeline.plan import STAGES, load_preset, merge, override_for, request_key, stage_config
+from ctx_distill.runs.stage_table import STAGES, load_preset, merge, override_for, request_key, stage_config
 
 
 def test_mappings_merge_and_lists_replace() -> None:
@@ -39,8 +39,8 @@ def test_overrides_go_to_the_stage_that_they_name() -> None:
 @pytest.mark.parametrize("stage", STAGES.values(), ids=lambda stage: stage.name)
 def test_every_stage_has_model_and_data_under_every_preset(preset: str, stage: object) -> None:
     config = stage_config(stage, preset)  # type: ignore[arg-type]
-    assert config["model"]["class_path"].startswith("ctx_distill.tasks.")
-    assert config["data"]["class_path"].startswith("ctx_distill.data.datamodules.")
+    assert config["model"]["class_path"].startswith("ctx_distill.stages.")
+    assert config["data"]["class_path"].startswith("ctx_distill.data.loading.datamodules.")
 
 
 def test_an_unknown_section_of_a_preset_is_refused(tmp_path: Path) -> None:

@@ -14,17 +14,17 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from ctx_distill.cli import main
-from ctx_distill.data.manifest import read_manifest
-from ctx_distill.data.prepared import PreparedFolder
-from ctx_distill.pipeline.prepare import preset_volume
+from ctx_distill.commands.main import main
+from ctx_distill.data.loading.prepared import PreparedFolder
+from ctx_distill.data.manifests.manifest import read_manifest
+from ctx_distill.runs.prepare_volumes import preset_volume
 
 KILLS = 20
 
 
 @pytest.mark.slow
 def test_killed_at_twenty_moments(cohort: Path, tmp_path: Path, tiny_preset: Path) -> None:
-    command = [sys.executable, "-m", "ctx_distill.cli", "prepare", str(cohort / "ct.csv"), str(tmp_path / "out"),
+    command = [sys.executable, "-m", "ctx_distill", "prepare", str(cohort / "ct.csv"), str(tmp_path / "out"),
                "--preset", str(tiny_preset), "--workers", "2"]  # fmt: skip
     draw = random.Random(4)
     standing: dict[Path, int] = {}

@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from ctx_distill.cli import main
+from ctx_distill.commands.main import main
 from ctx_distill.signals import STOPPED
 
 
@@ -35,7 +35,7 @@ def test_it_ends_with_the_status_of_a_stop_and_the_same_command_goes_on(
     pd.concat(copies).to_csv(many, index=False)
     rest = [str(tmp_path / "out"), "--preset", str(tiny_preset), "--workers", "1"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "ctx_distill.cli", "prepare", str(many), *rest], start_new_session=True
+        [sys.executable, "-m", "ctx_distill", "prepare", str(many), *rest], start_new_session=True
     )
     while not list((tmp_path / "out").rglob("items/**/*.json")) and process.poll() is None:
         time.sleep(0.002)

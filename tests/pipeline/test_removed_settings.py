@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ctx_distill.errors import InputError
-from ctx_distill.pipeline.lightning import build
+from ctx_distill.runs.lightning_cli import build
 
 
 def test_a_removed_setting_is_named_with_what_took_its_place(tmp_path: Path) -> None:

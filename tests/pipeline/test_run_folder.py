@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 from ctx_distill.errors import InputError
-from ctx_distill.pipeline.plan import STAGES
-from ctx_distill.pipeline.run_folder import is_complete, is_first_process, join_metrics, lock_run, open_stage
+from ctx_distill.runs.run_folder import is_complete, is_first_process, join_metrics, lock_run, open_stage
+from ctx_distill.runs.stage_table import STAGES
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from ctx_distill.pipeline.run_folder import lock_run
+from ctx_distill.runs.run_folder import lock_run
 with lock_run(Path(sys.argv[1]), "ctx-distill distill"):
     print("held", flush=True)
     time.sleep(60)

@@ -13,8 +13,8 @@ import pytest
 from sklearn.metrics import confusion_matrix, roc_curve
 
 import ctx_distill
-from ctx_distill.page import build_page
-from ctx_distill.pipeline.saliency import write_saliency
+from ctx_distill.reporting import build_page
+from ctx_distill.reporting.saliency_maps import write_saliency
 
 pytestmark = pytest.mark.full
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from ctx_distill.cli import main
+from ctx_distill.commands.main import main
 from ctx_distill.errors import InputError
-from ctx_distill.pipeline.slurm import JobOptions
+from ctx_distill.runs.slurm import JobOptions
 
 ROOT = Path(__file__).parents[2]
 
@@ -204,7 +204,7 @@ def test_options_have_the_commands_defaults() -> None:
 
 
 def test_submitting_imports_nothing_heavy(cohort: Path, tiny_preset: Path, tmp_path: Path) -> None:
-    code = ("import sys; from ctx_distill.cli import main; main(sys.argv[1:]); "
+    code = ("import sys; from ctx_distill.commands.main import main; main(sys.argv[1:]); "
             "print('loaded', sorted({'torch', 'lightning', 'pandas', 'numpy', 'monai'} & set(sys.modules)))")  # fmt: skip
     command = [sys.executable, "-c", code, "submit", "all", *asked(cohort, tmp_path / "run", tiny_preset, "--dry-run")]
     assert "loaded []" in subprocess.run(command, capture_output=True, text=True, check=True).stdout

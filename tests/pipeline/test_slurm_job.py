@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from ctx_distill.pipeline.slurm import JobOptions, RunOptions, plan_jobs, script_text
+from ctx_distill.runs.run_options import RunOptions
+from ctx_distill.runs.slurm import JobOptions, plan_jobs, script_text
 
 REQUEUED = -9  # the fake SLURM ends the script as the real one does
 
@@ -55,9 +56,9 @@ def job(cohort: Path, tiny_preset: Path, tmp_path: Path) -> Job:
     for name, text in tools.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / name).chmod(0o755)
-    run = RunOptions(cohort, tmp_path / "run", str(tiny_preset), None, [])
-    options = JobOptions(setup="python=(fake-python)")
-    (planned,) = plan_jobs("align", run, options)
+    run = RunOptions(cohort, tmp_path / "run", str(tiny_preset))
+    options = JobOptions(gpus=0, setup="python=(fake-python)")
+    (planned,) = plan_jobs("align", run, [], options)
     script = tmp_path / "run" / "slurm" / "align.sbatch"
     script.parent.mkdir(parents=True)
     script.write_text(script_text(planned, run, options))
@@ -151,7 +152,7 @@ def test_a_setup_that_fails_ends_the_job(job: Job) -> None:
 def test_the_program_is_given_the_command(job: Job, cohort: Path, tiny_preset: Path) -> None:
     job.attempt("exit 0")
     given = (job.folder / "given").read_text().split()
-    assert given == ["-m", "ctx_distill.cli", "align", "--data", str(cohort), "--run", str(job.folder / "run"),
+    assert given == ["-m", "ctx_distill", "align", "--data", str(cohort), "--run", str(job.folder / "run"),
                      "--preset", str(tiny_preset)]  # fmt: skip
 
 

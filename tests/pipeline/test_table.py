@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ctx_distill.pipeline.table import result_table
+from ctx_distill.runs.result_table import result_table
 
 
 def test_values_intervals_and_chance_stand_in_their_row_and_undefined_ones_are_left_out() -> None:

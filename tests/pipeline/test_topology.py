@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from ctx_distill.cli import main
+from ctx_distill.commands.main import main
 from ctx_distill.errors import InputError
-from ctx_distill.pipeline.topology import Topology, job_topology, starts_with_others, trainer_settings
+from ctx_distill.runs.topology import Topology, job_topology, starts_with_others, trainer_settings
 
 # As slurm 22.05 sets them in a step that srun started, and in the shell of the same job.
 SHELL = {

@@ -1,18 +1,18 @@
-"""`ctx-distill zero-shot CHECKPOINT MANIFEST` on the tiny run."""
+"""`ctx-distill evaluate` on the tiny run."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import pandas as pd
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from ctx_distill.arguments import PROTOCOLS as CLI_PROTOCOLS
-from ctx_distill.cli import _part_overrides, main
+from ctx_distill.commands.evaluate import evaluate
+from ctx_distill.commands.main import build_app, main
 from ctx_distill.errors import InputError
 from ctx_distill.metrics.protocols import CT_RATE_18, PROTOCOLS, comparability
 from ctx_distill.text.findings import load_vocabulary
@@ -29,14 +29,15 @@ def relabelled(cohort: Path, path: Path, **change: Any) -> Path:
 
 
 def ask(*arguments: object) -> dict[str, Any]:
-    assert main(["zero-shot", *map(str, arguments)]) == 0
+    assert main(["evaluate", *map(str, arguments)]) == 0
     out = Path(str(arguments[arguments.index("--out") + 1]))
     found: dict[str, Any] = json.loads((out / "metrics.json").read_text())
     return found
 
 
 def test_protocols_hold_the_labels_of_the_papers() -> None:
-    assert tuple(CLI_PROTOCOLS) == tuple(PROTOCOLS)
+    choices = get_args(get_args(get_type_hints(evaluate)["protocol"])[0])
+    assert choices == tuple(PROTOCOLS)
     assert list(CT_RATE_18) == load_vocabulary("ct-rate").names
     assert set(CT_RATE_18) - set(PROTOCOLS["fvlm-16"]) == {"Medical material", "Lymphadenopathy"}
     assert [len(names) for names in PROTOCOLS.values()] == [18, 16]
@@ -49,28 +50,21 @@ def test_only_a_whole_protocol_on_as_many_studies_counts_as_comparable() -> None
         assert "NOT COMPARABLE" in comparability(whole | change)
 
 
-def test_overrides_are_not_taken_for_a_checkpoint() -> None:
-    given = [
-        "zero-shot",
-        "--run",
-        "a run",
-        "--trainer.devices",
-        "2",
-        "--data.init_args.prepared=/a run/prepared",
-        "--split",
-    ]
-    overrides = ["--trainer.devices=2", "--data.init_args.prepared=/a run/prepared"]
-    assert _part_overrides([*given, "val"]) == (["zero-shot", "--run", "a run", "--split", "val"], overrides)
-    assert _part_overrides(["zero-shot", "--no-synonyms", "a", "b"]) == (["zero-shot", "--no-synonyms", "a", "b"], [])
+def test_overrides_are_not_taken_for_options_or_arguments() -> None:
+    given = ["--trainer.devices", "2", "--data.init_args.prepared=/a run/prepared"]
+    _, bound, _ = build_app().parse_args(["zero-shot", "--run", "a run", *given, "--force"], exit_on_error=False)
+    assert bound.args == tuple(given)
+    assert bound.kwargs["options"].run == Path("a run")
+    assert bound.kwargs["force"] is True
+    _, bound, _ = build_app().parse_args(["evaluate", "--no-synonyms", "a", "b", *given], exit_on_error=False)
+    assert bound.args == (Path("a"), Path("b"), *given)
+    assert bound.kwargs["synonyms"] is False
 
 
 def test_the_stage_takes_an_override_with_a_space(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A folder named so is taken for CHECKPOINT by argparse; the message would then be of options that say nothing."""
     given = ["zero-shot", "--data", str(tmp_path / "none"), "--run", str(tmp_path / "a run")]
     assert main([*given, f"--data.init_args.prepared={tmp_path}/a run/prepared"]) == 2
-    told = capsys.readouterr().err
-    assert "CHECKPOINT" not in told
-    assert str(tmp_path / "none") in told
+    assert str(tmp_path / "none") in capsys.readouterr().err
 
 
 def test_templates_of_one_s_own(tmp_path: Path) -> None:
@@ -172,7 +166,7 @@ def test_without_labels_and_without_training_rows_a_vocabulary_file_is_asked(
     manifest = relabelled(cohort, tmp_path / "bare.csv", edit=edit)
     words = tmp_path / "words.yaml"
     words.write_text("findings: {lung nodule: {synonyms: [round shadow]}, scar: }\n")
-    assert main(["zero-shot", str(finished_run), str(manifest), "--split", "val", "--out", str(tmp_path / "no")]) == 2
+    assert main(["evaluate", str(finished_run), str(manifest), "--split", "val", "--out", str(tmp_path / "no")]) == 2
     assert "no row has split `val`" in capsys.readouterr().err
     metrics = ask(finished_run / "align" / "artefact", manifest, "--vocabulary", words, "--out", tmp_path / "out")
     assert metrics["macro_auroc"] is None
@@ -194,13 +188,11 @@ def test_bad_input_is_named(
 ) -> None:
     for arguments, words in (
         ([tmp_path, cohort / "ct.csv"], "holds no stage-3 artefact"),
-        ([finished_run], "without a MANIFEST"),
-        (["--run", finished_run, "--protocol", "fvlm-16"], "--protocol: given without CHECKPOINT MANIFEST"),
-        ([finished_run, cohort / "ct.csv", "--force"], "--force: given with CHECKPOINT MANIFEST"),
+        ([finished_run], "MANIFEST requires an argument"),
         ([finished_run, tmp_path / "none.csv"], "no such manifest"),
         ([finished_run, cohort / "ct.csv", "--out", finished_run / "zero_shot"], "is the folder of a stage"),
         ([finished_run, cohort / "ct.csv", "--out", tmp_path, "--templates", "odd"], "templates is 'odd'"),
         ([finished_run, cohort / "ct.csv", "--out", tmp_path, "--vocabulary", "odd"], "vocabulary 'odd'"),
     ):
-        assert main(["zero-shot", *map(str, arguments)]) == 2
+        assert main(["evaluate", *map(str, arguments)]) == 2
         assert words in capsys.readouterr().err

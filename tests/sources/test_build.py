@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from ctx_distill.arguments import SOURCES
-from ctx_distill.cli import main
+from ctx_distill.commands.main import main
+from ctx_distill.commands.manifest import Source
 from ctx_distill.sources.build import BUILDERS
 from ctx_distill.sources.rows import Built, Row, hashed_split, one_split_a_patient
 
@@ -15,8 +16,8 @@ RECIPES = Path(__file__).parents[2] / "data_manifests"
 
 
 def test_the_command_offers_every_builder_and_each_has_a_recipe() -> None:
-    assert set(SOURCES) == {*BUILDERS, "dicom"}
-    for name in SOURCES:
+    assert set(get_args(Source)) == {*BUILDERS, "dicom"}
+    for name in get_args(Source):
         text = (RECIPES / f"{name}.md").read_text()
         assert f"ctx-distill manifest {name} " in text
         for word in ("Licence", "Cite", "Counts", "Known faults"):

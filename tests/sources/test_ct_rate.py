@@ -10,8 +10,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from ctx_distill.cli import main
-from ctx_distill.data.manifest import Manifest, read_manifest
+from ctx_distill.commands.main import main
+from ctx_distill.data.manifests.manifest import Manifest, read_manifest
 from ctx_distill.errors import InputError
 from ctx_distill.sources.ct_rate import LABELS
 

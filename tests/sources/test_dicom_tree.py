@@ -14,9 +14,9 @@ import pytest
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
 
-from ctx_distill.cli import main
-from ctx_distill.data.manifest import Manifest, read_manifest
-from ctx_distill.data.volume import read_volume
+from ctx_distill.commands.main import main
+from ctx_distill.data.io.volume import read_volume
+from ctx_distill.data.manifests.manifest import Manifest, read_manifest
 
 AXIAL, CORONAL = [1, 0, 0, 0, 1, 0], [1, 0, 0, 0, 0, -1]
 

@@ -9,11 +9,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ctx_distill.cli import main
-from ctx_distill.data.datamodules import CTDataModule
-from ctx_distill.data.manifest import read_manifest
-from ctx_distill.data.order import Mixing
-from ctx_distill.data.transforms import VolumeSpec
+from ctx_distill.commands.main import main
+from ctx_distill.data.loading.datamodules import CTDataModule
+from ctx_distill.data.loading.order import Mixing
+from ctx_distill.data.manifests.manifest import read_manifest
+from ctx_distill.data.transforms.volume import VolumeSpec
 
 
 def two(cohort: Path, folder: Path) -> tuple[Path, Path]:

@@ -11,10 +11,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ctx_distill.cli import main
-from ctx_distill.data.manifest import Manifest, read_manifest
-from ctx_distill.data.transforms import VolumeSpec, prepare_volume
-from ctx_distill.data.volume import read_volume
+from ctx_distill.commands.main import main
+from ctx_distill.data.io.volume import read_volume
+from ctx_distill.data.manifests.manifest import Manifest, read_manifest
+from ctx_distill.data.transforms.volume import VolumeSpec, prepare_volume
 from ctx_distill.errors import InputError
 
 ABNORMALITIES = [

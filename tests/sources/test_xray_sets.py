@@ -14,10 +14,10 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from ctx_distill.cli import main
-from ctx_distill.data.index_rows import leave_out_for_index
-from ctx_distill.data.manifest import Manifest, read_manifest
-from ctx_distill.data.radiograph import read_radiograph
+from ctx_distill.commands.main import main
+from ctx_distill.data.io.radiograph import read_radiograph
+from ctx_distill.data.manifests.index_rows import leave_out_for_index
+from ctx_distill.data.manifests.manifest import Manifest, read_manifest
 from ctx_distill.sources.padchest import english_from_labels
 
 REAL_ARCHIVE = Path(__file__).parents[3] / "shared/data/reports/openi_NLMCXR_reports.tgz"

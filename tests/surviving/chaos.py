@@ -84,7 +84,7 @@ def main() -> None:
     phantom = [
         sys.executable,
         "-m",
-        "ctx_distill.cli",
+        "ctx_distill",
         "phantom",
         str(data),
         "--ct",

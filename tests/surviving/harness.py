@@ -203,14 +203,14 @@ def hash_tree(value: Any) -> str:
 
 
 def _serve() -> None:
-    import ctx_distill.cli
-    import ctx_distill.pipeline.lightning
-    import ctx_distill.tasks.alignment
-    import ctx_distill.tasks.classification
-    import ctx_distill.tasks.distillation
-    import ctx_distill.tasks.expert
-    import ctx_distill.tasks.report_generation
-    import ctx_distill.tasks.zero_shot  # noqa: F401
+    import ctx_distill.commands.main
+    import ctx_distill.runs.lightning_cli
+    import ctx_distill.stages.align.task
+    import ctx_distill.stages.classifier.task
+    import ctx_distill.stages.distill.task
+    import ctx_distill.stages.expert.task
+    import ctx_distill.stages.report.task
+    import ctx_distill.stages.zero_shot.task  # noqa: F401
 
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
@@ -233,7 +233,7 @@ def _run(arguments: list[str], log: str) -> None:
     import multiprocessing.util
     import traceback
 
-    from ctx_distill.cli import main
+    from ctx_distill.commands.main import main
 
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # tests that run in the background inherit it ignored

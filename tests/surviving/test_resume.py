@@ -150,7 +150,7 @@ def test_a_full_disk_is_said_and_the_run_goes_on_once_there_is_room(
 ) -> None:
     """The room for a file is limited by the kernel; a checkpoint does not fit, everything smaller does."""
     run = harness.with_upstream(undisturbed, "distill", tmp_path / "run")
-    command = [sys.executable, "-m", "ctx_distill.cli", *runner.arguments("distill", run)]
+    command = [sys.executable, "-m", "ctx_distill", *runner.arguments("distill", run)]
     size = (undisturbed / "distill" / "checkpoints" / "last.ckpt").stat().st_size
     limited = f"ulimit -f {size // 1024 // 2}; exec {shlex.join(command)}"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

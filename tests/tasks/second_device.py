@@ -14,8 +14,8 @@ from host_waits import pretend_preset
 from pretend_device import AVAILABLE, NAME, PretendDevice
 from torch import nn
 
-from ctx_distill.cli import main
-from ctx_distill.pipeline.plan import STAGES
+from ctx_distill.commands.main import main
+from ctx_distill.runs.stage_table import STAGES
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="this torch has no devices that are written in Python")
 AUGMENTED = "{shift: 0.05, scale: 0.05, rotate: 5, contrast: 0.05, brightness: 0.05, noise: 0.02}"

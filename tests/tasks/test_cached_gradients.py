@@ -18,13 +18,13 @@ import torch
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
-from ctx_distill.data.datamodules import CTDataModule
-from ctx_distill.data.transforms import VolumeSpec
+from ctx_distill.data.loading.datamodules import CTDataModule
+from ctx_distill.data.transforms.volume import VolumeSpec
 from ctx_distill.distributed import rank, world_size
 from ctx_distill.errors import InputError
-from ctx_distill.tasks.alignment import AlignmentTask
-from ctx_distill.tasks.cached_gradients import check_micro_batch, on_host, split_rows
-from ctx_distill.tasks.report_tower import TextSettings
+from ctx_distill.stages.align.report_tower import TextSettings
+from ctx_distill.stages.align.task import AlignmentTask
+from ctx_distill.training.cached_batches import check_micro_batch, on_host, split_rows
 from ctx_distill.types import CTBatch
 
 VOLUME = VolumeSpec(spacing=(12.0, 12.0, 12.0), shape=(24, 32, 32), window=(-1000.0, 600.0))
@@ -152,7 +152,7 @@ def test_two_ranks_train_the_weights_of_plain_steps(
 def test_the_stage_runs_in_micro_batches_with_volumes_in_half_precision(
     finished_run: Path, cohort: Path, tiny_preset: Path, tmp_path: Path
 ) -> None:
-    from ctx_distill.cli import main
+    from ctx_distill.commands.main import main
 
     losses = []
     for storage in ("float32", "float16"):

@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ctx_distill.losses.contrastive import study_targets
-from ctx_distill.losses.pair_order import study_identity
-from ctx_distill.losses.robust import (
+from ctx_distill.losses.false_negatives import (
     contradictions,
     correct,
     ema_evidence,
@@ -22,7 +21,8 @@ from ctx_distill.losses.robust import (
     identify,
     report_evidence,
 )
-from ctx_distill.tasks.corrected_pairs import CorrectedPairs
+from ctx_distill.losses.pair_order import study_identity
+from ctx_distill.stages.align.corrected_pairs import CorrectedPairs
 
 STUDIES, BATCH, STEPS = 40, 12, 30
 THRESHOLDS = {"report": 0.3}

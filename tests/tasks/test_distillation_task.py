@@ -18,20 +18,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ctx_distill.data.datamodules import CTDataModule
-from ctx_distill.data.projection import square_projection
-from ctx_distill.data.transforms import VolumeSpec
-from ctx_distill.data.volume import read_volume
+from ctx_distill.data.io.volume import read_volume
+from ctx_distill.data.loading.datamodules import CTDataModule
+from ctx_distill.data.transforms.projection import square_projection
+from ctx_distill.data.transforms.volume import VolumeSpec
 from ctx_distill.errors import InputError
 from ctx_distill.models.ct_encoder import ResNet3D
 from ctx_distill.models.xray_expert import open_expert
 from ctx_distill.retrieval.lookup import NeighbourLookup
 from ctx_distill.retrieval.store import XrayIndexArtefact, write_index_artefact
-from ctx_distill.tasks import distillation
-from ctx_distill.tasks.distillation import DistillationSchedule, DistillationTask, DistillationWeights
-from ctx_distill.tasks.distillation_anchors import Anchors
-from ctx_distill.tasks.distillation_targets import NeighbourSettings, OracleTeacher, TeacherSettings
-from ctx_distill.tasks.report_views import report_views
+from ctx_distill.stages.distill import task as distillation
+from ctx_distill.stages.distill.anchors import Anchors
+from ctx_distill.stages.distill.targets import NeighbourSettings, OracleTeacher, TeacherSettings
+from ctx_distill.stages.distill.task import DistillationSchedule, DistillationTask, DistillationWeights
+from ctx_distill.stages.shared.report_views import report_views
 from ctx_distill.text.findings import extract, load_vocabulary
 from ctx_distill.types import CTBatch
 

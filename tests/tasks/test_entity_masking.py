@@ -22,19 +22,19 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ctx_distill.checkpoint import read_artefact
-from ctx_distill.cli import main
-from ctx_distill.data.datamodules import CTDataModule
-from ctx_distill.data.transforms import VolumeSpec
+from ctx_distill.commands.main import main
+from ctx_distill.data.loading.datamodules import CTDataModule
+from ctx_distill.data.transforms.volume import VolumeSpec
 from ctx_distill.distributed import rank, world_size
 from ctx_distill.errors import InputError
-from ctx_distill.losses.masked_language import masked_language_loss
 from ctx_distill.models.ct_encoder import ResNet3D
 from ctx_distill.models.dual_encoder import DualEncoder
 from ctx_distill.models.experts.open_clip_expert import make_expert_folder
 from ctx_distill.models.text_encoder import BertTextEncoder, ExpertTextEncoder
-from ctx_distill.tasks.alignment import AlignmentTask
-from ctx_distill.tasks.entity_masking import EntityMasking, MaskingSettings
-from ctx_distill.tasks.report_tower import TextSettings
+from ctx_distill.stages.align.entity_masking import EntityMasking, MaskingSettings
+from ctx_distill.stages.align.masked_language_loss import masked_language_loss
+from ctx_distill.stages.align.report_tower import TextSettings
+from ctx_distill.stages.align.task import AlignmentTask
 
 VOLUME = VolumeSpec(spacing=(12.0, 12.0, 12.0), shape=(24, 32, 32), window=(-1000.0, 600.0))
 FINDINGS = ["pleural effusion", "consolidation", "emphysema", "atelectasis"]

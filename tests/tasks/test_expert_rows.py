@@ -10,9 +10,9 @@ import pandas as pd
 import pytest
 
 from ctx_distill.ablation.cohort import Cohort, write_held_out
-from ctx_distill.cli import main
-from ctx_distill.data.datamodules import XrayDataModule
-from ctx_distill.data.manifest import read_manifest
+from ctx_distill.commands.main import main
+from ctx_distill.data.loading.datamodules import XrayDataModule
+from ctx_distill.data.manifests.manifest import read_manifest
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def test_the_stage_reads_no_excluded_row_and_counts_them(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Images, reports, the second contrast's sections and the vocabulary's texts; the counts go into metrics and log."""
-    import ctx_distill.tasks.expert as expert
+    import ctx_distill.stages.expert.task as expert
 
     folder, named = mixed
     read: list[str] = []

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ctx_distill import distributed
-from ctx_distill.data.manifest import Manifest, read_manifest
+from ctx_distill.data.manifests.manifest import Manifest, read_manifest
 from ctx_distill.errors import InputError
 from ctx_distill.losses.contrastive import contrastive_loss
 from ctx_distill.losses.pair_order import study_identity
-from ctx_distill.tasks.false_negatives import FalseNegatives, RobustSettings
-from ctx_distill.tasks.moving_average import MovingAverage
-from ctx_distill.tasks.training_reports import TrainingReports
+from ctx_distill.stages.align.evidence import FalseNegatives, RobustSettings
+from ctx_distill.stages.align.moving_average import MovingAverage
+from ctx_distill.stages.align.training_reports import TrainingReports
 from ctx_distill.types import CTBatch
 
 
@@ -196,7 +196,7 @@ def test_the_moving_average_suspects_nothing_until_its_threshold_is_fixed(
     assert float(suspects[other].float().mean()) == pytest.approx(0.3, abs=0.02)
     assert not torch.equal(suspects, suspects.T)
 
-    monkeypatch.setattr("ctx_distill.tasks.false_negatives.MEASURED_VOLUMES", 5)
+    monkeypatch.setattr("ctx_distill.stages.align.evidence.MEASURED_VOLUMES", 5)
     scores.encoded = 0
     again = found.measure_threshold(data)
     assert scores.encoded == 5

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from ctx_distill.cli import main
+from ctx_distill.commands.main import main
 from ctx_distill.errors import InputError
-from ctx_distill.losses.findings import LossSettings
 from ctx_distill.models.ct_encoder import CTEncoder, ResNet3D, ViT3D
-from ctx_distill.tasks.classification import ClassifierTask
-from ctx_distill.tasks.layer_decay import layer_groups
+from ctx_distill.stages.classifier.loss import LossSettings
+from ctx_distill.stages.classifier.task import ClassifierTask
+from ctx_distill.training.layer_decay import layer_groups
 
 
 def rates(encoder: CTEncoder, decay: float) -> dict[str, float]:

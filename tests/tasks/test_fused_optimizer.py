@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from ctx_distill.callbacks.loss_guard import _skips_on_device
-from ctx_distill.tasks import fused_optimizer
-from ctx_distill.tasks.fused_optimizer import fused_on
+from ctx_distill.training import fused_optimizer
+from ctx_distill.training.callbacks.loss_guard import _skips_on_device
+from ctx_distill.training.fused_optimizer import fused_on
 
 CPU = torch.device("cpu")
 

@@ -17,14 +17,14 @@ import torch
 from safetensors.torch import load_file
 
 import ctx_distill
-from ctx_distill.cli import main
-from ctx_distill.data.manifest import read_manifest
+from ctx_distill.commands.main import main
+from ctx_distill.data.manifests.manifest import read_manifest
 from ctx_distill.models.decoder_artefact import load_decoder
 from ctx_distill.signals import STOPPED
-from ctx_distill.tasks.base import TrainedTask
-from ctx_distill.tasks.classification import ClassifierTask
-from ctx_distill.tasks.report_generation import ReportTask
+from ctx_distill.stages.classifier.task import ClassifierTask
+from ctx_distill.stages.report.task import ReportTask
 from ctx_distill.text.tokenizer import train_wordpiece
+from ctx_distill.training.base_task import TrainedTask
 
 pytestmark = pytest.mark.full
 Stage = Callable[..., Path]

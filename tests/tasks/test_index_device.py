@@ -13,19 +13,19 @@ from typing import Any
 import pytest
 import torch
 
-from ctx_distill.data.datamodules import CTDataModule
-from ctx_distill.data.transforms import VolumeSpec
+from ctx_distill.data.loading.datamodules import CTDataModule
+from ctx_distill.data.transforms.volume import VolumeSpec
 from ctx_distill.errors import InputError
 from ctx_distill.models.ct_encoder import ResNet3D
 from ctx_distill.retrieval import index as index_module
 from ctx_distill.retrieval.build import build_index
 from ctx_distill.retrieval.index import XrayIndex, faiss_module, gpu_of
 from ctx_distill.retrieval.sharded import ShardedIndex
-from ctx_distill.tasks.alignment import AlignmentTask
-from ctx_distill.tasks.distillation import DistillationTask
-from ctx_distill.tasks.distillation_targets import NeighbourSettings, TeacherSettings
-from ctx_distill.tasks.false_negatives import RobustSettings
-from ctx_distill.tasks.keep import KeepSettings
+from ctx_distill.stages.align.distillation_regulariser import KeepSettings
+from ctx_distill.stages.align.evidence import RobustSettings
+from ctx_distill.stages.align.task import AlignmentTask
+from ctx_distill.stages.distill.targets import NeighbourSettings, TeacherSettings
+from ctx_distill.stages.distill.task import DistillationTask
 
 pytestmark = pytest.mark.full
 SPEC = VolumeSpec(spacing=(24.0, 24.0, 24.0), shape=(12, 16, 16))

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from ctx_distill.cli import main
-from ctx_distill.data.datamodules import XrayDataModule
+from ctx_distill.commands.main import main
+from ctx_distill.data.loading.datamodules import XrayDataModule
 from ctx_distill.errors import InputError
 from ctx_distill.retrieval.shards import merge_shards
-from ctx_distill.tasks.indexing import IndexTask
+from ctx_distill.stages.index.task import IndexTask
 from ctx_distill.types import XrayBatch
 
 pytestmark = pytest.mark.full

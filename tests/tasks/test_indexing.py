@@ -14,17 +14,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ctx_distill.cli import main
-from ctx_distill.data.manifest import read_manifest
+from ctx_distill.commands.main import main
+from ctx_distill.data.manifests.manifest import read_manifest
 from ctx_distill.errors import InputError
 from ctx_distill.models.report_encoder import FrozenReportEncoder, open_report_encoder
 from ctx_distill.models.xray_expert import open_expert
 from ctx_distill.retrieval.lookup import NeighbourLookup
 from ctx_distill.retrieval.store import XrayIndexArtefact
-from ctx_distill.tasks.findings_reader import FindingsReader
-from ctx_distill.tasks.index_quality import held_out_studies
-from ctx_distill.tasks.indexing import IndexTask
-from ctx_distill.tasks.teacher import open_queries, open_teacher
+from ctx_distill.stages.index.quality import held_out_studies
+from ctx_distill.stages.index.task import IndexTask
+from ctx_distill.stages.shared.frozen_expert import open_queries, open_teacher
+from ctx_distill.stages.shared.report_findings import FindingsReader
 from ctx_distill.text.findings import extract, load_vocabulary
 
 REPORTS = ["The heart is enlarged. Small left pleural effusion.", "The lungs are clear. No pneumothorax."]

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 
 def start(cohort: Path, run: Path, preset: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "ctx_distill.cli", "all", "--data", str(cohort), "--run", str(run)]
+    command = [sys.executable, "-m", "ctx_distill", "all", "--data", str(cohort), "--run", str(run)]
     return subprocess.Popen(
         [*command, "--preset", str(preset)], stdout=subprocess.PIPE, text=True, start_new_session=True
     )

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ctx_distill.cli import main
+from ctx_distill.commands.main import main
 
 pytestmark = pytest.mark.full
 

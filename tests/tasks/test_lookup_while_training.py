@@ -15,18 +15,18 @@ import torch
 from torch import Tensor
 
 from ctx_distill import distributed
-from ctx_distill.data.datamodules import CTDataModule
-from ctx_distill.data.transforms import VolumeSpec
+from ctx_distill.data.loading.datamodules import CTDataModule
+from ctx_distill.data.transforms.volume import VolumeSpec
 from ctx_distill.errors import InputError
 from ctx_distill.models.ct_encoder import ResNet3D
 from ctx_distill.models.xray_expert import open_expert
 from ctx_distill.retrieval.sharded import ShardedIndex
 from ctx_distill.retrieval.store import XrayIndexArtefact
-from ctx_distill.tasks.base import last_values
-from ctx_distill.tasks.distillation import DistillationTask
-from ctx_distill.tasks.distillation_targets import NeighbourSettings, ProjectionTeacher, RetrievedTeacher
-from ctx_distill.tasks.lookup_cost import LookupClock
-from ctx_distill.tasks.row_features import ReportFeatures, RowFeatures
+from ctx_distill.stages.distill.lookup_cost import LookupClock
+from ctx_distill.stages.distill.targets import NeighbourSettings, ProjectionTeacher, RetrievedTeacher
+from ctx_distill.stages.distill.task import DistillationTask
+from ctx_distill.training.base_task import last_values
+from ctx_distill.training.row_features import ReportFeatures, RowFeatures
 from ctx_distill.types import CTBatch
 
 pytestmark = pytest.mark.full

@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from ctx_distill.cli import main
+from ctx_distill.commands.main import main
 
 
 def one_row(cohort: Path, folder: Path) -> Path:
@@ -28,7 +28,7 @@ def one_row(cohort: Path, folder: Path) -> Path:
 @pytest.mark.ddp
 def test_one_row_on_two_ranks(cohort: Path, tiny_preset: Path, tmp_path: Path) -> None:
     data = one_row(cohort, tmp_path / "data")
-    command = [sys.executable, "-m", "ctx_distill.cli", "expert", "--data", str(data), "--run", str(tmp_path / "run")]
+    command = [sys.executable, "-m", "ctx_distill", "expert", "--data", str(data), "--run", str(tmp_path / "run")]
     command += [
         "--preset",
         str(tiny_preset),

@@ -17,17 +17,17 @@ from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch.nn import functional as F
 
-from ctx_distill.data.datamodules import CTDataModule
-from ctx_distill.data.transforms import VolumeSpec
+from ctx_distill.data.loading.datamodules import CTDataModule
+from ctx_distill.data.transforms.volume import VolumeSpec
 from ctx_distill.distributed import rank, world_size
 from ctx_distill.errors import InputError
 from ctx_distill.losses.siglip import INIT_LOGIT_SCALE
 from ctx_distill.models.dual_encoder import DualEncoder
-from ctx_distill.tasks.alignment import AlignmentTask
-from ctx_distill.tasks.false_negatives import RobustSettings
-from ctx_distill.tasks.keep import KeepSettings, KeepTargets
-from ctx_distill.tasks.objective import SoftTargetSettings, check_objective, own_temperature
-from ctx_distill.tasks.report_tower import TextSettings
+from ctx_distill.stages.align.distillation_regulariser import KeepSettings, KeepTargets
+from ctx_distill.stages.align.evidence import RobustSettings
+from ctx_distill.stages.align.objective import SoftTargetSettings, check_objective, own_temperature
+from ctx_distill.stages.align.report_tower import TextSettings
+from ctx_distill.stages.align.task import AlignmentTask
 from ctx_distill.types import CTBatch
 
 VOLUME = VolumeSpec(spacing=(12.0, 12.0, 12.0), shape=(24, 32, 32), window=(-1000.0, 600.0))

@@ -14,17 +14,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ctx_distill.cli import main
-from ctx_distill.data.augment import Augmentation
-from ctx_distill.data.datamodules import CTDataModule, XrayDataModule
-from ctx_distill.data.transforms import VolumeSpec
-from ctx_distill.losses import robust
-from ctx_distill.tasks import expert as expert_module
-from ctx_distill.tasks import false_negatives
-from ctx_distill.tasks.alignment import AlignmentTask
-from ctx_distill.tasks.distillation_anchors import Anchors
-from ctx_distill.tasks.distillation_targets import NeighbourSettings, RetrievedTeacher
-from ctx_distill.tasks.expert import ExpertTask
+from ctx_distill.commands.main import main
+from ctx_distill.data.loading.datamodules import CTDataModule, XrayDataModule
+from ctx_distill.data.transforms.augment import Augmentation
+from ctx_distill.data.transforms.volume import VolumeSpec
+from ctx_distill.losses import false_negatives as robust
+from ctx_distill.stages.align import evidence as false_negatives
+from ctx_distill.stages.align.task import AlignmentTask
+from ctx_distill.stages.distill.anchors import Anchors
+from ctx_distill.stages.distill.targets import NeighbourSettings, RetrievedTeacher
+from ctx_distill.stages.expert import task as expert_module
+from ctx_distill.stages.expert.task import ExpertTask
 from ctx_distill.types import CTBatch
 
 ROWS = 24

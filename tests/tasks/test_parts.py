@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from ctx_distill.data.manifest import read_manifest
-from ctx_distill.tasks.base import decay_groups
-from ctx_distill.tasks.curves import cut_logs, join_history
-from ctx_distill.tasks.epoch_means import EpochMeans
-from ctx_distill.tasks.predict import study_means
-from ctx_distill.tasks.prompting import pair_probabilities, prompt_features
-from ctx_distill.tasks.schedule import warmup_cosine
+from ctx_distill.data.manifests.manifest import read_manifest
+from ctx_distill.stages.shared.prompt_scores import pair_probabilities, prompt_features
+from ctx_distill.training.base_task import decay_groups
+from ctx_distill.training.epoch_means import EpochMeans
+from ctx_distill.training.predictions import study_means
+from ctx_distill.training.resumed_logs import cut_logs, join_history
+from ctx_distill.training.schedule import warmup_cosine
 
 
 def test_study_means_are_pandas_group_means_in_manifest_order(cohort: Path) -> None:

@@ -10,18 +10,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ctx_distill.data.datamodules import CTDataModule
-from ctx_distill.data.transforms import VolumeSpec
+from ctx_distill.data.loading.datamodules import CTDataModule
+from ctx_distill.data.transforms.volume import VolumeSpec
 from ctx_distill.errors import InputError
 from ctx_distill.models.ct_encoder import ResNet3D
 from ctx_distill.models.dual_encoder import DualEncoder
 from ctx_distill.models.xray_expert import open_expert
-from ctx_distill.tasks.alignment import AlignmentTask
-from ctx_distill.tasks.distillation_targets import embed_projection
-from ctx_distill.tasks.false_negatives import RobustSettings
-from ctx_distill.tasks.prior import PriorSettings, open_prior
-from ctx_distill.tasks.report_tower import TextSettings
-from ctx_distill.tasks.zero_shot import ZeroShotTask
+from ctx_distill.stages.align.evidence import RobustSettings
+from ctx_distill.stages.align.report_tower import TextSettings
+from ctx_distill.stages.align.task import AlignmentTask
+from ctx_distill.stages.distill.targets import embed_projection
+from ctx_distill.stages.shared.projection_prior import PriorSettings, open_prior
+from ctx_distill.stages.zero_shot.task import ZeroShotTask
 
 pytestmark = pytest.mark.full
 SPEC = VolumeSpec(spacing=(24.0, 24.0, 24.0), shape=(12, 16, 16))

@@ -12,14 +12,14 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from ctx_distill.data.datamodules import CTDataModule
-from ctx_distill.data.manifest import read_manifest
-from ctx_distill.data.projection import square_projection
-from ctx_distill.data.transforms import VolumeSpec
-from ctx_distill.data.volume import read_volume
+from ctx_distill.data.io.volume import read_volume
+from ctx_distill.data.loading.datamodules import CTDataModule
+from ctx_distill.data.manifests.manifest import read_manifest
+from ctx_distill.data.transforms.projection import square_projection
+from ctx_distill.data.transforms.volume import VolumeSpec
 from ctx_distill.errors import InputError
 from ctx_distill.models.xray_expert import open_expert
-from ctx_distill.tasks.projection_zero_shot import ProjectionZeroShotTask
+from ctx_distill.stages.zero_shot.projection_baseline import ProjectionZeroShotTask
 
 pytestmark = pytest.mark.full
 SPEC = VolumeSpec(spacing=(24.0, 24.0, 24.0), shape=(12, 16, 16))

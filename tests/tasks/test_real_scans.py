@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from ctx_distill.cli import main
+from ctx_distill.commands.main import main
 
 pytestmark = pytest.mark.slow
 

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ctx_distill.cli import main
+from ctx_distill.commands.main import main
 from ctx_distill.signals import STOPPED
-from ctx_distill.tasks.report_generation import ReportTask
+from ctx_distill.stages.report.task import ReportTask
 
 pytestmark = pytest.mark.full
 TIERS = {

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ctx_distill import signals
-from ctx_distill.data.datamodules import ManifestDataModule
-from ctx_distill.data.order import EpochBatches, EpochShuffle
+from ctx_distill.data.loading.datamodules import ManifestDataModule
+from ctx_distill.data.loading.order import EpochBatches, EpochShuffle
 from ctx_distill.distributed import rank, world_size
-from ctx_distill.tasks.base import TrainedTask
-from ctx_distill.tasks.survival import SurvivalSettings
+from ctx_distill.training.base_task import TrainedTask
+from ctx_distill.training.fault_tolerance import SurvivalSettings
 
 RATE, EPOCHS, BATCH = 0.01, 4, 2
 

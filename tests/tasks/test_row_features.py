@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ctx_distill import distributed
 from ctx_distill.errors import InputError
-from ctx_distill.tasks.row_features import CacheSettings, RowFeatures
-from ctx_distill.tasks.row_scratch import RowScratch
+from ctx_distill.training.row_features import CacheSettings, RowFeatures
+from ctx_distill.training.row_scratch import RowScratch
 
 ROWS = list(range(40))
 SHAPE = (6, 64)

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ctx_distill.data.manifest import read_manifest
-from ctx_distill.tasks import training_reports
-from ctx_distill.tasks.row_tables import RowTables
-from ctx_distill.tasks.training_reports import TrainingReports
+from ctx_distill.data.manifests.manifest import read_manifest
+from ctx_distill.stages.align import training_reports
+from ctx_distill.stages.align.training_reports import TrainingReports
+from ctx_distill.training.row_tables import RowTables
 
 
 def parts_of(table: Tensor) -> list[Tensor]:

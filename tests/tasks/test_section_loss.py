@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import ctx_distill
-from ctx_distill.tasks.expert import ExpertTask
+from ctx_distill.stages.expert.task import ExpertTask
 from ctx_distill.types import XrayBatch
 
 SCALE = 3.0

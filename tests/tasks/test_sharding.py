@@ -18,19 +18,19 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from ctx_distill.checkpoint import read_artefact
-from ctx_distill.data.datamodules import CTDataModule
-from ctx_distill.data.transforms import VolumeSpec
+from ctx_distill.data.loading.datamodules import CTDataModule
+from ctx_distill.data.transforms.volume import VolumeSpec
 from ctx_distill.distributed import rank, world_size
 from ctx_distill.errors import InputError
 from ctx_distill.models.compute import ComputeSettings
 from ctx_distill.models.ct_encoder import ViT3D
-from ctx_distill.tasks.alignment import AlignmentTask
-from ctx_distill.tasks.base import TrainedTask
-from ctx_distill.tasks.distillation import DistillationTask
-from ctx_distill.tasks.entity_masking import MaskingSettings
-from ctx_distill.tasks.false_negatives import RobustSettings
-from ctx_distill.tasks.report_tower import TextSettings
-from ctx_distill.tasks.sharding import Shards
+from ctx_distill.stages.align.entity_masking import MaskingSettings
+from ctx_distill.stages.align.evidence import RobustSettings
+from ctx_distill.stages.align.report_tower import TextSettings
+from ctx_distill.stages.align.task import AlignmentTask
+from ctx_distill.stages.distill.task import DistillationTask
+from ctx_distill.training.base_task import TrainedTask
+from ctx_distill.training.sharding import Shards
 
 pytestmark = pytest.mark.full
 VOLUME = VolumeSpec(spacing=(12.0, 12.0, 12.0), shape=(24, 32, 32), window=(-1000.0, 600.0))

@@ -12,10 +12,10 @@ import pandas as pd
 import pytest
 import torch
 
-import ctx_distill.data.manifest_table as table
-import ctx_distill.tasks.shared_findings as shared
+import ctx_distill.data.manifests.column_reader as table
+import ctx_distill.stages.shared.shared_extraction as shared
 import ctx_distill.text.extraction as extraction
-from ctx_distill.data.manifest import Manifest, read_manifest
+from ctx_distill.data.manifests.manifest import Manifest, read_manifest
 from ctx_distill.text.findings import extract_many, load_vocabulary
 
 ROWS = 260

@@ -10,9 +10,9 @@ import lightning as L
 import pytest
 import torch
 
-from ctx_distill.data.augment import Augmentation
-from ctx_distill.tasks.alignment import AlignmentTask
-from ctx_distill.tasks.expert import ExpertTask
+from ctx_distill.data.transforms.augment import Augmentation
+from ctx_distill.stages.align.task import AlignmentTask
+from ctx_distill.stages.expert.task import ExpertTask
 from ctx_distill.text.report import split_sentences
 from ctx_distill.types import CTBatch, XrayBatch
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from ctx_distill.data.manifest import Manifest, read_manifest
-from ctx_distill.tasks.vocabulary_texts import common_words, vocabulary_texts
+from ctx_distill.data.manifests.manifest import Manifest, read_manifest
+from ctx_distill.stages.shared.vocabulary_texts import common_words, vocabulary_texts
 from ctx_distill.text.tokenizer import train_wordpiece
 
 

@@ -14,8 +14,8 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from ctx_distill.checkpoint import read_artefact
-from ctx_distill.cli import main
-from ctx_distill.pipeline.plan import STAGES
+from ctx_distill.commands.main import main
+from ctx_distill.runs.stage_table import STAGES
 
 pytestmark = pytest.mark.full
 

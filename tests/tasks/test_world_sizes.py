@@ -26,8 +26,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from ctx_distill.cli import main
-from ctx_distill.pipeline.plan import STAGES
+from ctx_distill.commands.main import main
+from ctx_distill.runs.stage_table import STAGES
 
 ACCELERATOR = Path(__file__).parents[1] / "helpers" / "accelerator.py"
 

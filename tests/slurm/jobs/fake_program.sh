@@ -1,5 +1,5 @@
 #!/bin/bash
-# Stands in for Python in the jobs of the requeue tests: fake_program.sh -m ctx_distill.cli STAGE ... --run RUN ...
+# Stands in for Python in the jobs of the requeue tests: fake_program.sh -m ctx_distill STAGE ... --run RUN ...
 # $FAKE/STAGE is run, once a task, with the number of the attempt and the run folder; no such file: done.
 stage=$3
 while [ $# -gt 0 ]; do [ "$1" = --run ] && run=$2; shift; done

@@ -11,7 +11,7 @@ from pathlib import Path
 def stage() -> str:
     """The stage that this process runs; empty where it runs none."""
     words = sys.orig_argv
-    return words[words.index("ctx_distill.cli") + 1] if "ctx_distill.cli" in words else ""
+    return words[words.index("ctx_distill") + 1] if "ctx_distill" in words else ""
 
 
 def reach(place: str) -> None:

@@ -1,0 +1,20 @@
+"""`ctx-distill merge`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def merge(out: Path, /, *manifests: Path) -> None:
+    """Merge several manifests into one, to train on several data sets.
+
+    Args:
+        out: Manifest to write.
+        manifests: Manifests to merge.
+    """
+    from ctx_distill.errors import InputError
+    from ctx_distill.sources.merge import merge_manifests
+
+    if not manifests:
+        raise InputError(f"{out}: no manifests to merge were given. Expected OUT MANIFEST [MANIFEST ...].")
+    print(merge_manifests(list(manifests), out))

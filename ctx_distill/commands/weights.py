@@ -1,0 +1,38 @@
+"""`ctx-distill weights`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cyclopts import App
+
+weights = App(name="weights", help="Fetch or convert the weights of an X-ray expert.", result_action="return_value")
+
+
+@weights.command
+def fetch(source: str, /, *, revision: str, out: Path) -> None:
+    """Download an expert at a pinned revision, for machines without internet.
+
+    Args:
+        source: `hf-hub:ORG/NAME`.
+        revision: Commit: 40 hexadecimal digits.
+        out: Folder to write.
+    """
+    from ctx_distill.models import weights as files
+
+    files.fetch(source, revision, out)
+
+
+@weights.command
+def convert_torchxrayvision(checkpoint: Path, out: Path, /, *, sha256: str | None = None) -> None:
+    """Convert torchxrayvision's pickle to safetensors, once.
+
+    Args:
+        checkpoint: The `.pt` file.
+        out: Folder to write.
+        sha256: SHA-256 of the file, in hexadecimal. Default: that of the pinned release.
+    """
+    from ctx_distill.models import weights as files
+
+    checked = {"sha256": sha256} if sha256 else {}
+    print(files.convert_torchxrayvision(checkpoint, out, **checked))

@@ -1,0 +1,35 @@
+"""What other projects make of a scan, by name, so that their models can be compared on the same files.
+
+Sources: CT-CLIP (Hamamci et al. 2024, `data_inference.py`), fVLM (Shui et al. 2025), HLIP (Zhao et al. 2025, `process.py` and
+`data_ct_rate.py`), Merlin (Blankemeier et al. 2024, `dataloaders`). Each resamples without anti-aliasing, and pads with the lowest
+value of its window. They make the resampled array's size whole and so stretch the spacing by less than a voxel over the scan;
+here the spacing is kept. Where sizes come out whole the tensors are the same.
+
+Merlin's tensor is (x, y, z); here it is (z, y, x). CT-CLIP and HLIP have no orientation step: the file's own axes are taken.
+HLIP's model also subtracts ImageNet's mean grey and divides by its deviation, which is the model's part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ctx_distill.data.transforms.volume import VolumeSpec
+
+VOLUME_PRESETS: Mapping[str, VolumeSpec] = {
+    "ct-clip": VolumeSpec(
+        spacing=(1.5, 0.75, 0.75), shape=(240, 480, 480), window=(-1000.0, 1000.0), output_range=(-1.0, 1.0),
+        orientation="KIJ", antialias=False, outside=-1000.0,
+    ),
+    "fvlm": VolumeSpec(
+        spacing=(3.0, 1.0, 1.0), shape=(112, 256, 352), window=(-1150.0, 350.0), output_range=(0.0, 1.0),
+        orientation="LPS", antialias=False, outside=-1150.0,
+    ),
+    "hlip": VolumeSpec(
+        spacing=(3.0, 1.0, 1.0), shape=(112, 336, 336), window=(-1150.0, 350.0), output_range=(0.0, 1.0),
+        orientation="KJI", antialias=False, outside=-1150.0,
+    ),
+    "merlin": VolumeSpec(
+        spacing=(3.0, 1.5, 1.5), shape=(160, 224, 224), window=(-1000.0, 1000.0), output_range=(0.0, 1.0),
+        orientation="RAS", antialias=False, outside=-1000.0,
+    ),
+}  # fmt: skip

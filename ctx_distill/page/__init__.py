@@ -1,7 +1,0 @@
-"""The run page: one self-contained HTML file that shows what a run did, from its folder alone."""
-
-from __future__ import annotations
-
-from ctx_distill.page.page import build_page
-
-__all__ = ["build_page"]

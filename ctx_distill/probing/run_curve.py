@@ -1,0 +1,50 @@
+"""The curve over few labels that a run's page shows, in `RUN/probe/`; of features that the classifier stage computed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ctx_distill.errors import InputError
+from ctx_distill.files import hash_json, write_json
+from ctx_distill.reporting.few_shot_section import CURVE, FOLDER
+from ctx_distill.runs.reader import gather
+from ctx_distill.runs.run_folder import read_json
+from ctx_distill.runs.stage_table import ARTEFACT
+
+SHOTS = ("1", "5", "20", "10%", "50%", "100%")
+SEEDS = 5
+MOST_STUDIES = 5000
+"""Of more training studies the fits would take longer than a stage; then the command is for whoever wants it."""
+RECORD = "few_labels.json"
+
+
+def write_few_labels(run: Path) -> bool:
+    """Fit the probes and write their curve, where the run has features of labelled studies and no curve of them yet.
+
+    Returns:
+        Whether it was made now.
+    """
+    from ctx_distill.checkpoint import read_artefact
+    from ctx_distill.training.pooled_features import FEATURES, features_key, read_features
+
+    if not (run / "classifier" / FEATURES).is_file():
+        return False
+    ct = gather(run).ct
+    if ct is None or not ct.finding_names or not 0 < len(ct.split("train")) <= MOST_STUDIES:
+        return False
+    try:
+        key = features_key(read_artefact(run / "align" / ARTEFACT, "dual-encoder").fingerprint, ct.fingerprint)
+        asked = hash_json([key, SHOTS, SEEDS])
+        out = run / FOLDER
+        if (read_json(out / RECORD) or {}).get("asked") == asked and (out / CURVE).is_file():
+            return False
+        if read_features(run / "classifier", key) is None:
+            return False
+        from ctx_distill.probing.linear_probe import probe
+
+        probe(run, ct.path, out, SHOTS, SEEDS)
+    except InputError as error:  # a page without the curve is worth more than none
+        print(f"few labels: no curve: {error}")
+        return False
+    write_json(out / RECORD, {"asked": asked})
+    return True

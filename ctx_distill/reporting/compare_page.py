@@ -1,0 +1,280 @@
+"""Several runs beside each other on one self-contained page, their differences paired by patient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from markupsafe import Markup
+
+from ctx_distill.errors import InputError
+from ctx_distill.files import write_text
+from ctx_distill.metrics.bootstrap import Interval
+from ctx_distill.reporting import plots
+from ctx_distill.reporting.paired import Source, difference, sources
+from ctx_distill.reporting.pictures import CTPictures
+from ctx_distill.reporting.results_section import CATALOGUE, missing_parts, per_finding
+from ctx_distill.reporting.run_page import CURVE_STAGES, SHOWN_CURVES, environment, page_style
+from ctx_distill.reporting.settings_section import data_warnings, setting_rows
+from ctx_distill.reporting.studies_section import label_table, read_ct
+from ctx_distill.runs.reader import STAGES, Metric, Run, gather, mapping
+
+LARGEST = len(plots.SHAPES)
+DISAGREEMENTS, SHOWN_FINDINGS = 4, 4
+LOWER_IS_BETTER = ("zero_shot.macro.ece", "classifier.macro.ece")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A run less the first: in numbers, and what follows in words."""
+
+    numbers: str
+    words: str
+    told: bool
+
+
+@dataclass(frozen=True)
+class Row:
+    """A metric: one value a run, then one difference a run after the first."""
+
+    stage: str
+    name: str
+    meaning: str
+    values: tuple[Metric | None, ...]
+    differences: tuple[Difference, ...]
+
+
+@dataclass(frozen=True)
+class Disagreement:
+    """A study on which the runs' probabilities lie far apart: its findings with the truth and one value a run."""
+
+    study_id: str
+    apart: float
+    findings: tuple[tuple[str, str, tuple[float, ...]], ...]
+    report: str
+    pictures: CTPictures | None
+    problem: str
+
+
+def build_compare_page(folders: Sequence[Path], out: Path) -> Path:
+    """Write one page about two or more runs, finished or not.
+
+    Args:
+        folders: run folders; the first is what the others are set against.
+        out: the HTML file.
+
+    Returns:
+        `out`.
+
+    Raises:
+        InputError: fewer than two runs, more than there are marks for, one twice, or a folder that does not exist.
+    """
+    if not 2 <= len(folders) <= LARGEST:
+        raise InputError(
+            f"compare got {len(folders)} runs; expected 2 to {LARGEST}: name run folders, the first is the base."
+        )
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise InputError(f"compare got a run twice: {', '.join(map(str, folders))}. Name each once.")
+    runs = [gather(folder) for folder in folders]
+    write_text(out, render_compare(runs, run_names(folders)))
+    return out
+
+
+def run_names(folders: Sequence[Path]) -> list[str]:
+    """The folders' names, with as many parents as set them apart."""
+    parts = [folder.resolve().parts for folder in folders]
+    for count in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-count:]) for part in parts]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+def render_compare(runs: Sequence[Run], names: Sequence[str]) -> str:
+    """The page's HTML."""
+    held = [sources(run) for run in runs]
+    rows = _rows(runs, held)
+    findings = [part for part in (_findings(runs, names, held, *stage) for stage in _FINDING_STAGES) if part]
+    every = [d for row in rows for d in row.differences if d.told]
+    every += [d for part in findings for _, _, differences in part["rows"] for d in differences if d.told]
+    return environment().get_template("compare.html.j2").render(
+        style=page_style(),
+        names=names,
+        keys=[Markup(plots.legend_key(place)) for place in range(len(runs))],
+        facts=_facts(runs),
+        warnings=data_warnings(runs, names),
+        settings=setting_rows(runs),
+        missing=[(name, missing_parts(run)) for name, run in zip(names, runs, strict=True) if missing_parts(run)],
+        rows=rows,
+        tally=_tally(every),
+        findings=findings,
+        curves=_curves(runs, names),
+        disagreements=_disagreements(runs),
+    )  # fmt: skip
+
+
+_FINDING_STAGES = (("zero_shot", "Zero-shot"), ("classifier", "Classifier"))
+
+
+def _facts(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    """Facts of run.json, a line each."""
+
+    def data(run: Run, key: str) -> str:
+        told = mapping(run.info.get(key))
+        splits = ", ".join(f"{split} {count}" for split, count in mapping(told.get("splits")).items())
+        return f"{str(told.get('fingerprint') or 'unknown')[:12]}{f' ({splits})' if splits else ''}"
+
+    facts = [(title, [str(run.info.get(key) or "–") for run in runs])
+             for title, key in (("Started", "created"), ("Preset", "preset"), ("ctx-distill", "version"))]  # fmt: skip
+    facts += [
+        (f"{title} fingerprint", [data(run, key) for run in runs]) for title, key in (("CT", "ct"), ("X-ray", "xray"))
+    ]
+    return [("Folder", [str(run.folder) for run in runs]), *facts]
+
+
+def _rows(runs: Sequence[Run], held: Sequence[list[Source]]) -> list[Row]:
+    titles = {key: title for _, key, title in STAGES}
+    rows = []
+    for key, (name, meaning, _) in CATALOGUE.items():
+        values = tuple(run.metric(key) for run in runs)
+        if all(value is None or value.value is None for value in values):
+            continue
+        rows.append(Row(titles[key.partition(".")[0]], name, meaning, values, _differences(key, runs, held)))
+    return rows
+
+
+def _differences(key: str, runs: Sequence[Run], held: Sequence[list[Source]]) -> tuple[Difference, ...]:
+    told = []
+    for run, own in zip(runs[1:], held[1:], strict=True):
+        if (run.metric(key) or Metric(None)).value is None or (runs[0].metric(key) or Metric(None)).value is None:
+            told.append(Difference("–", "not in both", False))
+            continue
+        told.append(difference_words(difference(key, own, held[0], run, runs[0]), key in LOWER_IS_BETTER))
+    return tuple(told)
+
+
+def difference_words(found: Interval | str, lower_is_better: bool = False) -> Difference:
+    """A difference in numbers, and whether its interval leaves 0 out."""
+    if isinstance(found, str):
+        return Difference("–", found, False)
+    if found.value is None or found.low is None or found.high is None:
+        return Difference("–", "not defined", False)
+    if found.value == found.low == found.high == 0:
+        return Difference("0", "the same", False)
+    numbers = f"{_signed(found.value)} [{_signed(found.low)}, {_signed(found.high)}]"
+    if found.low <= 0 <= found.high:
+        return Difference(numbers, "no difference shown", True)
+    better = (found.value > 0) != lower_is_better
+    return Difference(numbers, "better" if better else "worse", True)
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.3f}".replace("-", "−")
+
+
+def _tally(every: Sequence[Difference]) -> str:
+    """What so many comparisons mean together."""
+    if not every:
+        return "No figure differs that could be compared study by study."
+    apart = sum(one.words in ("better", "worse") for one in every)
+    luck = 0.05 * len(every)
+    count = "1 paired difference" if len(every) == 1 else f"{len(every)} paired differences"
+    return (
+        f"Of {count} on this page {apart} {'has' if apart == 1 else 'have'} an interval that excludes 0. Of as many between equal runs about"
+        f" {luck:.1f} would, by luck alone: a single one among many says little. They are not corrected for their number, and of one"
+        " training each: another seed may move a figure as far."
+    )
+
+
+def _findings(
+    runs: Sequence[Run], names: Sequence[str], held: Sequence[list[Source]], stage: str, title: str
+) -> dict[str, Any] | None:
+    """Plot and table of AUROC by finding."""
+    values = [per_finding(run, stage) for run in runs]
+    every = sorted({name for own in values for name in own})
+    every.sort(key=lambda name: -max((own[name].value or 0.0) for own in values if name in own))
+    rows = [
+        (name, [own.get(name) for own in values], _differences(f"{stage}.per_finding.{name}", runs, held))
+        for name in every
+    ]
+    drawn = [(name, metrics) for name, metrics, _ in rows if any(m and m.value is not None for m in metrics)]
+    if not drawn:
+        return None
+    return {"title": title, "rows": rows, "plot": Markup(plots.interval_plot(drawn, names, 0.5))}
+
+
+def _curves(runs: Sequence[Run], names: Sequence[str]) -> list[dict[str, Any]]:
+    """Curves of terms that two runs or more have, those of validation where there are any."""
+    titles = {folder: title for folder, _, title in STAGES}
+    found = []
+    for folder in CURVE_STAGES:
+        held = [
+            {c.term: c for c in plots.learning_curves(run.logs[folder])} if folder in run.logs else {} for run in runs
+        ]
+        terms = list(dict.fromkeys(term for own in held for term in own))
+        drawn = []
+        for term in terms:
+            own = [curves.get(term) for curves in held]
+            if sum(curve is not None for curve in own) < 2:
+                continue
+            part = "val" if any(curve and curve.val for curve in own) else "train"
+            series = [() if curve is None else curve.val if part == "val" else curve.train for curve in own]
+            unit = next(curve.unit for curve in own if curve)
+            ends = ", ".join(f"{n} {s[-1][1]:.3g}" for n, s in zip(names, series, strict=True) if s)
+            drawn.append(
+                (f"{part}/{term}", ends, Markup(plots.series_plot(f"{part}/{term}", unit, series, ends, every=True)))
+            )
+        drawn.sort(key=lambda one: one[0].startswith("train/"))
+        if drawn:
+            found.append({"stage": titles[folder], "first": drawn[:SHOWN_CURVES], "rest": drawn[SHOWN_CURVES:]})
+    return found
+
+
+def apart(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """How far runs lie apart, a row a study and a column a finding that all scored: range of the ranks, in [0, 1].
+
+    Within a run and finding probabilities become ranks over the studies, so that a run that is surer of everything does not
+    disagree with one that orders the studies alike.
+    """
+    studies = sorted(set.intersection(*(set(table.index) for table in tables)))
+    names = [name for name in tables[0].columns if all(name in table.columns for table in tables)]
+    ranks = np.stack([table.loc[studies, names].rank(pct=True).to_numpy(dtype=float) for table in tables])
+    return pd.DataFrame(ranks.max(axis=0) - ranks.min(axis=0), index=studies, columns=names)
+
+
+def _disagreements(runs: Sequence[Run]) -> list[Disagreement]:
+    """Test studies on which the zero-shot ranks lie furthest apart, mean over the findings; ties by id."""
+    tables = [run.zero_shot for run in runs if run.zero_shot is not None]
+    ct = runs[0].ct
+    if ct is None or len(tables) < len(runs):
+        return []
+    far = apart(tables)
+    far = far[far.index.isin(set(ct.frame["study_id"].astype(str)))]
+    if far.empty or not len(far.columns):
+        return []
+    labels = label_table(ct) if ct.finding_names else None
+    order = far.mean(axis=1).sort_values(ascending=False, kind="stable").head(DISAGREEMENTS)
+    found = []
+    for study, mean in order.items():
+        names = far.T[str(study)].sort_values(ascending=False, kind="stable").index[:SHOWN_FINDINGS]
+        rows = tuple(
+            (str(n), _truth(labels, str(study), str(n)), tuple(_cell(t, str(study), str(n)) for t in tables))
+            for n in names
+        )
+        row = int(ct.frame.index[ct.frame["study_id"] == study][0])
+        found.append(Disagreement(str(study), float(mean), rows, ct.report(row), *read_ct(ct, row)))
+    return found
+
+
+def _truth(labels: pd.DataFrame | None, study: str, name: str) -> str:
+    if labels is None or name not in labels.columns or study not in labels.index:
+        return "no label"
+    return {1.0: "present", 0.0: "absent", -1.0: "uncertain"}.get(_cell(labels, study, name), "blank")
+
+
+def _cell(table: pd.DataFrame, study: str, name: str) -> float:
+    return float(table[name][study])

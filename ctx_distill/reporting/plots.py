@@ -1,0 +1,228 @@
+"""The plots of the page: intervals a finding, learning curves, ROC curves. Each gives inline SVG."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from ctx_distill.reporting import svg
+from ctx_distill.runs.reader import Metric
+
+MAX_POINTS = 160
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Train and validation values of one logged term: (x, y) points each, x an epoch or a step."""
+
+    term: str
+    unit: str
+    train: tuple[tuple[float, float], ...]
+    val: tuple[tuple[float, float], ...]
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether it has several points and each series keeps one value."""
+        several = len(self.train) > 1 or len(self.val) > 1
+        return several and all(len({y for _, y in series}) <= 1 for series in (self.train, self.val))
+
+
+@dataclass(frozen=True)
+class Roc:
+    """A ROC curve: false and true positive rates, the area below, and how many of each class it rests on."""
+
+    false_positive_rate: NDArray[np.float64]
+    true_positive_rate: NDArray[np.float64]
+    auroc: float
+    positives: int
+    negatives: int
+
+
+def roc(labels: NDArray[np.float64], scores: NDArray[np.float64]) -> Roc | None:
+    """ROC curve of the labels 1 and 0, (N,), by scores, (N,); others and blank scores are left out.
+
+    None where one of the classes is missing.
+    """
+    known = np.isin(labels, (0.0, 1.0)) & np.isfinite(scores)
+    truth, score = labels[known] == 1, scores[known]
+    positives = int(truth.sum())
+    negatives = int(len(truth) - positives)
+    if not positives or not negatives:
+        return None
+    order = np.argsort(-score, kind="stable")
+    truth, score = truth[order], score[order]
+    # Studies of equal score come in together: one step, however they lie in the file.
+    last = np.append(np.flatnonzero(np.diff(score)), len(score) - 1)
+    rate_true = np.concatenate([[0.0], np.cumsum(truth)[last] / positives])
+    rate_false = np.concatenate([[0.0], np.cumsum(~truth)[last] / negatives])
+    area = float(np.trapezoid(rate_true, rate_false))
+    return Roc(rate_false, rate_true, area, positives, negatives)
+
+
+def interval_plot(rows: Sequence[tuple[str, Sequence[Metric | None]]], series: Sequence[str], chance: float) -> str:
+    """Dot and interval a finding, the series below each other within a row.
+
+    Args:
+        rows: name and one metric a series, drawn in this order from the top.
+        series: names of the series.
+        chance: where the dotted line of chance stands.
+    """
+    values = [
+        item for _, metrics in rows for m in metrics if m for item in (m.value, m.low, m.high) if item is not None
+    ]
+    low = min([0.3, *values])
+    low = max(0.0, np.floor(low * 10) / 10)
+    pitch = max(26, 8 + 12 * len(series))
+    left, right, top, width = 190.0, 20.0, 10.0, 760.0
+    bottom = top + pitch * len(rows)
+    x = svg.Scale(low, 1.0, left, width - right)
+    parts = []
+    for index in range(round(low * 10), 11):
+        value = index / 10
+        parts.append(svg.line(x(value), top, x(value), bottom, "grid"))
+        parts.append(svg.text(x(value), bottom + 17, f"{value:.1f}", "tick", "middle"))
+    parts.append(svg.line(x(chance), top, x(chance), bottom, "chance"))
+    for index, (name, metrics) in enumerate(rows):
+        middle = top + pitch * (index + 0.5)
+        parts.append(svg.text(left - 12, middle + 4.5, shorten(name, 26), "label", "end"))
+        for number, metric in enumerate(metrics):
+            y = middle + (number - (len(series) - 1) / 2) * 12
+            if metric is None or metric.value is None:
+                continue
+            if metric.low is not None and metric.high is not None:
+                parts.append(svg.line(x(metric.low), y, x(metric.high), y, f"whisker s{number}"))
+            parts.append(svg.marker(SHAPES[number], x(metric.value), y, f"mark s{number}", 4.5))
+    label = f"AUROC of {len(rows)} findings with 95 % intervals ({', '.join(series)}); the numbers stand in the table"
+    return svg.frame(width, bottom + 26, label, parts, "wide")
+
+
+SHAPES = ("dot", "square", "triangle", "diamond", "cross", "ring")
+
+
+def legend_key(number: int) -> str:
+    """The line and mark of a series as the plots draw it, for a legend."""
+    mark = svg.marker(SHAPES[number], 11, 6, f"mark s{number}", 3.4)
+    return f'<svg class="key" viewBox="0 0 22 12" aria-hidden="true">{svg.line(0, 6, 22, 6, f"curve s{number}")}{mark}</svg>'
+
+
+def shorten(words: str, length: int) -> str:
+    """The words, cut with an ellipsis where they are longer than `length`."""
+    return words if len(words) <= length else words[: length - 1].rstrip() + "…"
+
+
+def learning_curves(log: pd.DataFrame) -> list[Curve]:
+    """One curve a logged term of a CSVLogger file, the loss first and then the terms that have both series.
+
+    Values are averaged by epoch; where fewer than three epochs were logged, the x axis is the step.
+    """
+    terms: dict[str, dict[str, str]] = {}
+    for column in log.columns:
+        part, slash, term = str(column).partition("/")
+        if slash and part in ("train", "val"):
+            base = term.removesuffix("_epoch").removesuffix("_step")
+            if base == "total" and f"{part}/loss" not in log.columns:
+                base = "loss"  # A task that logs its weighted sum as the total of its terms.
+            held = terms.setdefault(base, {})
+            # Lightning writes <term>_step and <term>_epoch for what is logged both ways: the epoch's mean is enough.
+            if part not in held or term.endswith("_epoch"):
+                held[part] = str(column)
+    unit = "epoch"
+    if "epoch" not in log.columns or log["epoch"].nunique() < 3:
+        unit = "step" if "step" in log.columns else "epoch"
+    if unit not in log.columns:
+        return []
+    curves = [
+        Curve(term, unit, _points(log, unit, held.get("train")), _points(log, unit, held.get("val")))
+        for term, held in terms.items()
+    ]
+    curves = [curve for curve in curves if curve.train or curve.val]
+    return sorted(curves, key=lambda c: (c.term != "loss", "loss" not in c.term, not (c.train and c.val), c.term))
+
+
+def _points(log: pd.DataFrame, unit: str, column: str | None) -> tuple[tuple[float, float], ...]:
+    """(x, mean y) of a column, finite values only, thinned to about `MAX_POINTS` by averaging neighbours."""
+    if column is None:
+        return ()
+    numbers = log[[unit, column]].apply(pd.to_numeric, errors="coerce")
+    numbers = numbers[np.isfinite(numbers).all(axis=1)]
+    means = numbers.groupby(unit)[column].mean()
+    stride = -(-len(means) // MAX_POINTS) if len(means) else 1
+    groups = np.arange(len(means)) // stride
+    xs = pd.Series(means.index.to_numpy(dtype=float)).groupby(groups).mean()
+    ys = pd.Series(means.to_numpy(dtype=float)).groupby(groups).mean()
+    return tuple((float(a), float(b)) for a, b in zip(xs, ys, strict=True))
+
+
+def curve_plot(curve: Curve) -> str:
+    """One small multiple of the learning curves."""
+    return series_plot(curve.term, curve.unit, (curve.train, curve.val), curve_words(curve))
+
+
+def series_plot(
+    term: str, unit: str, drawn: Sequence[Sequence[tuple[float, float]]], words: str, every: bool = False
+) -> str:
+    """Series of (x, y) points over each other, each with a dash and a mark of its own.
+
+    Args:
+        term: what is drawn.
+        unit: of x.
+        drawn: the series; an empty one keeps its place.
+        words: the last values.
+        every: mark the first series too, and not alone the others.
+    """
+    width, height, left, right, top, bottom = 260.0, 150.0, 44.0, 10.0, 8.0, 122.0
+    xs = [x for series in drawn for x, _ in series]
+    ys = [y for series in drawn for _, y in series]
+    ticks = svg.nice_ticks(min(ys), max(ys))
+    x = svg.Scale(min(xs), max(xs), left, width - right)
+    y = svg.Scale(ticks[0], ticks[-1], bottom, top)
+    parts = []
+    for tick in ticks:
+        parts.append(svg.line(left, y(tick), width - right, y(tick), "grid"))
+        parts.append(svg.text(left - 6, y(tick) + 3.5, svg.tick_text(tick, ticks[1] - ticks[0]), "tick", "end"))
+    parts.append(svg.text(x(min(xs)), height - 14, f"{min(xs):g}", "tick", "middle"))
+    if max(xs) > min(xs):
+        parts.append(svg.text(x(max(xs)), height - 14, f"{max(xs):g}", "tick", "middle"))
+    parts.append(svg.text((left + width - right) / 2, height - 14, unit, "tick", "middle"))
+    for number, series in enumerate(drawn):
+        points = [(x(a), y(b)) for a, b in series]
+        parts.append(svg.polyline(points, f"curve s{number}"))
+        apart = max(1, len(points) // 8)
+        shown = points[::apart] if number or every else (points if len(points) == 1 else [])
+        parts.extend(svg.marker(SHAPES[number], a, b, f"mark s{number}", 2.6) for a, b in shown)
+    return svg.frame(width, height, f"{term} by {unit}: {words}", parts, "small")
+
+
+def curve_words(curve: Curve) -> str:
+    """The last value of each series in words."""
+    ends = [(name, series[-1][1]) for name, series in (("train", curve.train), ("val", curve.val)) if series]
+    return ", ".join(f"{name} {value:.3g}" for name, value in ends)
+
+
+def roc_plot(finding: str, curves: Sequence[Roc | None], names: Sequence[str]) -> str:
+    """One small multiple of the ROC curves, the series overlaid."""
+    size, left, top, bottom = 210.0, 44.0, 8.0, 162.0
+    x, y = svg.Scale(0, 1, left, size - 12), svg.Scale(0, 1, bottom, top)
+    parts = [svg.line(x(0), y(0), x(1), y(1), "chance")]
+    for value in (0.0, 0.5, 1.0):
+        parts.append(svg.line(x(value), y(0), x(value), y(1), "grid"))
+        parts.append(svg.line(x(0), y(value), x(1), y(value), "grid"))
+        parts.append(svg.text(x(value), bottom + 15, f"{value:g}", "tick", "middle"))
+        parts.append(svg.text(left - 6, y(value) + 3.5, f"{value:g}", "tick", "end"))
+    parts.append(svg.text((x(0) + x(1)) / 2, bottom + 28, "false positive rate", "tick", "middle"))
+    middle = (y(0) + y(1)) / 2
+    turned = f'<g transform="rotate(-90 11 {middle:g})">'
+    parts.append(turned + svg.text(11, middle, "true positive rate", "tick", "middle") + "</g>")
+    told = []
+    for number, curve in enumerate(curves):
+        if curve is None:
+            continue
+        keep = np.unique(np.linspace(0, len(curve.false_positive_rate) - 1, 200).round().astype(int))
+        rates = zip(curve.false_positive_rate[keep], curve.true_positive_rate[keep], strict=True)
+        parts.append(svg.polyline([(x(float(a)), y(float(b))) for a, b in rates], f"curve s{number}"))
+        told.append(f"{names[number]} {curve.auroc:.2f}")
+    return svg.frame(size, 196, f"ROC curve of {finding}; area: {', '.join(told)}", parts, "small")

@@ -1,0 +1,251 @@
+"""What the numbers of a run mean: the headline tiles, the results table, and everything that was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ctx_distill.runs.reader import STAGES, Metric, Run, to_metric
+
+_AUROC = "share of (with, without) pairs of studies in the right order, mean over the findings"
+
+
+def _at_thresholds(stage: str) -> dict[str, tuple[str, str, float | str | None]]:
+    return {
+        f"{stage}.macro.average_precision": ("Average precision", "mean over the findings", None),
+        f"{stage}.macro.f1": ("F1", "mean over the findings, at thresholds chosen on val", None),
+        f"{stage}.macro.ece": ("Calibration error", "how far probabilities are from the shares seen, 0 is best", None),
+    }
+
+
+# Key of a metric -> its name, what it means, its level by chance: a number, or the key of a metric, or None.
+CATALOGUE: dict[str, tuple[str, str, float | str | None]] = {
+    "expert.macro_auroc": ("Macro AUROC", f"zero-shot on held-out X-rays: {_AUROC}", 0.5),
+    "expert.recall_at_5": ("Recall@5", "the right report among the 5 nearest to an X-ray", "expert.recall_at_5_random"),
+    "retrieval.jaccard_at_1": (
+        "Findings Jaccard@1",
+        "findings that a CT and its first retrieved X-ray share, of those that either has",
+        "retrieval.jaccard_random",
+    ),
+    "retrieval.jaccard_at_1_without_normals": (
+        "… without normal studies",
+        "the same over CTs with at least one finding",
+        "retrieval.jaccard_random_without_normals",
+    ),
+    # Both spellings: a run has one of them.
+    **{
+        f"retrieval.{spelling}_at_{k}": (
+            f"Same-set recall@{k}",
+            f"{'the first retrieved X-ray' if k == 1 else f'one of the first {k}'} has exactly the CT's findings",
+            f"retrieval.{spelling}_at_{k}_random",
+        )
+        for spelling in ("same_set_recall", "recall")
+        for k in (1, 5, 10)
+    },
+    "distillation.macro_auroc": ("Macro AUROC", f"the student asked by the expert's text tower: {_AUROC}", 0.5),
+    "alignment.recall_at_1": ("Recall@1", "the right CT is nearest to a report", "alignment.recall_at_1_random"),
+    "alignment.recall_at_5": (
+        "Recall@5",
+        "the right CT is among the 5 nearest to a report",
+        "alignment.recall_at_5_random",
+    ),
+    "alignment.recall_at_10": (
+        "Recall@10",
+        "the right CT is among the 10 nearest to a report",
+        "alignment.recall_at_10_random",
+    ),
+    "zero_shot.macro_auroc": ("Macro AUROC", f"by prompts alone, no label seen: {_AUROC}", 0.5),
+    **_at_thresholds("zero_shot"),
+    "zero_shot.retrieval.report_to_volume.recall_at_5": (
+        "Report to volume, recall@5",
+        "the right CT is among the 5 nearest to a report, test",
+        "zero_shot.retrieval.report_to_volume.recall_at_5_random",
+    ),
+    "zero_shot.retrieval.volume_to_report.recall_at_5": (
+        "Volume to report, recall@5",
+        "the right report is among the 5 nearest to a CT, test",
+        "zero_shot.retrieval.volume_to_report.recall_at_5_random",
+    ),
+    "classifier.macro_auroc": ("Macro AUROC", f"with a head trained on labels: {_AUROC}", 0.5),
+    **_at_thresholds("classifier"),
+    "report.findings_f1": ("Findings F1", "findings of the generated report against those of the true one", None),
+    "report.bleu4": ("BLEU-4", "word sequences of up to 4 shared with the true report", None),
+    "report.rouge_l": ("ROUGE-L", "longest common word sequence with the true report", None),
+}
+
+REPORT_SCORES = {
+    "Findings F1": "findings_f1",
+    "Findings F1, mean over findings": "findings_macro_f1",
+    "BLEU-1": "bleu1",
+    "BLEU-4": "bleu4",
+    "ROUGE-L": "rouge_l",
+    "CIDEr": "cider",
+    "METEOR": "meteor",
+}
+BASELINE_NAMES = {"nearest": "Nearest training report", "frequent": "Most frequent training report"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the results table; `chance` is None where there is no such level."""
+
+    stage: str
+    name: str
+    metric: Metric
+    meaning: str
+    chance: Metric | None
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A headline number: its metric, or None with the reason in `note`."""
+
+    title: str
+    metric: Metric | None
+    note: str
+
+
+def result_rows(run: Run) -> list[Row]:
+    """The results table: the metrics of the catalogue that the run has, in the order of the stages."""
+    names = {key: name for _, key, name in STAGES}
+    rows = []
+    for key, (name, meaning, chance) in CATALOGUE.items():
+        metric = run.metric(key)
+        if metric is None or (metric.value is None and has_labels(run) is False):
+            continue
+        level = run.metric(chance) if isinstance(chance, str) else Metric(chance) if chance is not None else None
+        rows.append(Row(names[key.partition(".")[0]], name, metric, meaning, level))
+    return rows
+
+
+def all_metrics(run: Run) -> list[tuple[str, Metric]]:
+    """Everything that was measured, by dotted key, per-finding values aside."""
+    found: list[tuple[str, Metric]] = []
+    for _, key, _ in STAGES:
+        values = {name: value for name, value in run.metrics.get(key, {}).items() if name != "left_out"}
+        found.extend(
+            (path, metric) for path, metric in _flatten(key, values) if not any(part in path for part in _BY_FINDING)
+        )
+    return found
+
+
+_BY_FINDING = (".per_finding", ".findings.", ".positives.", ".negatives.")
+
+
+def _flatten(prefix: str, values: Mapping[str, Any]) -> Iterator[tuple[str, Metric]]:
+    for name, value in values.items():
+        metric = to_metric(value)
+        if metric is not None:
+            yield f"{prefix}.{name}", metric
+        elif isinstance(value, Mapping):
+            yield from _flatten(f"{prefix}.{name}", value)
+
+
+def per_finding(run: Run, stage: str) -> dict[str, Metric]:
+    """AUROC by finding of a stage (`zero_shot` or `classifier`); {} where there is none."""
+    values = run.metrics.get(stage, {}).get("per_finding")
+    found: dict[str, Metric] = {}
+    if isinstance(values, Mapping):
+        for name, value in values.items():
+            inner = value.get("auroc") if isinstance(value, Mapping) and "value" not in value else value
+            metric = to_metric(inner)
+            if metric is not None:
+                found[str(name)] = metric
+    return found
+
+
+def tiles(run: Run) -> list[Tile]:
+    """The four headline numbers, each with its level by chance, or with the reason why it is not there."""
+    jaccard, random = run.metric("retrieval.jaccard_at_1"), run.metric("retrieval.jaccard_random")
+    against = ""
+    if jaccard and random and jaccard.value is not None and random.value:
+        against = f"random X-ray {random.value:.3f}, so {jaccard.value / random.value:.1f} times as much"
+    f1, bleu = run.metric("report.findings_f1"), run.metric("report.bleu4")
+    bleu_words = f"BLEU-4 {bleu.value:.3f}" if bleu and bleu.value is not None else ""
+    report = Tile("Generated reports, findings F1", f1, bleu_words)
+    if (f1 is None or f1.value is None) and bleu_words:
+        report = Tile("Generated reports, BLEU-4", bleu, "findings F1 is not defined here")
+    drawn = [
+        Tile("Zero-shot, macro AUROC", run.metric("zero_shot.macro_auroc"), "chance 0.5"),
+        Tile("Retrieval, findings Jaccard@1", jaccard, against),
+        Tile("Classifier, macro AUROC", run.metric("classifier.macro_auroc"), "chance 0.5"),
+        report,
+    ]
+    folders = ["zero_shot", "index", "classifier", "report"]
+    recall, by_chance = run.metric("alignment.recall_at_5"), run.metric("alignment.recall_at_5_random")
+    if has_labels(run) is False and recall and recall.value is not None:
+        level = f"chance {by_chance.value:.3f}" if by_chance and by_chance.value is not None else ""
+        drawn[1], folders[1] = Tile("Report to volume, recall@5", recall, level), "align"
+    return [
+        tile if tile.metric and tile.metric.value is not None else Tile(tile.title, None, _why_missing(run, folder))
+        for tile, folder in zip(drawn, folders, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Generated reports beside the baselines: their names, a line a score, and what follows in words."""
+
+    names: list[str]
+    rows: list[tuple[str, list[Metric | None]]]
+    verdict: str
+
+
+def report_baselines(run: Run) -> Beside | None:
+    """The decoder's scores, then each baseline's; None where no report was generated."""
+    report = run.metrics.get("report", {})
+    baselines = report.get("baselines")
+    if not isinstance(baselines, Mapping) or not baselines:
+        return None
+    columns = [report, *baselines.values()]
+    rows = []
+    for title, key in REPORT_SCORES.items():
+        found = [to_metric(column.get(key)) if isinstance(column, Mapping) else None for column in columns]
+        if any(metric is not None and metric.value is not None for metric in found):
+            rows.append((title, found))
+    names = ["The decoder", *(BASELINE_NAMES.get(name, str(name)) for name in baselines)]
+    return Beside(names, rows, str(report.get("verdict") or ""))
+
+
+def has_labels(run: Run) -> bool | None:
+    """Whether the CT manifest has label columns; None where the manifest is not there."""
+    return bool(run.ct.finding_names) if run.ct is not None else None
+
+
+def _why_missing(run: Run, folder: str) -> str:
+    if has_labels(run) is False and folder != "report":
+        return "left out: no label columns"
+    state = run.states.get(folder, "not run")
+    return {"done": "not defined for this cohort", "under way": "under way"}.get(state, "not run yet")
+
+
+def stage_states(run: Run) -> dict[str, str]:
+    """State of each stage in words, by folder; a stage that has nothing to do in this run is "not needed"."""
+    states: dict[str, str] = {folder: run.states.get(folder, "not run") for folder, _, _ in STAGES}
+    if has_labels(run) is False:
+        states["classifier"] = "left out"
+    if states["expert"] == "not run" and states["index"] == "done":
+        states["expert"] = "not needed"  # A pretrained expert was named: there was nothing to train.
+    return states
+
+
+def missing_parts(run: Run) -> list[str]:
+    """Sentences about what this page leaves out and why."""
+    told = []
+    if run.ct is None:
+        told.append("The CT manifest could not be read: studies, pictures and ROC curves were left out.")
+    elif not run.ct.finding_names:
+        told.append("This cohort has no label columns: label-based scores were left out.")
+    elif run.xray is not None and not run.xray.finding_names:
+        told.append("The X-ray manifest has no label columns: the findings of retrieved X-rays were not compared.")
+    states = stage_states(run)
+    waiting: dict[str, list[str]] = {}
+    for folder, _, name in STAGES:
+        state = states[folder]
+        waiting.setdefault(state, []).append(name)
+    if "under way" in waiting:
+        told.append(f"Under way, or broken off: {', '.join(waiting['under way'])}.")
+    if "not run" in waiting:
+        told.append(f"Not run yet: {', '.join(waiting['not run'])}.")
+    return [*told, *run.notes]

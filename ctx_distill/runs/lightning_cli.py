@@ -1,0 +1,142 @@
+"""LightningCLI in subclass mode, without subcommands: the pipeline decides what is run."""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from datetime import timedelta
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, cast
+
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.utilities.seed import isolate_rng
+
+from ctx_distill.data.loading.datamodules import ManifestDataModule
+from ctx_distill.errors import InputError
+from ctx_distill.retrieval.index import refuse_two_faiss
+from ctx_distill.runs.stage_table import read_layer
+from ctx_distill.training.base_task import StageTask, TrainedTask
+from ctx_distill.training.fault_tolerance import REMOVED
+
+
+class StageCLI(LightningCLI):
+    """`model` is a `StageTask`, `data` a `ManifestDataModule`; both are chosen by `class_path`."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Seed everything from one value, workers included."""
+        parser.set_defaults({"seed_everything": 0})
+
+
+def build(arguments: list[str]) -> LightningCLI:
+    """Parse the layers and overrides, and instantiate trainer, task and data module.
+
+    Args:
+        arguments: LightningCLI arguments, `--config FILE` first.
+    """
+    quieten()
+    _refuse_removed(arguments)
+    refuse_two_faiss()
+    try:
+        cli = _stage_cli(arguments)
+    except ValueError as error:
+        raise _own_error(error) from None
+    _outlast_the_watchdog(cli)
+    cli.datamodule.trainer = (
+        cli.trainer
+    )  # its loaders depend on the device, also those that are not opened by the trainer
+    return cli
+
+
+def _refuse_removed(arguments: list[str]) -> None:
+    """Name settings that were removed, which the parser would report as unknown.
+
+    Raises:
+        InputError: one is given, on the command line or in a file.
+    """
+    files = [value for flag, value in pairwise(arguments) if flag == "--config"]
+    texts = [text for text in arguments if ".survival" in text]
+    for path in files:
+        model = read_layer(Path(path)).get("model") or {}
+        texts.append(str((model.get("init_args") or {}).get("survival", "")))
+    for name, reason in REMOVED.items():
+        if any(re.search(rf"\b{name}\b", text) for text in texts):
+            raise InputError(f"model.init_args.survival.{name} was removed: {reason}. Remove the setting.")
+
+
+def run_task(cli: LightningCLI, folder: Path) -> dict[str, Any]:
+    """Start the trainer's ranks, then run the task.
+
+    Lightning starts the other processes and the process group at the first fit or predict. Until then every process
+    takes itself for the only one, and what `run` asks of the group before that (who writes, which part is mine) would get
+    a wrong answer. Fit and predict do the same again, without effect.
+
+    Args:
+        cli: what `build` returned.
+        folder: of the stage.
+
+    Returns:
+        The task's metrics.
+    """
+    strategy = cli.trainer.strategy
+    strategy.connect(cli.model)
+    with isolate_rng():  # DDP seeds anew when it starts: what `run` initialises must not depend on the number of ranks
+        if isinstance(strategy.launcher, _SubprocessScriptLauncher):
+            strategy.launcher.launch(strategy.setup_environment)
+        elif strategy.launcher is None:
+            strategy.setup_environment()
+    return cast(StageTask, cli.model).run(cli.trainer, cli.datamodule, folder)
+
+
+def _outlast_the_watchdog(cli: LightningCLI) -> None:
+    """Raise torch's limit of a collective above that of the watchdog, whose message names the rank that holds it up."""
+    strategy = cli.trainer.strategy
+    if isinstance(cli.model, TrainedTask) and isinstance(strategy, (DDPStrategy, ModelParallelStrategy)):
+        limit = timedelta(minutes=cli.model.survival.hang_minutes + 5)
+        strategy._timeout = max(strategy._timeout or limit, limit)
+
+
+def _own_error(error: BaseException) -> BaseException:
+    """The InputError that jsonargparse wrapped while it tried the types that a value may have; else the error itself."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, InputError):
+            return cause
+        cause = cause.__cause__ or cause.__context__
+    return error
+
+
+def _stage_cli(arguments: list[str]) -> LightningCLI:
+    return StageCLI(
+        StageTask,
+        ManifestDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        run=False,
+        save_config_callback=None,
+        auto_configure_optimizers=False,
+        seed_everything_default=0,
+        args=arguments,
+        parser_kwargs={"parser_mode": "yaml"},
+    )
+
+
+def quieten() -> None:
+    """Leave only what a person can act on: Lightning's device lines and dataloader hints go."""
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning", "transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR if name == "transformers" else logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*args parameter is intended to run.*")
+    warnings.filterwarnings("ignore", message=".*You have overridden `transfer_batch_to_device`.*")
+    warnings.filterwarnings("ignore", message=".*module.s. in eval mode at the start of training.*")
+    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
+    warnings.filterwarnings("ignore", message=".*number of training batches .* is smaller than the logging interval.*")
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")  # it is: `EpochBatches.resume`
+    warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty.*")
+    warnings.filterwarnings("ignore", message="The `srun` command is available on your system but is not used.*")
+    warnings.filterwarnings("ignore", message=".*when logging on epoch level in distributed setting.*")
+    warnings.filterwarnings("ignore", category=FutureWarning)

@@ -1,0 +1,168 @@
+"""The run folder: who may write in it, what is complete, and the files at its top that join the stages."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from ctx_distill.errors import InputError
+from ctx_distill.files import write_json
+from ctx_distill.runs.stage_table import STAGES, Stage
+
+REQUEST_FILE = "request.json"
+METRICS_FILE = "metrics.json"
+PUBLISHED = {
+    "zero-shot": ("predictions.csv", "zero_shot_predictions.csv"),
+    "report": ("reports.csv", "reports.csv"),
+}
+_HELD = "CTX_DISTILL_LOCK_HELD"
+
+
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "NODE_RANK", "GROUP_RANK")
+"""Each is 0 in rank zero's process: set by torchrun (RANK, LOCAL_RANK, GROUP_RANK: the node's), by srun, and by whoever
+starts one process per node for Lightning to start the others there (NODE_RANK)."""
+
+
+def is_first_process() -> bool:
+    """Whether this process is rank zero of its job, asked before torch is there to ask."""
+    return all(int(os.environ.get(name) or 0) == 0 for name in RANK_VARIABLES)
+
+
+@contextmanager
+def lock_run(run: Path, command: str) -> Iterator[None]:
+    """Hold the run folder for one writer; the kernel lets go of it when the process dies, however it dies.
+
+    Child processes of the holder, and other ranks of its job, pass.
+
+    Raises:
+        InputError: another process holds it; the message says which.
+    """
+    if os.environ.get(_HELD) == str(run.resolve()) or not is_first_process():
+        yield
+        return
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(run / ".lock")
+        holder = run / ".lock.json"
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise InputError(_busy(run, holder)) from None
+    except OSError as error:
+        raise InputError(f"{run}: cannot write here ({error.strerror}). Give another folder with RUN=.") from error
+    try:
+        write_json(holder, {"pid": os.getpid(), "host": socket.gethostname(), "command": command,
+                            "since": time.strftime("%Y-%m-%d %H:%M:%S")})  # fmt: skip
+        os.environ[_HELD] = str(run.resolve())
+        yield
+    finally:
+        os.environ.pop(_HELD, None)
+        holder.unlink(missing_ok=True)
+        lock.release()
+
+
+def _busy(run: Path, holder: Path) -> str:
+    try:
+        who = json.loads(holder.read_text())
+        name = f"process {who['pid']} on {who['host']} since {who['since']} (`{who['command']}`)"
+    except (OSError, ValueError, KeyError):
+        name = "another process"
+    return f"{run}: in use by {name}. Wait for it to end, end it, or give another folder with RUN=."
+
+
+def is_complete(folder: Path, key: str) -> bool:
+    """Whether a stage's folder holds the finished result of exactly this request."""
+    request = read_json(folder / REQUEST_FILE)
+    return request is not None and request.get("key") == key and (folder / METRICS_FILE).is_file()
+
+
+def open_stage(folder: Path, key: str, request: dict[str, Any]) -> Path | None:
+    """Make a stage's folder ready for a request: go on with the same one, set a different one aside.
+
+    A folder of another request is renamed to `NAME.before-<n>`, so that nothing is lost.
+
+    Returns:
+        Where the folder of another request went.
+    """
+    aside: Path | None = None
+    found = read_json(folder / REQUEST_FILE)
+    if folder.exists() and (found is None or found.get("key") != key):
+        if found is None:
+            shutil.rmtree(folder)
+        else:
+            count = 1 + sum(1 for _ in folder.parent.glob(f"{folder.name}.before-*"))
+            aside = folder.with_name(f"{folder.name}.before-{count}")
+            folder.rename(aside)
+            print(f"{folder}: holds a run with other settings or inputs; set aside as {aside.name}")
+    write_json(folder / REQUEST_FILE, {"key": key, **request})
+    return aside
+
+
+def put_back(folder: Path, aside: Path | None) -> None:
+    """After a request that was refused before it began: the result that stood there stands there again."""
+    if aside is not None and not (folder / "checkpoints").exists() and not (folder / METRICS_FILE).exists():
+        shutil.rmtree(folder)
+        aside.rename(folder)
+        print(f"{folder}: put back as it was")
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON mapping, or None where the file is missing or torn."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def join_metrics(run: Path) -> dict[str, Any]:
+    """Join the metrics of the finished stages in `RUN/metrics.json`, and lay their tables at the top."""
+    joined: dict[str, Any] = {}
+    made = (read_json(run / "run.json") or {}).get("stages", {})
+    for stage in STAGES.values():
+        folder = run / stage.folder
+        metrics = read_json(folder / METRICS_FILE)
+        if metrics is None or not _is_current(run, stage, made):
+            continue
+        joined[stage.metrics_key] = metrics
+        if stage.name in PUBLISHED:
+            source, target = PUBLISHED[stage.name]
+            part = run / f".{target}.part"
+            shutil.copyfile(folder / source, part)
+            part.replace(run / target)
+    write_json(run / METRICS_FILE, joined)
+    return joined
+
+
+def _is_current(run: Path, stage: Stage, made: dict[str, Any]) -> bool:
+    """Whether a stage was made from the artefacts that the run holds now; a note says so where it was not."""
+    inputs = (read_json(run / stage.folder / REQUEST_FILE) or {}).get("inputs", {})
+    for argument, maker in stage.needs:
+        own = made.get(STAGES[maker].folder, {}).get("fingerprint")
+        outside = str(inputs.get(f"{argument} from", ""))
+        if outside != "elsewhere" and own is not None and inputs.get(argument) not in (None, own):
+            print(f"{run / stage.folder}: made from an earlier {STAGES[maker].title}; left out until it is run again")
+            return False
+    return True
+
+
+def note_stage(run: Path, stage: Stage, **facts: Any) -> None:
+    """Add facts of a stage (seconds, fingerprint) to `RUN/run.json`."""
+    record = read_json(run / "run.json") or {"created": time.strftime("%Y-%m-%d %H:%M:%S"), "stages": {}}
+    record["stages"].setdefault(stage.folder, {}).update(facts)
+    write_json(run / "run.json", record)
+
+
+def note_run(run: Path, **facts: Any) -> None:
+    """Add facts of the run (preset, data, expert, volume spec) to `RUN/run.json`."""
+    record = read_json(run / "run.json") or {"created": time.strftime("%Y-%m-%d %H:%M:%S"), "stages": {}}
+    record.update({name: value for name, value in facts.items() if value is not None})
+    write_json(run / "run.json", record)

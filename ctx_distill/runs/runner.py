@@ -1,0 +1,201 @@
+"""Run one stage: LightningCLI over the merged layers, then the task, then the stage's metrics."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from ctx_distill import __version__, signals
+from ctx_distill.errors import InputError
+from ctx_distill.files import hash_file, write_json, write_text
+from ctx_distill.runs.run_folder import (
+    METRICS_FILE,
+    REQUEST_FILE,
+    is_complete,
+    is_first_process,
+    join_metrics,
+    note_run,
+    note_stage,
+    open_stage,
+    put_back,
+    read_json,
+)
+from ctx_distill.runs.stage_table import (
+    ARTEFACT,
+    STAGES,
+    Stage,
+    override_for,
+    request_key,
+    source_fingerprint,
+    stage_config,
+)
+from ctx_distill.runs.topology import TrainerSettings, trainer_settings
+
+MANIFEST_SUFFIXES = (".csv", ".parquet")
+
+
+def find_manifest(data: Path, kind: str) -> Path:
+    """The manifest of a kind ("ct", "xray") in a data folder, CSV or Parquet.
+
+    Raises:
+        InputError: there is none.
+    """
+    for suffix in MANIFEST_SUFFIXES:
+        if (data / f"{kind}{suffix}").is_file():
+            return data / f"{kind}{suffix}"
+    raise InputError(
+        f"{data}: holds no {kind}.csv or {kind}.parquet. Give the folder of both manifests with DATA=; "
+        "data_manifests/README.md says what they look like."
+    )
+
+
+class StageRequest:
+    """What is asked of one stage: its configuration, overrides and inputs, with their key.
+
+    Args:
+        stage: which stage.
+        data: folder of the manifests.
+        run: the run folder.
+        preset: name or path of the preset.
+        overrides: LightningCLI overrides.
+        expert: an expert's folder or hub name in place of the run's own.
+    """
+
+    def __init__(
+        self, stage: Stage, data: Path, run: Path, preset: str, overrides: list[str], expert: str | None = None
+    ) -> None:
+        self.stage, self.run, self.preset = stage, run, preset
+        self.folder = run / stage.folder
+        self.overrides = override_for(stage, overrides)
+        self.config = stage_config(stage, preset)
+        self.manifests = {kind: find_manifest(data, kind) for kind in stage.reads}
+        self.sources = {
+            argument: expert if maker == "expert" and expert else str(run / STAGES[maker].folder / ARTEFACT)
+            for argument, maker in stage.needs
+        }
+        self.inputs = {kind: hash_file(path) for kind, path in self.manifests.items()}
+        self.inputs |= {name: source_fingerprint(source) for name, source in self.sources.items()}
+        if expert:
+            self.inputs |= {f"{name} from": "elsewhere" for name, maker in stage.needs if maker == "expert"}
+        self.key = request_key(self.config, self.overrides, self.inputs, __version__)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the run folder holds the finished result of this request."""
+        return is_complete(self.folder, self.key)
+
+    def check_sources(self) -> None:
+        """Check that the earlier stages' artefacts are there.
+
+        Raises:
+            InputError: one is missing; the message says which stage makes it.
+        """
+        makers = dict(self.stage.needs)
+        for argument, source in self.sources.items():
+            overridden = any(item.startswith(f"--model.init_args.{argument}") for item in self.overrides)
+            if source.startswith("hf-hub:") or overridden or Path(source).is_dir():
+                continue
+            maker = STAGES[makers[argument]]
+            target = f"make stage-{maker.number}" if maker.number else "make expert"
+            raise InputError(
+                f"{source}: the {maker.title} artefact that {self.stage.title} needs is not there. "
+                f"Run `{target} DATA= RUN=` first, or give one with "
+                f"ARGS=--model.init_args.{argument}=<folder>."
+            )
+
+    def filled_config(self) -> dict[str, Any]:
+        """The merged layers with this run's paths in place of `{expert}`, `{ct}` and so on."""
+        paths = {f"{{{kind}}}": str(path) for kind, path in self.manifests.items()}
+        paths |= {f"{{{name}}}": source for name, source in self.sources.items()}
+        paths["{folder}"] = str(self.folder)
+        filled: dict[str, Any] = fill(self.config, paths)
+        return filled
+
+
+def fill(value: Any, paths: dict[str, str]) -> Any:
+    """Put paths in place of the placeholders that are a whole value."""
+    if isinstance(value, dict):
+        return {name: fill(item, paths) for name, item in value.items()}
+    if isinstance(value, list):
+        return [fill(item, paths) for item in value]
+    return paths.get(value, value) if isinstance(value, str) else value
+
+
+def run_stage(request: StageRequest, *, force: bool = False) -> None:
+    """Run a stage unless it is complete; its metrics are written last, which is what completes it.
+
+    The caller holds the lock on the run folder.
+
+    Args:
+        request: what is asked.
+        force: run again although it is complete.
+    """
+    stage, folder = request.stage, request.folder
+    if request.complete and not force:
+        print(f"{stage.title}: complete in {folder} (FORCE=1 runs it again)")
+        return
+    first = is_first_process()
+    if first and signals.requested() is not None:  # another rank that ended here would leave the first one waiting
+        raise signals.StopRequested(f"before {stage.title}")
+    request.check_sources()
+    job = trainer_settings()
+    aside: Path | None = None
+    if first:
+        if force and folder.exists():
+            (folder / REQUEST_FILE).write_text("{}")
+        aside = open_stage(folder, request.key, {"inputs": request.inputs, "overrides": request.overrides})
+        write_config(request)
+        print(f"== {stage.title} -> {folder}")
+    else:
+        _await_request(folder, request.key)
+    started = time.monotonic()
+    try:
+        metrics, fingerprint, facts = _execute(request, job)
+    except InputError:
+        if first:
+            put_back(folder, aside)
+        raise
+    if first:
+        note_run(request.run, version=__version__, preset=request.preset, **facts)
+        note_stage(request.run, stage, seconds=round(time.monotonic() - started, 1), fingerprint=fingerprint)
+        write_json(folder / METRICS_FILE, metrics)
+        join_metrics(request.run)
+
+
+def write_config(request: StageRequest) -> Path:
+    """Write the merged layers, with paths filled in, where LightningCLI reads them and a person can too."""
+    import yaml
+
+    path = request.folder / "layers.yaml"
+    write_text(path, yaml.safe_dump(request.filled_config(), sort_keys=False))
+    return path
+
+
+def _await_request(folder: Path, key: str, seconds: float = 300.0) -> None:
+    """Other ranks wait until rank zero has made the stage's folder ready."""
+    end = time.monotonic() + seconds
+    while (read_json(folder / REQUEST_FILE) or {}).get("key") != key:
+        if time.monotonic() > end:
+            raise InputError(f"{folder}: rank zero did not open this stage within {seconds:.0f} s; see its log.")
+        time.sleep(0.5)
+
+
+def _execute(request: StageRequest, job: TrainerSettings) -> tuple[dict[str, Any], str, dict[str, Any]]:
+    """Build trainer, task and data with LightningCLI and run the task."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from ctx_distill.runs.lightning_cli import build, run_task
+
+    cli = build(["--config", str(request.folder / "layers.yaml"), *job.before, *request.overrides, *job.after])
+    if is_first_process():
+        cli.parser.save(cli.config, request.folder / "config.yaml", overwrite=True, skip_check=True)
+    metrics = run_task(cli, request.folder)
+    aside = cli.datamodule.set_aside
+    if aside is not None and aside.reasons:
+        metrics["unreadable_set_aside"] = len(aside.reasons)
+    artefact = request.folder / ARTEFACT
+    facts = cli.datamodule.describe() | cli.model.describe()
+    # Of the other ranks none reads it: rank zero may be writing it still.
+    written = is_first_process() and artefact.is_dir()
+    return metrics, source_fingerprint(artefact) if written else "", facts

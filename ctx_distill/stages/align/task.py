@@ -1,0 +1,402 @@
+"""Stage 3: robust contrastive alignment of CT and report, from the stage-2 weights (method, stage 3)."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+
+from ctx_distill.checkpoint import hash_json, require_same
+from ctx_distill.data.loading.datamodules import CTDataModule
+from ctx_distill.data.transforms.augment import Augmentation
+from ctx_distill.distributed import gather_with_gradient, rank, run_on_rank_zero, world_size
+from ctx_distill.errors import InputError
+from ctx_distill.losses.contrastive import contrastive_loss
+from ctx_distill.losses.distillation import pair_loss
+from ctx_distill.losses.siglip import INIT_LOGIT_BIAS, INIT_LOGIT_SCALE, siglip_loss
+from ctx_distill.losses.soft_targets import soft_target_loss
+from ctx_distill.metrics.retrieval import recall_at_k
+from ctx_distill.models.compute import ComputeSettings
+from ctx_distill.models.ct_encoder import CTEncoder
+from ctx_distill.models.dual_encoder import DualEncoder, load_ct_encoder
+from ctx_distill.models.heads import ProjectionHead
+from ctx_distill.models.weights import resolve_source
+from ctx_distill.retrieval.lookup import NeighbourLookup
+from ctx_distill.stages.align.distillation_regulariser import KeepSettings, KeepTargets
+from ctx_distill.stages.align.entity_masking import EntityMasking, MaskingSettings
+from ctx_distill.stages.align.evidence import FalseNegatives, RobustSettings
+from ctx_distill.stages.align.masked_language_loss import masked_language_loss
+from ctx_distill.stages.align.moving_average import MovingAverage
+from ctx_distill.stages.align.objective import Objective, SoftTargetSettings, check_objective, own_temperature
+from ctx_distill.stages.align.report_tower import TextSettings, build_report_tower
+from ctx_distill.stages.align.training_reports import TrainingReports
+from ctx_distill.stages.shared.frozen_expert import open_queries, open_teacher
+from ctx_distill.stages.shared.projection_prior import PriorSettings, ProjectionPrior
+from ctx_distill.stages.shared.report_views import report_views
+from ctx_distill.training.base_task import LARGEST_LOGIT_SCALE, TrainedTask, adamw, decay_groups, last_values
+from ctx_distill.training.cached_batches import HostStorage, check_micro_batch, encode_in_micro_batches, on_host
+from ctx_distill.training.fault_tolerance import SurvivalSettings
+from ctx_distill.training.predictions import predict_rows
+from ctx_distill.training.row_features import MEMORY_GB, WORTH_A_LINE
+from ctx_distill.training.row_tables import RowTables
+from ctx_distill.types import CTBatch
+
+
+class AlignmentTask(TrainedTask):
+    """A contrastive loss over the global batch: InfoNCE with corrected false negatives, or a baseline beside it.
+
+    Args:
+        expert: folder or hub name of the X-ray expert: its frozen text tower gives the evidence.
+        index: folder of the stage-1 artefact.
+        text: the report tower.
+        student: folder of the stage-2 artefact; None starts from `encoder` as it is.
+        encoder: the CT encoder where there is no student.
+        expert_revision: pinned commit of a hub expert.
+        objective: `infonce`, with the corrections of `robust`; or, without, `siglip` (the pairwise sigmoid loss) or
+            `soft-targets` (InfoNCE against a softmax of report similarities).
+        soft_targets: of `soft-targets`.
+        robust: which false negatives are corrected and how.
+        keep: how much of distillation goes on.
+        prior: what the expert says of the CT's own projection, added to the image features once they are trained.
+        neighbours: X-rays mixed into the evidence `retrieved`.
+        subset_share: share of steps in which a report is cut to a random subset of its sentences, down to one.
+        augmentation: of the volumes.
+        chunk: rows of logits held at once; None holds all.
+        micro_batch: volumes encoded at once, a rank: device memory does not grow with the batch but for its features,
+            and gradients stay those of the whole batch (`ctx_distill.training.gradient_cache`); None encodes the whole batch.
+        storage: type in which a batch's volumes wait on the host where `micro_batch` is set.
+        masking: entity-focused masking beside the contrast; it needs a bidirectional text tower that learns.
+        cache_gb: gigabytes of the training reports' tables (embeddings, retrieved features) in memory, per rank: 2 KB per row
+            and table at 512 dimensions; further tables are mapped files in the stage's folder. Also of projections' frozen
+            features (with `keep.projection`); further ones are computed again.
+        optimizer: see `TrainedTask`.
+        scheduler: see `TrainedTask`.
+        warmup: see `TrainedTask`.
+        select: see `TrainedTask`.
+        survival: see `TrainedTask`.
+        compute: memory and speed of the CT encoder in training.
+    """
+
+    def __init__(
+        self,
+        expert: str,
+        index: str,
+        text: TextSettings = TextSettings(),
+        student: str | None = None,
+        encoder: CTEncoder | None = None,
+        expert_revision: str | None = None,
+        objective: Objective = "infonce",
+        soft_targets: SoftTargetSettings = SoftTargetSettings(),
+        robust: RobustSettings = RobustSettings(),
+        keep: KeepSettings = KeepSettings(),
+        prior: PriorSettings = PriorSettings(),
+        neighbours: int = 8,
+        subset_share: float = 0.75,
+        augmentation: Augmentation = Augmentation(),
+        chunk: int | None = None,
+        micro_batch: int | None = None,
+        storage: HostStorage = "float32",
+        masking: MaskingSettings = MaskingSettings(),
+        cache_gb: float = MEMORY_GB,
+        optimizer: OptimizerCallable = adamw,
+        scheduler: LRSchedulerCallable | None = None,
+        warmup: float = 0.05,
+        select: Literal["last", "best"] = "last",
+        survival: SurvivalSettings = SurvivalSettings(),
+        compute: ComputeSettings = ComputeSettings(),
+    ) -> None:
+        super().__init__(optimizer, scheduler, warmup, select, survival)
+        self.compute = compute
+        check_micro_batch(micro_batch)
+        check_objective(objective, robust)
+        self.micro_batch, self.storage = micro_batch, storage
+        self.masking = masking
+        self.entity_masking: EntityMasking | None = None
+        self._searched = "retrieved" in robust.evidence or keep.weight > 0
+        teacher, store = open_teacher(expert, expert_revision, index, searched=self._searched)
+        self._teacher, self._queries = (teacher,), (open_queries(teacher, store),)
+        self.lookup = NeighbourLookup(store, min(neighbours, len(store)), "mean")
+        self.student_spec: str | None = None
+        self.upstream = {"xray-expert": teacher.fingerprint(), "xray-index": store.fingerprint}
+        projection = None
+        if student is not None:
+            encoder, projection = self._take_student(student)
+        elif encoder is None:
+            raise InputError("stage 3 got neither a student nor an encoder. Run make stage-2, or give `encoder`.")
+        self.ct_encoder, self.image_projection = encoder, projection
+        self.text = text
+        # A student already lies in the expert's space; an encoder that starts from nothing would overfit at its scale.
+        self.scale = (teacher.logit_scale if student is not None else None) or 1 / 0.07
+        self.objective, self.soft_targets = objective, soft_targets
+        self.logit_bias: torch.nn.Parameter | None = None
+        if objective == "siglip":
+            self.scale, self.logit_bias = INIT_LOGIT_SCALE, torch.nn.Parameter(torch.tensor(INIT_LOGIT_BIAS))
+        elif objective == "soft-targets":
+            self.soft_temperature = own_temperature(soft_targets, teacher)
+        self.text_source = (expert, expert_revision)
+        self.model: DualEncoder | None = None
+        self.robust, self.keep, self.subset_share = robust, keep, subset_share
+        self.cache_gb = cache_gb
+        self.augmentation, self.chunk = augmentation, chunk
+        self.moving_average: MovingAverage | None = None
+        self.training_reports: TrainingReports | None = None
+        self.false_negatives: FalseNegatives | None = None
+        self.keep_targets: KeepTargets | None = None
+        self.prior_settings = prior
+        self.prior: ProjectionPrior | None = None
+
+    def _take_student(self, student: str) -> tuple[CTEncoder, ProjectionHead]:
+        """Encoder and projection of a stage-2 artefact, after checking what it was made from."""
+        encoder, projection, artefact = load_ct_encoder(Path(student))
+        for what, name in (("expert", "xray-expert"), ("index", "xray-index")):
+            require_same(
+                f"the {what} given to stage 3", self.upstream[name],
+                f"the {what} that the student {student} was distilled from", artefact.upstream[name],
+                "Run make stage-2 again, or give the one that it was distilled from.",
+            )  # fmt: skip
+        self.student_spec = hash_json(artefact.config["volume_spec"])
+        self.upstream["ct-encoder"] = artefact.fingerprint
+        return encoder, projection
+
+    def run(self, trainer: L.Trainer, datamodule: L.LightningDataModule, folder: Path) -> dict[str, Any]:
+        """Join the two encoders, then train."""
+        assert isinstance(datamodule, CTDataModule)
+        text_encoder = build_report_tower(self.text, self.text_source, datamodule.training_rows())
+        space = self.text.projection_dim or text_encoder.embed_dim
+        projection = self.image_projection
+        if projection is not None and projection.config["out_dim"] != space:
+            projection = None
+        weight = self.prior_settings.weight
+        if weight:
+            self.prior = ProjectionPrior(self._teacher[0], space)
+        self.model = DualEncoder(
+            self.ct_encoder, text_encoder, self.text.projection_dim, projection, self.scale, weight
+        )  # fmt: skip
+        if self.robust.needs_moving_average():
+            given = self.robust.thresholds.get("ema")
+            self.moving_average = MovingAverage(self.model, self.robust.ema_decay, given)
+        if self.masking.weight:
+            self.entity_masking = EntityMasking.beside(self.model, self.masking, datamodule.volume.shape)
+        return super().run(trainer, datamodule, folder)
+
+    def unfit_for_shards(self) -> dict[str, bool]:
+        """See `TrainedTask`. Cached gradients and the moving average take the weights by themselves, past FSDP2."""
+        return {
+            "compute.compile": self.compute.compile,
+            "micro_batch": self.micro_batch is not None,
+            "robust.evidence ema": self.robust.needs_moving_average(),
+            "masking.weight": bool(self.masking.weight),
+        }
+
+    @property
+    def dual(self) -> DualEncoder:
+        """The dual encoder, once `run` has joined it."""
+        assert self.model is not None
+        return self.model
+
+    def setup(self, stage: str) -> None:
+        """Check the volume spec; ask the frozen expert about the training studies, once for the whole stage."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if stage != "fit" or not isinstance(datamodule, CTDataModule):
+            return
+        if self.student_spec is not None:
+            require_same(
+                "the volume spec of stage 3", hash_json(datamodule.volume.to_config()),
+                "the volume spec that the student was distilled with", self.student_spec,
+                "Give both stages the same data.init_args.volume.",
+            )  # fmt: skip
+        device = self.trainer.strategy.root_device
+        teacher, queries = self._teacher[0].to(device), self._queries[0].to(device)
+        if self._searched:
+            self.lookup.store.place(device)
+        tables = RowTables(self.cache_gb, Path(self.trainer.default_root_dir))
+        self.training_reports = TrainingReports(datamodule.training_rows(), teacher, queries, tables)
+        if self.robust.evidence:
+            self.false_negatives = FalseNegatives(self.robust, self.training_reports, self.lookup, self.moving_average)
+        if self.keep.weight > 0:
+            self.keep_targets = KeepTargets(
+                self.keep, self.training_reports, self.lookup.store, self.dual.embed_dim, self.cache_gb
+            )
+        if rank() == 0 and tables.held_bytes + tables.mapped_bytes >= WORTH_A_LINE:
+            print(f"stage 3: tables of the training reports: {tables.describe()}")
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The text tower in groups of its own, by its `lr_factor`."""
+        text = list(self.dual.text_encoder.parameters())
+        own = [{**group, "lr_factor": self.text.lr_factor} for group in decay_groups(self.dual.text_encoder)]
+        return [*decay_groups(self, without=text), *own]
+
+    def rank_state(self) -> dict[str, Any]:
+        """As the base class, with the epoch's counts of suspected pairs and the record of them."""
+        found = self.false_negatives
+        if found is None:
+            return super().rank_state() | {"counts": {}}
+        return super().rank_state() | {"counts": dict(found.counts), "pairs": found.pairs.state()}
+
+    def load_rank_state(self, state: dict[str, Any]) -> None:
+        """Take `rank_state` back."""
+        super().load_rank_state(state)
+        if self.false_negatives is not None:
+            self.false_negatives.counts.update(state["counts"])
+            if "pairs" in state:  # a checkpoint of before they were recorded: they count from here on
+                self.false_negatives.pairs.load_state(state["pairs"])
+
+    def transfer_batch_to_device(self, batch: CTBatch, device: torch.device, dataloader_idx: int) -> CTBatch:
+        """With `micro_batch`, the volumes of a training batch stay on the host until they are encoded."""
+
+        def move(batch: CTBatch) -> CTBatch:
+            moved: CTBatch = super(AlignmentTask, self).transfer_batch_to_device(batch, device, dataloader_idx)
+            return moved
+
+        return on_host(batch, self.storage, move) if self.micro_batch and self.trainer.training else move(batch)
+
+    def _encode(self, batch: CTBatch) -> tuple[Tensor, ...]:
+        """Features of this rank's rows, both (b, D), of augmented volumes and of this epoch's views of the reports.
+
+        No prior has a part in training: beside it the encoder would learn next to nothing (docs/ablation.md).
+
+        With `masking`, also what each row adds to the loss of its masked report (see `masked_language_loss`).
+        With `micro_batch` it runs twice a micro-batch (see `encode_cached`): whatever else it may return has one row
+        a volume, and gathers wait for `_contrast`.
+        """
+        image, output = self.dual.encode_alone(self.augmentation(batch.volume, self.row_seeds(batch.row)))
+        text = self.dual.encode_text(report_views(batch.report, self.row_seeds(batch.row, "view"), self.subset_share))
+        if self.entity_masking is None:
+            return image, text
+        seeds = self.row_seeds(batch.row, "masking")
+        return image, text, *self.entity_masking(self.dual.text_encoder, batch.report, seeds, output.tokens)
+
+    def _contrast(self, image: Tensor, text: Tensor, batch: CTBatch) -> dict[str, Tensor]:
+        """The contrastive terms of the global batch, `loss` among them, from this rank's features."""
+        study = gather_with_gradient(batch.study)
+        image, text = gather_with_gradient(image), gather_with_gradient(text)
+        terms = self._objective_terms(image, text, study, batch)
+        terms["loss"] = terms.pop("total")
+        if self.keep_targets is not None:
+            terms["keep"] = pair_loss(image, gather_with_gradient(self.keep_targets(batch)))
+            terms["loss"] = terms["loss"] + self.keep.weight * terms["keep"]
+        terms["logit_scale"] = self.dual.logit_scale.detach().exp()
+        return terms
+
+    def _objective_terms(self, image: Tensor, text: Tensor, study: Tensor, batch: CTBatch) -> dict[str, Tensor]:
+        scale = self.dual.logit_scale.exp()
+        if self.false_negatives is not None:
+            return self.false_negatives.loss(image, text, scale, study, batch, self.current_epoch, self.chunk)
+        if self.objective == "soft-targets":
+            assert self.training_reports is not None
+            own = self.training_reports.embeddings[self.training_reports.places(batch.row)].to(image.device)
+            return soft_target_loss(
+                image, text, scale, gather_with_gradient(own), study,
+                self.soft_targets.weight, self.soft_temperature, self.chunk,
+            )  # fmt: skip
+        return self._plain_terms(image, text, study)
+
+    def _plain_terms(self, image: Tensor, text: Tensor, study: Tensor) -> dict[str, Tensor]:
+        """The objective without anything that is known of training rows alone."""
+        scale = self.dual.logit_scale.exp()
+        if self.logit_bias is None:
+            return contrastive_loss(image, text, scale, study=study, chunk=self.chunk)
+        terms = siglip_loss(image, text, scale, self.logit_bias, study, self.chunk)
+        return {**terms, "logit_bias": self.logit_bias.detach()}
+
+    def training_step(self, batch: CTBatch, batch_idx: int) -> Tensor:
+        """The objective over the global batch."""
+        del batch_idx
+        if self.micro_batch is None:
+            image, text, *masked = self._encode(batch)
+        else:
+            dtype = self.dual.logit_scale.dtype
+            image, text, *masked = encode_in_micro_batches(
+                self._encode, batch, self.micro_batch, self.parameters(), self.device, dtype
+            )
+        terms = self._contrast(image, text, batch)
+        if masked:
+            efm = masked_language_loss(*masked)
+            terms["loss"] = terms["loss"] + self.masking.weight * efm["total"]
+            # A batch without any chosen word of a kind has no accuracy there; all ranks agree on that.
+            terms |= {f"efm_{name}": value for name, value in efm.items() if not value.isnan()}
+        self.log_terms({name: value.float() for name, value in terms.items()}, "train", len(batch.row) * world_size())
+        return terms["loss"]
+
+    def on_train_epoch_start(self) -> None:
+        """Fix the moving average's threshold once the warm-up is over, before anything is corrected."""
+        found = self.false_negatives
+        if found is not None and found.needs_threshold(self.current_epoch):
+            datamodule = getattr(self.trainer, "datamodule", None)
+            assert isinstance(datamodule, CTDataModule)
+            with self.trainer.precision_plugin.forward_context():
+                threshold = found.measure_threshold(datamodule)
+            found.fix_threshold(self.trainer.strategy.broadcast(threshold))
+
+    def on_train_epoch_end(self) -> None:
+        """Log the means, how many pairs the epoch suspected and corrected, and how right it was."""
+        super().on_train_epoch_end()
+        if self.keep_targets is not None:
+            self.keep_targets.projection.features.report_once("stage 3: features of projections")
+        if self.false_negatives is not None:
+            # Counted on the global batch, so the same on every rank.
+            for name, value in self.false_negatives.drain_counts().items():
+                self.log(f"train/{name}", value)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """One step; the moving average follows."""
+        super().optimizer_step(*args, **kwargs)
+        if self.moving_average is not None and not (self.guard is not None and self.guard.last_step_was_skipped()):
+            self.moving_average.update_parameters(self.dual)
+
+    def validation_step(self, batch: CTBatch, batch_idx: int) -> None:
+        """Plain InfoNCE, or the sigmoid loss, on whole reports, without augmentation and corrections."""
+        del batch_idx
+        image, _ = self.dual.encode_alone(batch.volume)
+        text = self.dual.encode_text(batch.report)
+        image, text, study = self.gather_once(batch.row, image, text, batch.study)
+        terms = self._plain_terms(image, text, study)
+        self.log_terms({"loss": terms["total"]}, "val", len(study))
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Hold the temperature within CLIP's bounds: the scale stays in [1, 100]."""
+        del outputs, batch, batch_idx
+        with torch.no_grad():
+            self.dual.logit_scale.clamp_(0.0, LARGEST_LOGIT_SCALE)
+
+    def predict_step(self, batch: CTBatch, batch_idx: int) -> dict[str, Tensor]:
+        """Image and report features of a batch, both (B, D), unit rows."""
+        del batch_idx
+        prior = None if self.prior is None else self.prior(batch)
+        image, _ = self.dual.encode_volume(batch.volume, prior)
+        return {"image": image, "text": self.dual.encode_text(batch.report), "row": batch.row}
+
+    def _save(self, folder: Path, datamodule: CTDataModule) -> None:
+        """Write the dual encoder; with the prior, a copy of the expert."""
+        expert = resolve_source(*self.text_source) if self.prior is not None else None
+        self.dual.save(folder, self.upstream, datamodule.volume.to_config(), expert)
+
+    def _write_pairs(self, path: Path, datamodule: CTDataModule) -> None:
+        """Write the corrected pairs under the names of their studies."""
+        assert self.false_negatives is not None
+        train = datamodule.training_rows()
+        studies = dict(zip(train.study_codes().tolist(), train.frame["study_id"].astype(str), strict=True))
+        self.false_negatives.pairs.write(path, studies, self.false_negatives.all_thresholds())
+
+    def finish(self, trainer: L.Trainer, datamodule: L.LightningDataModule, folder: Path) -> dict[str, Any]:
+        """Write the dual encoder and the corrected pairs; report-to-volume recall on CT `val`."""
+        assert isinstance(datamodule, CTDataModule)
+        run_on_rank_zero(lambda: self._save(folder / "artefact", datamodule))
+        metrics = last_values(self)
+        if self.false_negatives is not None:
+            fixed = self.false_negatives.all_thresholds()
+            metrics["thresholds"] = {kind: x if math.isfinite(x) else None for kind, x in fixed.items()}
+            metrics["pairs"] = dict(self.false_negatives.pairs.totals)
+            run_on_rank_zero(lambda: self._write_pairs(folder / "corrected.csv", datamodule))
+        val = datamodule.with_text(datamodule.manifest.split("val"))
+        if len(val) > 1:
+            found = predict_rows(trainer, self, datamodule.loader(val), list(val.frame.index))
+            codes = val.study_codes()
+            metrics |= recall_at_k(found["text"].numpy(), found["image"].numpy(), codes, codes, ks=(1, 5, 10))
+            metrics["recall_at_5_random"] = min(1.0, 5 / len(val))
+        return metrics

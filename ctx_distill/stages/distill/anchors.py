@@ -1,0 +1,77 @@
+"""Anchors of the relation loss: what the expert's and the student's embeddings are compared with."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ctx_distill.errors import InputError
+from ctx_distill.models.xray_expert import XrayExpert
+from ctx_distill.retrieval.store import XrayIndexArtefact
+from ctx_distill.seeds import run_seed
+from ctx_distill.stages.shared.prompt_scores import prompt_features
+from ctx_distill.text.findings import load_vocabulary
+
+AnchorKind = Literal["batch", "bank", "prompts"]
+
+
+class Anchors:
+    """(K, D_v) unit rows in the space of u.
+
+    Args:
+        kind: `batch`: the reports of the global batch; `prompts`: findings prompts; `bank`: a random sample of
+            the pool's image features.
+        expert: the teacher.
+        store: the X-ray index.
+        bank_size: rows of the bank; at most the pool.
+        vocabulary: findings of the prompts.
+
+    Raises:
+        InputError: texts are asked for and do not lie in the space of the teacher's images, or the bank is too small.
+    """
+
+    def __init__(
+        self, kind: AnchorKind, expert: XrayExpert, store: XrayIndexArtefact, bank_size: int, vocabulary: str
+    ) -> None:
+        self.kind, self._vocabulary = kind, vocabulary
+        self._fixed: Tensor | None = None
+        if kind == "bank":
+            if bank_size < 2 or len(store) < 2:
+                raise InputError(
+                    f"stage 2: a bank of {min(bank_size, len(store))} anchors; expected two or more. Raise "
+                    "bank_size, or index more X-rays."
+                )
+            order = torch.randperm(len(store), generator=torch.Generator().manual_seed(run_seed()))
+            self._fixed = F.normalize(store.values(order[:bank_size].sort().values), dim=-1)
+        elif not expert.has_joint_space:
+            found = (
+                f"a text tower of dimension {expert.text_dim} beside images of dimension {expert.embed_dim}"
+                f"{'' if expert.logit_scale else ', with no temperature'}"
+                if expert.has_text
+                else "no text tower"
+            )
+            raise InputError(
+                f"stage 2: anchors are {kind}, texts in the space of the images, but the expert {expert.name} has "
+                f"{found}. Set model.init_args.anchors=bank."
+            )
+
+    def __call__(self, expert: XrayExpert, texts: Tensor | None, device: torch.device) -> Tensor:
+        """The anchors of a step.
+
+        Args:
+            expert: the teacher, on the device.
+            texts: (B, D_v) embeddings of the global batch's reports; of `batch` alone. Fewer than two are no
+                distribution: the prompts stand in.
+            device: of the result.
+        """
+        if self.kind == "batch" and texts is not None and len(texts) > 1:
+            return texts
+        if self._fixed is None:
+            names = load_vocabulary(self._vocabulary).names
+            self._fixed = torch.cat(prompt_features(expert.encode_text, names, "default"))
+        if self._fixed.device != device:
+            self._fixed = self._fixed.to(device)
+        return self._fixed

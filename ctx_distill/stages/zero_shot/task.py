@@ -1,0 +1,220 @@
+"""Stage 4: findings asked of the dual encoder with prompts, with no label seen in training; retrieval of reports and volumes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import numpy as np
+import pandas as pd
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ctx_distill.data.loading.datamodules import CTDataModule
+from ctx_distill.data.manifests.manifest import Manifest
+from ctx_distill.distributed import rank
+from ctx_distill.files import write_text
+from ctx_distill.metrics.classification import macro_auroc
+from ctx_distill.metrics.findings_report import findings_report
+from ctx_distill.metrics.operating import THRESHOLD_RULE, Threshold, choose_thresholds
+from ctx_distill.metrics.protocols import PROTOCOLS, protocol_findings
+from ctx_distill.metrics.report_retrieval import DIRECTIONS, report_retrieval
+from ctx_distill.metrics.zero_shot_table import zero_shot_markdown
+from ctx_distill.models.dual_encoder import DualEncoder
+from ctx_distill.stages.shared.projection_prior import open_prior
+from ctx_distill.stages.shared.prompt_scores import pair_probabilities, prompt_features, same_finding
+from ctx_distill.text.findings import load_vocabulary
+from ctx_distill.text.prompts import load_templates
+from ctx_distill.training.base_task import StageTask, check_volume_spec
+from ctx_distill.training.predictions import predict_rows, study_means, write_predictions
+from ctx_distill.types import CTBatch
+
+RETRIEVAL_RULE = (
+    "one row a study (image features of its reconstructions averaged, its report once); studies with the same report text "
+    "are right answers for each other; strict_*: the own study alone, ties against it"
+)
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """How findings are asked for; see `prompt_features`.
+
+    Attributes:
+        templates: `default`, `ensemble`, `normal`, or a YAML file, see `load_templates`.
+        synonyms: of the findings too.
+        vocabulary: its findings are asked for where the manifest has no label columns, or with protocol `vocabulary`.
+        protocol: which findings: `labels` (the manifest's columns), `vocabulary`, or a protocol of `metrics/protocols.py`,
+            for which the vocabulary gives the synonyms.
+        split: whose studies are scored; thresholds always come from `val`.
+    """
+
+    templates: str
+    synonyms: bool
+    vocabulary: str
+    protocol: str = "labels"
+    split: str = "test"
+
+    def findings(self, manifest: Manifest) -> list[str]:
+        """The findings to ask for."""
+        if self.protocol in PROTOCOLS:
+            return list(protocol_findings(self.protocol))
+        labelled = list(manifest.finding_names) if self.protocol == "labels" else []
+        return labelled or load_vocabulary(self.vocabulary).names
+
+
+class ZeroShotTask(StageTask):
+    """Zero-shot findings of the CT `test` studies, and retrieval between their volumes and reports.
+
+    Args:
+        model: folder of the stage-3 artefact.
+        templates: see `Prompts`.
+        synonyms: ask with the vocabulary's synonyms of a finding too.
+        vocabulary: findings to ask for where the manifest has no label columns.
+        protocol: see `Prompts`.
+        split: see `Prompts`.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        templates: str = "normal",
+        synonyms: bool = True,
+        vocabulary: str = "ct-rate",
+        protocol: Literal["labels", "vocabulary", "ct-rate-18", "fvlm-16"] = "labels",
+        split: Literal["train", "val", "test"] = "test",
+    ) -> None:
+        super().__init__()
+        self.prompts = Prompts(templates, synonyms, vocabulary, protocol, split)
+        load_templates(templates)
+        self.model, self.artefact = DualEncoder.load(Path(model))
+        self.prior = open_prior(self.artefact, self.model.embed_dim)
+
+    def predict_step(self, batch: CTBatch, batch_idx: int) -> dict[str, Tensor]:
+        """Image and report features, both (B, D), unit rows."""
+        del batch_idx
+        prior = None if self.prior is None else self.prior(batch)
+        image = self.model.encode_volume(batch.volume, prior)[0]
+        return {"image": image, "text": self.model.encode_text(batch.report), "row": batch.row}
+
+    def run(self, trainer: L.Trainer, datamodule: L.LightningDataModule, folder: Path) -> dict[str, Any]:
+        """Ask, write `predictions.csv`, `retrieval.csv` and `table.md`, score where there are labels."""
+        assert isinstance(datamodule, CTDataModule)
+        check_volume_spec(self.artefact, datamodule)
+        scale = float(self.model.logit_scale.detach().exp())
+        metrics = ask_test_studies(trainer, self, datamodule, folder, self.prompts, self.model.encode_text, scale)
+        if rank() == 0 and metrics["studies"]:
+            write_text(folder / "table.md", zero_shot_markdown(metrics))
+        return metrics | {"model_fingerprint": self.artefact.fingerprint}
+
+
+def ask_test_studies(
+    trainer: L.Trainer,
+    task: L.LightningModule,
+    datamodule: CTDataModule,
+    folder: Path,
+    prompts: Prompts,
+    encode_text: Callable[[list[str]], Tensor],
+    logit_scale: float,
+) -> dict[str, Any]:
+    """Ask for findings in the CT studies of a split, write `predictions.csv`, score where there are labels.
+
+    Args:
+        trainer: runs the predict loop.
+        task: its `predict_step` gives `image` (b, D), unit rows, and `row`; with `text` (b, D) of the reports there is
+            retrieval too, and `retrieval.csv`.
+        datamodule: of the CTs.
+        folder: where the tables go.
+        prompts: what is asked.
+        encode_text: B texts to (B, D), in the space of `image`.
+        logit_scale: 1 / temperature.
+
+    Returns:
+        `macro_auroc` and `per_finding` and all else of `findings_report`, `studies`, their number, and `retrieval` of
+        `report_retrieval`; `protocol`, `split`, `threshold_rule`, `not_scored` (findings without a label column).
+    """
+    scored = datamodule.manifest.split(prompts.split)
+    asked = prompts.findings(scored)
+    columns = _label_columns(asked, scored)
+    metrics: dict[str, Any] = {"macro_auroc": None, "per_finding": {}, "studies": 0}
+    metrics |= {
+        "protocol": prompts.protocol, "split": prompts.split, "templates": prompts.templates,
+        "threshold_rule": THRESHOLD_RULE, "asked": asked, "synthetic": scored.synthetic,
+        "not_scored": [name for name in asked if name not in columns],
+    }  # fmt: skip
+    if not len(scored):
+        write_predictions(folder / "predictions.csv", scored.frame, {})
+        return metrics
+    found = predict_rows(trainer, task, datamodule.loader(scored), list(scored.frame.index))
+    given = load_vocabulary(prompts.vocabulary) if prompts.protocol != "labels" else None
+    directions = prompt_features(encode_text, asked, load_templates(prompts.templates), prompts.synonyms, given)
+    positive, negative = (side.cpu() for side in directions)
+    scores = pair_probabilities(found["image"], positive, negative, logit_scale).numpy()
+    studies, means = study_means(scored, scores)
+    if rank() == 0:
+        write_predictions(folder / "predictions.csv", studies, {name: means[:, f] for f, name in enumerate(asked)})
+    metrics |= {
+        "studies": len(studies), "images": len(scored), "patients": int(studies["patient_id"].nunique()),
+    }  # fmt: skip
+    if columns:
+        place = [asked.index(name) for name in columns]
+        thresholds = [Threshold(None, "val itself is scored; thresholds of its own would flatter it")] * len(place)
+        if prompts.split != "val":
+            val = datamodule.manifest.split("val")
+            own = np.zeros((0, len(asked)))
+            if len(val):
+                answers = predict_rows(trainer, task, datamodule.loader(val), list(val.frame.index))
+                own = pair_probabilities(answers["image"], positive, negative, logit_scale).numpy()
+            rows, val_means = study_means(val, own)
+            thresholds = choose_thresholds(_labels(rows, columns), val_means[:, place])
+        labels = _labels(studies, columns)
+        metrics |= findings_report(
+            labels, means[:, place], list(columns), studies["patient_id"].tolist(), thresholds
+        )  # fmt: skip
+        if len(scored) > len(studies):
+            by_image = macro_auroc(_labels(scored.frame, columns), scores[:, place])
+            metrics["macro_auroc_by_reconstruction"] = by_image
+    if "text" in found:
+        metrics["retrieval"] = _retrieve(found, scored, folder)
+    return metrics
+
+
+def _label_columns(asked: list[str], manifest: Manifest) -> dict[str, str]:
+    """Finding -> its label column, of those that have one; case and underscores do not matter."""
+    known = {same_finding(name): f"label:{name}" for name in manifest.finding_names}
+    return {name: known[same_finding(name)] for name in asked if same_finding(name) in known}
+
+
+def _labels(rows: pd.DataFrame, columns: dict[str, str]) -> NDArray[np.float64]:
+    labels: NDArray[np.float64] = rows[list(columns.values())].to_numpy(dtype=np.float64)
+    return labels
+
+
+def _retrieve(found: dict[str, Tensor], manifest: Manifest, folder: Path) -> dict[str, Any] | None:
+    """Retrieval among the studies that have a report; writes `retrieval.csv`."""
+    studies, image = study_means(manifest, F.normalize(found["image"].double(), dim=-1).numpy())
+    reports = [manifest.report(int(row)) for row in studies.index]
+    silent = np.array([not report for report in reports], dtype=bool)
+    place = {int(row): i for i, row in enumerate(manifest.frame.index)}
+    text = found["text"].double()[[place[int(row)] for row in studies.index]].numpy()
+    image = image / np.maximum(np.linalg.norm(image, axis=1, keepdims=True), 1e-12)
+    kept = studies[~silent]
+    told = [report for report in reports if report]
+    if not told:
+        return None
+    metrics, ranks = report_retrieval(image[~silent], text[~silent], told, kept["patient_id"].tolist())
+    if rank() == 0:
+        ids = kept["study_id"].to_numpy()
+        tables = [
+            pd.DataFrame({
+                "direction": direction, "study_id": ids, "rank": ranks[direction]["rank"].astype(int),
+                "strict_rank": ranks[direction]["strict_rank"].astype(int),
+                "nearest_study_id": ids[ranks[direction]["nearest"].astype(int)],
+            })
+            for direction in DIRECTIONS
+        ]  # fmt: skip
+        write_text(folder / "retrieval.csv", pd.concat(tables).to_csv(index=False, lineterminator="\n"))
+    return metrics | {"without_report": int(silent.sum()), "rule": RETRIEVAL_RULE}
