@@ -183,7 +183,7 @@ test-browser: $(READY) $(NIIVUE) $(AXE) ## explorer and pages in a headless Chro
 	@$(PYTEST) -m browser --durations 5 tests/explorer
 
 test-device: $(READY) ## every stage, and variants, on a pretended second device that refuses the CPU's tensors; many minutes
-	@$(PYTEST) -m slow tests/tasks/second_device.py
+	@$(PYTEST) -m slow tests/stages/second_device.py
 
 test-gpu: $(READY) ## the tests that need a GPU; without one each is skipped; CTX_TEST_DEVICE=cpu rehearses them
 	@$(PYTEST) -m "gpu"
@@ -221,7 +221,7 @@ bench-retrieval: $(READY) ## retrieval ranks over all studies in blocks, beside 
 	@$(VENV)/bin/python benchmarks/retrieval_ranks.py $(ARGS)
 
 chaos: $(READY) ## kill stages at random moments, finish them, compare with runs that never stopped: N= SEED=
-	@$(VENV)/bin/python tests/surviving/chaos.py --n $(or $(N),50) $(if $(filter command line,$(origin SEED)),--seed $(SEED))
+	@$(VENV)/bin/python tests/fault_tolerance/chaos.py --n $(or $(N),50) $(if $(filter command line,$(origin SEED)),--seed $(SEED))
 
 bench-train: $(READY) ## stages 2 and 3: volumes a second, waiting, lookup, memory, utilisation, beside plain loops: ARGS=; minutes on a GPU
 	@$(VENV)/bin/python benchmarks/train.py $(ARGS)

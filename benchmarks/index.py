@@ -127,7 +127,7 @@ def measure_step(kind: str, rows: int, batch: int) -> dict[str, float]:
     from ctx_distill.models.ct_encoder import ViT3D
     from ctx_distill.models.experts.open_clip_expert import make_expert_folder
     from ctx_distill.models.heads import ProjectionHead
-    from ctx_distill.models.xray_expert import open_expert
+    from ctx_distill.models.opening import open_expert
     from ctx_distill.retrieval.index import faiss_module
     from ctx_distill.retrieval.store import write_index_artefact
     from ctx_distill.stages.distill.targets import NeighbourSettings, RetrievedTeacher

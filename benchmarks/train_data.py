@@ -76,7 +76,7 @@ def _write_index(folder: Path, expert: Path, rows: int) -> None:
     import torch
     import torch.nn.functional as F
 
-    from ctx_distill.models.xray_expert import open_expert
+    from ctx_distill.models.opening import open_expert
     from ctx_distill.retrieval.store import write_index_artefact
 
     opened = open_expert(str(expert))

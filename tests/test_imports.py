@@ -11,13 +11,15 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "ctx_distill"
 LAYERS = [
-    {"cli", "__init__"},
-    {"arguments", "ablation", "explorer"},
-    {"pipeline"},
+    {"__main__", "__init__"},
+    {"commands"},
+    {"ablation", "explorer"},
+    {"reporting", "probing"},
+    {"runs"},
     {"inference"},
-    {"tasks"},
-    {"callbacks", "page"},
-    {"metrics", "retrieval", "losses", "models", "data", "sources", "text", "phantom"},
+    {"stages"},
+    {"retrieval", "training"},
+    {"metrics", "losses", "models", "data", "text", "phantom", "sources"},
     {"checkpoint", "distributed", "parallel", "types", "files", "errors", "signals", "seeds"},
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
@@ -25,42 +27,43 @@ HEAVY = {"torch", "lightning", "monai", "open_clip", "transformers", "pandas", "
 
 
 def imports_of(path: Path) -> set[str]:
+    """Imported modules, wherever in the file; of `from package import module` the module."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             assert node.level == 0, f"{path}: relative import"
-            found.add(node.module)
-            if node.module == "ctx_distill":
-                found |= {f"ctx_distill.{alias.name}" for alias in node.names}
+            folder = PACKAGE.parent.joinpath(*node.module.split("."))
+            for alias in node.names:
+                is_module = (folder / f"{alias.name}.py").is_file() or (folder / alias.name).is_dir()
+                found.add(f"{node.module}.{alias.name}" if is_module else node.module)
     return found
 
 
-def edges() -> list[tuple[str, str, Path]]:
-    """(importing room, imported room, file) of the whole package."""
-    result = []
-    for path in PACKAGE.rglob("*.py"):
-        own = path.relative_to(PACKAGE).with_suffix("").parts[0]
-        for name in imports_of(path):
-            parts = name.split(".")
-            if parts[0] == "ctx_distill" and len(parts) > 1 and parts[1] not in ("__version__", own):
-                result.append((own, parts[1], path))
-    return result
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def test_imports_point_down() -> None:
-    rooms = {own for own, _, _ in edges()} | {other for _, other, _ in edges()}
-    assert rooms - {"__init__"} <= set(LAYER), f"rooms without a layer: {rooms - set(LAYER)}"
-    upward = [f"{path.name}: {own} imports {other}" for own, other, path in edges() if LAYER[other] < LAYER[own]]
-    assert not upward
+def module_graph() -> dict[str, set[str]]:
+    """Each module of the package with the modules that it imports, also inside functions."""
+    modules = {module_name(path): path for path in PACKAGE.rglob("*.py")}
+    return {name: (imports_of(path) & set(modules)) - {name, "ctx_distill"} for name, path in modules.items()}
 
 
-def test_rooms_of_one_layer_do_not_import_each_other_in_a_circle() -> None:
-    graph: dict[str, set[str]] = {}
-    for own, other, _ in edges():
-        if LAYER.get(own) == LAYER[other]:
-            graph.setdefault(own, set()).add(other)
+def package_of(module: str) -> str:
+    return module.split(".")[1] if "." in module else "__init__"
+
+
+def edges() -> set[tuple[str, str]]:
+    """(importing package, imported package) below `ctx_distill`."""
+    pairs = {(package_of(name), package_of(other)) for name, others in module_graph().items() for other in others}
+    return {(importing, imported) for importing, imported in pairs if importing != imported}
+
+
+def in_circles(graph: dict[str, set[str]]) -> set[str]:
+    """Nodes from which a path leads back to themselves."""
 
     def reachable(start: str) -> set[str]:
         seen: set[str] = set()
@@ -71,7 +74,27 @@ def test_rooms_of_one_layer_do_not_import_each_other_in_a_circle() -> None:
                 waiting.append(other)
         return seen
 
-    assert not [room for room in graph if room in reachable(room)]
+    return {node for node in graph if node in reachable(node)}
+
+
+def test_imports_point_down() -> None:
+    packages = {name for pair in edges() for name in pair}
+    assert packages <= set(LAYER), f"packages without a layer: {packages - set(LAYER)}"
+    assert not [
+        f"{importing} imports {imported}" for importing, imported in edges() if LAYER[imported] < LAYER[importing]
+    ]
+
+
+def test_packages_do_not_import_each_other_in_a_circle() -> None:
+    graph: dict[str, set[str]] = {}
+    for importing, imported in edges():
+        graph.setdefault(importing, set()).add(imported)
+    assert in_circles({"a": {"b"}, "b": {"a"}, "c": {"a"}}) == {"a", "b"}
+    assert not in_circles(graph)
+
+
+def test_modules_do_not_import_each_other_in_a_circle() -> None:
+    assert not in_circles(module_graph())
 
 
 def test_faiss_is_imported_in_one_place_and_never_at_the_top() -> None:
@@ -91,4 +114,4 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.splitlines()[-1] == "loaded: []"
-    assert "usage: ctx-distill" in done.stdout
+    assert "Usage: ctx-distill" in done.stdout

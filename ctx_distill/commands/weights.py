@@ -18,9 +18,12 @@ def fetch(source: str, /, *, revision: str, out: Path) -> None:
         revision: Commit: 40 hexadecimal digits.
         out: Folder to write.
     """
-    from ctx_distill.models import weights as files
+    from ctx_distill.models.opening import open_expert
+    from ctx_distill.models.weights import fetch as download
 
-    files.fetch(source, revision, out)
+    record, folder = download(source, revision, out)
+    print(f"{record.source} at {record.revision}\nlicence      {record.license}\nfolder       {folder}")
+    print(f"fingerprint  {open_expert(str(folder)).fingerprint()}")
 
 
 @weights.command
@@ -32,7 +35,7 @@ def convert_torchxrayvision(checkpoint: Path, out: Path, /, *, sha256: str | Non
         out: Folder to write.
         sha256: SHA-256 of the file, in hexadecimal. Default: that of the pinned release.
     """
-    from ctx_distill.models import weights as files
+    from ctx_distill.models import convert_torchxrayvision as conversion
 
     checked = {"sha256": sha256} if sha256 else {}
-    print(files.convert_torchxrayvision(checkpoint, out, **checked))
+    print(conversion.convert_torchxrayvision(checkpoint, out, **checked))

@@ -21,7 +21,7 @@ from ctx_distill.runs.reader import gather
 
 if TYPE_CHECKING:
     from ctx_distill.data.manifests.manifest import Manifest
-    from ctx_distill.explorer.reader import ReaderSettings
+    from ctx_distill.explorer.reader_settings import ReaderSettings
     from ctx_distill.inference.model import CTModel
     from ctx_distill.inference.parts import Parts
     from ctx_distill.inference.prediction import Prediction

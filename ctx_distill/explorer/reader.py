@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-
 import numpy as np
 import torch
 
@@ -12,29 +9,11 @@ import ctx_distill
 from ctx_distill.data.io.volume import Volume
 from ctx_distill.explorer.answers import About, Answer, FindingAnswer, Saliency, Tell
 from ctx_distill.explorer.nearest import NearestXrays, open_nearest
+from ctx_distill.explorer.reader_settings import ReaderSettings
 from ctx_distill.inference.model import CTModel
 
 _LUNG_HU = -500
 _MARGIN = 1.05
-
-
-@dataclass(frozen=True)
-class ReaderSettings:
-    """Attributes:
-    checkpoint: a run folder, or the artefact of a dual encoder or classifier.
-    index: the folder of a stage-1 artefact; None: the run's own, where there is one.
-    show_reports: whether reports and pictures of the pool are shown.
-    vocabulary: findings to ask for where the run names none; None for ct-rate.
-    neighbours: X-rays shown.
-    device: cpu, cuda, or auto.
-    """
-
-    checkpoint: Path
-    index: Path | None = None
-    show_reports: bool = False
-    vocabulary: str | None = None
-    neighbours: int = 6
-    device: str = "auto"
 
 
 def open_reader(settings: ReaderSettings) -> ModelReader:

@@ -73,8 +73,7 @@ def pretrained_decoder(
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    from ctx_distill.models.weights import HUB, hash_weights, read_license, resolve_source
-    from ctx_distill.models.xray_expert import refuse_remote_code
+    from ctx_distill.models.weights import HUB, hash_weights, read_license, refuse_remote_code, resolve_source
 
     folder = resolve_source(source, revision)
     refuse_remote_code(folder)

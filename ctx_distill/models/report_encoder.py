@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from ctx_distill.errors import InputError
 from ctx_distill.files import hash_json
+from ctx_distill.models.opening import open_expert
 from ctx_distill.models.text_encoder import BertTextEncoder, ExpertTextEncoder, TextEncoder
 from ctx_distill.models.weights import hash_weights, read_provenance, resolve_source
-from ctx_distill.models.xray_expert import open_expert
 
 
 class ReportEncoder(Protocol):

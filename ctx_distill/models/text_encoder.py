@@ -13,13 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ctx_distill.files import hash_json
-from ctx_distill.models.text_tower import (
-    TextTower,
-    TokenizedText,
-    load_text_tower,
-    tokenize_with_offsets,
-    tokenizer_hash,
-)
+from ctx_distill.models.opening import load_text_tower
+from ctx_distill.models.text_tower import TextTower, TokenizedText, tokenize_with_offsets, tokenizer_hash
 from ctx_distill.text.report import pack_chunks, split_sentences
 from ctx_distill.types import InputError
 
@@ -112,8 +107,7 @@ class BertTextEncoder(TextEncoder):
         """
         from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-        from ctx_distill.models.weights import resolve_source
-        from ctx_distill.models.xray_expert import refuse_remote_code
+        from ctx_distill.models.weights import refuse_remote_code, resolve_source
 
         folder = resolve_source(source, revision)
         refuse_remote_code(folder)
@@ -250,7 +244,7 @@ class ExpertTextEncoder(TextEncoder):
         Raises:
             InputError: the expert cannot be had or has no text tower.
         """
-        from ctx_distill.models.xray_expert import open_expert
+        from ctx_distill.models.opening import open_expert
 
         expert = open_expert(source, revision)
         if expert.text_tower is None:

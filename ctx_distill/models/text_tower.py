@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from ctx_distill.files import hash_json, write_json
 from ctx_distill.text.report import pack_chunks, split_sentences
-from ctx_distill.types import InputError
 
 TOWER_FILE = "text_tower.json"
 
@@ -143,27 +142,6 @@ class TextTower(nn.Module, ABC):
         count = torch.tensor([len(group) for group in parts], device=self.device, dtype=features.dtype)
         pooled = features.new_zeros(len(texts), features.shape[1]).index_add(0, owner, features)
         return pooled / count[:, None]
-
-
-def load_text_tower(folder: Path) -> TextTower:
-    """Build a tower from what `save_files` wrote; its weights are random until they are loaded.
-
-    Raises:
-        InputError: the folder holds no tower.
-    """
-    path = folder / TOWER_FILE
-    if not path.is_file():
-        raise InputError(
-            f"{path}: not found, expected the text tower of an artefact. Run the stage that makes it again."
-        )
-    config = json.loads(path.read_text())
-    if config["kind"] == "open_clip":
-        from ctx_distill.models.experts.open_clip_text import OpenClipTextTower
-
-        return OpenClipTextTower.build(config, folder)
-    from ctx_distill.models.experts.transformers_expert import TransformersTextTower
-
-    return TransformersTextTower.build(config, folder)
 
 
 def write_tower_config(folder: Path, config: dict[str, Any]) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ctx_distill.files import hash_json
+from ctx_distill.models.text_tower import tokenizer_hash
+from ctx_distill.models.weights import read_provenance
 from ctx_distill.types import InputError
 
 if TYPE_CHECKING:
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
     from ctx_distill.models.preprocessing import ImagePreprocessing
     from ctx_distill.models.text_tower import TextTower
-
-logger = logging.getLogger(__name__)
 
 
 class XrayExpert(nn.Module, ABC):
@@ -67,9 +65,6 @@ class XrayExpert(nn.Module, ABC):
             logit_scale: exponentiated.
         """
         super().__init__()
-        from ctx_distill.models.text_tower import tokenizer_hash
-        from ctx_distill.models.weights import read_provenance
-
         provenance = read_provenance(folder)
         self.name = provenance.name
         self.license = provenance.license
@@ -172,67 +167,3 @@ class XrayExpert(nn.Module, ABC):
             "preprocessing": self.preprocessing.describe(),
             "tokenizer": self._tokenizer_hash,
         }
-
-
-def refuse_remote_code(folder: Path) -> None:
-    """Refuse a model that would have to run code out of its own repository.
-
-    Raises:
-        InputError: a configuration in the folder has an `auto_map`.
-    """
-    for path in [*sorted(folder.glob("*.json")), *sorted(folder.glob("*/config.json"))]:
-        try:
-            value = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError):
-            continue
-        if isinstance(value, dict) and value.get("auto_map"):
-            raise InputError(
-                f"{path}: has an auto_map, so this model runs Python out of its own repository. Such code is never"
-                " run here (trust_remote_code is never set). Use a model of a library's own architecture, or weights"
-                " converted to one."
-            )
-
-
-def _open_folder(folder: Path) -> XrayExpert:
-    if (folder / "open_clip_config.json").is_file():
-        from ctx_distill.models.experts.open_clip_expert import OpenClipExpert
-
-        return OpenClipExpert(folder)
-    if (folder / "xrv_config.json").is_file():
-        from ctx_distill.models.experts.torchxrayvision_expert import TorchXrayVisionExpert
-
-        return TorchXrayVisionExpert(folder)
-    if (folder / "config.json").is_file():
-        from ctx_distill.models.experts.transformers_expert import TransformersExpert
-
-        return TransformersExpert(folder)
-    found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
-    raise InputError(
-        f"{folder}: no X-ray expert here. Looked for open_clip_config.json (open_clip), xrv_config.json"
-        f" (torchxrayvision, converted) and config.json (transformers); found {found}. Fetch one with"
-        " `ctx-distill weights fetch`, convert one with `ctx-distill weights convert-torchxrayvision`, or train one with"
-        " `make expert`."
-    )
-
-
-def open_expert(source: str, revision: str | None = None) -> XrayExpert:
-    """Open a frozen X-ray expert from a folder or from the hub.
-
-    Args:
-        source: a folder (its kind is told by its files: `open_clip_config.json`, `xrv_config.json`, or the
-            `config.json` of transformers), or `hf-hub:organisation/name`.
-        revision: full commit hash; needed for the hub, and checked against what a folder says of itself.
-
-    Raises:
-        InputError: nothing usable is there; the message says what was looked for and how to place it.
-    """
-    from ctx_distill.models.weights import resolve_source
-
-    folder = resolve_source(source, revision)
-    refuse_remote_code(folder)
-    with torch.random.fork_rng(devices=[]):  # building a model draws weights; the caller's random state must not move
-        expert = _open_folder(folder)
-    expert.freeze()
-    logger.info("X-ray expert %s (%s), licence %s, revision %s", expert.name, expert.kind, expert.license,
-                expert.revision or "not known")  # fmt: skip
-    return expert

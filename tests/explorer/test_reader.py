@@ -11,7 +11,8 @@ import pytest
 import ctx_distill
 from ctx_distill.data.io.volume import read_volume
 from ctx_distill.errors import InputError
-from ctx_distill.explorer.reader import ReaderSettings, open_reader
+from ctx_distill.explorer.reader import open_reader
+from ctx_distill.explorer.reader_settings import ReaderSettings
 
 pytestmark = pytest.mark.full
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ctx_distill.models.experts.open_clip_expert import make_expert_folder, save_expert_folder
-from ctx_distill.models.xray_expert import open_expert
+from ctx_distill.models.opening import open_expert
 from ctx_distill.types import InputError
 
 

@@ -11,8 +11,8 @@ import torch
 from ctx_distill.models.ct_encoder import ResNet3D
 from ctx_distill.models.dual_encoder import DualEncoder, load_ct_encoder, save_ct_encoder
 from ctx_distill.models.heads import FindingsHead, ProjectionHead
+from ctx_distill.models.opening import open_expert
 from ctx_distill.models.text_encoder import BertTextEncoder, ExpertTextEncoder, TextEncoder
-from ctx_distill.models.xray_expert import open_expert
 from ctx_distill.types import InputError
 
 SPEC = {"shape": [16, 16, 16], "spacing": [6.0, 6.0, 6.0]}

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ctx_distill.models.weights import XRV_ALL_SHA256, convert_torchxrayvision
-from ctx_distill.models.xray_expert import open_expert
+from ctx_distill.models.convert_torchxrayvision import XRV_ALL_SHA256, convert_torchxrayvision
+from ctx_distill.models.opening import open_expert
 from ctx_distill.types import InputError
 
 BLOCKS, GROWTH, INITIAL = (2, 1, 1, 1), 4, 8

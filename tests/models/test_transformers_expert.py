@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ctx_distill.models.xray_expert import open_expert
+from ctx_distill.models.opening import open_expert
 from ctx_distill.text.tokenizer import train_wordpiece
 from ctx_distill.types import InputError
 

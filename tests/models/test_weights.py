@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from ctx_distill.commands.main import main
 from ctx_distill.models import weights
-from ctx_distill.models.weights import fetch, find_text_config, read_license, read_provenance, resolve_source
-from ctx_distill.models.xray_expert import open_expert
+from ctx_distill.models.opening import open_expert
+from ctx_distill.models.weights import find_text_config, read_license, read_provenance, resolve_source
 from ctx_distill.types import InputError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -80,7 +81,7 @@ def test_fetch_takes_no_code_and_leaves_a_record(
         "huggingface_hub.hf_hub_download", lambda name, file: str(biomedclip_like / name.split("/")[-1] / file)
     )
     out = tmp_path / "out"
-    fetch("hf-hub:org/model", COMMIT, out)
+    assert main(["weights", "fetch", "hf-hub:org/model", "--revision", COMMIT, "--out", str(out)]) == 0
     assert not any(str(pattern).endswith((".py", ".pt", "*.bin")) for pattern in asked["patterns"])  # type: ignore[attr-defined]
     assert "open_clip_pytorch_model.bin" in asked["patterns"]  # type: ignore[operator]
     printed = capsys.readouterr().out

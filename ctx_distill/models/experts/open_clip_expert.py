@@ -110,7 +110,7 @@ def _build_model(folder: Path, model_cfg: dict[str, Any]) -> tuple[Any, bool]:
     cfg["vision_cfg"].pop("timm_model_pretrained", None)
     if cfg["text_cfg"].get("hf_model_name"):
         place = find_text_config(folder, cfg["text_cfg"]["hf_model_name"])
-        from ctx_distill.models.xray_expert import refuse_remote_code
+        from ctx_distill.models.weights import refuse_remote_code
 
         refuse_remote_code(place)
         cfg["text_cfg"].update(hf_model_name=str(place), hf_model_pretrained=False)

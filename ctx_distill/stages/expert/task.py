@@ -23,7 +23,7 @@ from ctx_distill.files import replace_folder
 from ctx_distill.losses.contrastive import contrastive_loss
 from ctx_distill.metrics.classification import classification_report
 from ctx_distill.models.experts.open_clip_expert import expert_preprocessing, make_expert_folder, save_expert_folder
-from ctx_distill.models.xray_expert import open_expert
+from ctx_distill.models.opening import open_expert
 from ctx_distill.seeds import run_seed, seed_of
 from ctx_distill.stages.shared.prompt_scores import pair_probabilities, prompt_features
 from ctx_distill.stages.shared.report_views import report_views

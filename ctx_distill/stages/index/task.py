@@ -16,9 +16,10 @@ from ctx_distill.data.manifests.manifest import Manifest
 from ctx_distill.distributed import barrier, gather_objects, rank, run_on_rank_zero, world_size
 from ctx_distill.errors import InputError
 from ctx_distill.files import hash_json
+from ctx_distill.models.opening import open_expert
 from ctx_distill.models.report_encoder import FrozenReportEncoder, ReportEncoder, open_report_encoder
 from ctx_distill.models.weights import HUB
-from ctx_distill.models.xray_expert import XrayExpert, open_expert
+from ctx_distill.models.xray_expert import XrayExpert
 from ctx_distill.retrieval.index import IndexKind
 from ctx_distill.retrieval.keys import KeyKind, make_keys, share_keys
 from ctx_distill.retrieval.shards import kept_rows, merge_shards, open_shards, standing_blocks, write_shard

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from ctx_distill.checkpoint import require_same
+from ctx_distill.models.opening import open_expert
 from ctx_distill.models.report_encoder import ReportEncoder, open_report_encoder
-from ctx_distill.models.xray_expert import XrayExpert, open_expert
+from ctx_distill.models.xray_expert import XrayExpert
 from ctx_distill.retrieval.index import Device, Placement
 from ctx_distill.retrieval.store import XrayIndexArtefact
 

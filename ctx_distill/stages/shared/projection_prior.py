@@ -17,7 +17,8 @@ from torch import Tensor
 from ctx_distill.checkpoint import Artefact, require_same
 from ctx_distill.errors import InputError
 from ctx_distill.models.dual_encoder import PRIOR_FOLDER
-from ctx_distill.models.xray_expert import XrayExpert, open_expert
+from ctx_distill.models.opening import open_expert
+from ctx_distill.models.xray_expert import XrayExpert
 from ctx_distill.stages.distill.targets import ProjectionTeacher
 from ctx_distill.types import CTBatch
 

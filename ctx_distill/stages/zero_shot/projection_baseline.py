@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ctx_distill.data.loading.datamodules import CTDataModule
 from ctx_distill.errors import InputError
-from ctx_distill.models.xray_expert import XrayExpert, open_expert
+from ctx_distill.models.opening import open_expert
+from ctx_distill.models.xray_expert import XrayExpert
 from ctx_distill.stages.distill.targets import embed_projection
 from ctx_distill.stages.zero_shot.task import Prompts, ask_test_studies
 from ctx_distill.text.prompts import Templates

@@ -11,13 +11,15 @@ import pandas as pd
 import pytest
 import torch
 from host_waits import pretend_preset
-from pretend_device import AVAILABLE, NAME, PretendDevice
+from pretend_device import AVAILABLE, NAME, PretendDevice, register
 from torch import nn
 
 from ctx_distill.commands.main import main
 from ctx_distill.runs.stage_table import STAGES
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="this torch has no devices that are written in Python")
+if AVAILABLE:
+    register()  # before the first backward pass of this process, which may be that of a fixture
 AUGMENTED = "{shift: 0.05, scale: 0.05, rotate: 5, contrast: 0.05, brightness: 0.05, noise: 0.02}"
 VARIANTS = {
     "distill-sampled": [

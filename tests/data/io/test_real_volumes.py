@@ -13,7 +13,7 @@ from ctx_distill.data.manifests.index_rows import leave_out_for_index
 from ctx_distill.data.manifests.manifest import read_manifest
 from ctx_distill.data.transforms.volume import VolumeSpec, prepare_volume
 
-REAL = Path(__file__).parents[2].parent / "shared/data/real_mini"
+REAL = Path(__file__).parents[3].parent / "shared/data/real_mini"
 pytestmark = pytest.mark.skipif(not REAL.is_dir(), reason=f"no real data at {REAL}")
 
 # (z, y, x) voxels and mm, out of SOURCES.md and the headers as other programs print them

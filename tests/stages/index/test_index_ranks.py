@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from ctx_distill.retrieval.store import XrayIndexArtefact
 
 pytestmark = [pytest.mark.slow, pytest.mark.ddp]
-PROGRAM = Path(__file__).parents[1] / "helpers" / "watched_stage_1.py"
+PROGRAM = Path(__file__).parents[2] / "helpers" / "watched_stage_1.py"
 PART = 4
 """X-rays per rank and part of the pool."""
 ALL = "1000000"

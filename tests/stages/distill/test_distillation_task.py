@@ -24,7 +24,7 @@ from ctx_distill.data.transforms.projection import square_projection
 from ctx_distill.data.transforms.volume import VolumeSpec
 from ctx_distill.errors import InputError
 from ctx_distill.models.ct_encoder import ResNet3D
-from ctx_distill.models.xray_expert import open_expert
+from ctx_distill.models.opening import open_expert
 from ctx_distill.retrieval.lookup import NeighbourLookup
 from ctx_distill.retrieval.store import XrayIndexArtefact, write_index_artefact
 from ctx_distill.stages.distill import task as distillation

@@ -25,10 +25,10 @@ SEED = 7
 
 @pytest.fixture(scope="module")
 def harness() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("surviving_harness", Path(__file__).with_name("harness.py"))
+    spec = importlib.util.spec_from_file_location("fault_tolerance_harness", Path(__file__).with_name("harness.py"))
     assert spec is not None
     assert spec.loader is not None
-    sys.modules["surviving_harness"] = module = importlib.util.module_from_spec(spec)
+    sys.modules["fault_tolerance_harness"] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 

@@ -15,7 +15,7 @@ from ctx_distill.data.transforms.volume import VolumeSpec
 from ctx_distill.errors import InputError
 from ctx_distill.models.ct_encoder import ResNet3D
 from ctx_distill.models.dual_encoder import DualEncoder
-from ctx_distill.models.xray_expert import open_expert
+from ctx_distill.models.opening import open_expert
 from ctx_distill.stages.align.evidence import RobustSettings
 from ctx_distill.stages.align.report_tower import TextSettings
 from ctx_distill.stages.align.task import AlignmentTask

@@ -18,7 +18,7 @@ from ctx_distill.data.manifests.manifest import read_manifest
 from ctx_distill.data.transforms.projection import square_projection
 from ctx_distill.data.transforms.volume import VolumeSpec
 from ctx_distill.errors import InputError
-from ctx_distill.models.xray_expert import open_expert
+from ctx_distill.models.opening import open_expert
 from ctx_distill.stages.zero_shot.projection_baseline import ProjectionZeroShotTask
 
 pytestmark = pytest.mark.full

@@ -19,7 +19,7 @@ from ctx_distill.data.loading.datamodules import CTDataModule
 from ctx_distill.data.transforms.volume import VolumeSpec
 from ctx_distill.errors import InputError
 from ctx_distill.models.ct_encoder import ResNet3D
-from ctx_distill.models.xray_expert import open_expert
+from ctx_distill.models.opening import open_expert
 from ctx_distill.retrieval.sharded import ShardedIndex
 from ctx_distill.retrieval.store import XrayIndexArtefact
 from ctx_distill.stages.distill.lookup_cost import LookupClock

@@ -85,7 +85,7 @@ def start(fault: str, folder: Path, world: int) -> list[subprocess.Popen[str]]:
         subprocess.Popen(
             [sys.executable, __file__, fault, str(folder), str(world)],
             env={**os.environ, **shared, "LOCAL_RANK": str(number)},
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2],
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[3],
         )
         for number in range(world)
     ]  # fmt: skip

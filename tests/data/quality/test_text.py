@@ -10,7 +10,7 @@ import pytest
 
 from ctx_distill.data.quality.text import check_text, identical_texts
 
-REPORTS = Path(__file__).parents[3] / "shared/data/reports"
+REPORTS = Path(__file__).parents[4] / "shared/data/reports"
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from ctx_distill.commands.main import main
 from ctx_distill.data.manifests.manifest import read_manifest
 from ctx_distill.errors import InputError
+from ctx_distill.models.opening import open_expert
 from ctx_distill.models.report_encoder import FrozenReportEncoder, open_report_encoder
-from ctx_distill.models.xray_expert import open_expert
 from ctx_distill.retrieval.lookup import NeighbourLookup
 from ctx_distill.retrieval.store import XrayIndexArtefact
 from ctx_distill.stages.index.quality import held_out_studies
