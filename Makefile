@@ -240,7 +240,7 @@ bench-manifest: $(READY) ## until a run over a large manifest is ready to train:
 
 lock: $(UV) ## compile the locks again from pyproject.toml
 	@for extra in cpu gpu; do $(UV) pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header \
-		--no-annotate --extra $$extra --extra serve --extra bench --extra dev pyproject.toml --output-file requirements/$$extra.txt; done
+		--no-annotate --extra $$extra --extra serve --extra bench --extra docs --extra dev pyproject.toml --output-file requirements/$$extra.txt; done
 	@for tool in uv node; do $(UV) pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header \
 		--no-annotate requirements/$$tool.in --output-file requirements/$$tool.txt; done
 	@$(GPU_COMPILE) requirements/gpu-machine.in --output-file requirements/gpu-machine.txt

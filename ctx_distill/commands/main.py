@@ -42,6 +42,7 @@ def build_app() -> App:
         help_format="markdown",
         default_parameter=Parameter(negative=(), consume_multiple=True),
         result_action="return_value",
+        suppress_keyboard_interrupt=False,
     )
     add_stage_commands(app, Group.create_ordered("Stages"))
     groups = {

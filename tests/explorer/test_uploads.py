@@ -129,7 +129,7 @@ def test_junk_is_refused_in_words(tmp_path: Path, content: bytes, name: str, tol
 
 def test_too_many_entries_are_refused_before_one_is_unpacked(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="30 entries; expected at most 20 entries"):
-        take(tmp_path, zipped({f"{n}.dcm": b"x" for n in range(30)}), "x.zip", files=20)
+        take(tmp_path, zipped({f"{n}.dcm": b"x" for n in range(30)}), "x.zip", max_files=20)
     assert not list((tmp_path / "session").iterdir())
 
 
@@ -137,7 +137,7 @@ def test_a_long_directory_is_refused_before_it_is_read(tmp_path: Path, monkeypat
     many = zipped({f"{n:05d}.dcm": b"" for n in range(3000)})
     monkeypatch.setattr(zipfile, "ZipFile", None)  # would fail otherwise than by a refusal
     with pytest.raises(InputError, match="a directory of 0 MB; expected at most 20 entries"):
-        take(tmp_path, many, "x.zip", files=20)
+        take(tmp_path, many, "x.zip", max_files=20)
 
 
 def test_a_zip64_is_taken_as_another(tmp_path: Path) -> None:

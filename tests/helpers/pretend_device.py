@@ -113,6 +113,19 @@ class DeviceTensor(Tensor):
         """Copy to the CPU, as a GPU's tensor does; torch refuses it of a subclass."""
         return self.cpu().tolist()
 
+    def new_tensor(self, data: Any, **options: Any) -> Tensor:
+        """Make a tensor on the CPU and move it: torch would look for the device's own memory."""
+        made: Tensor = torch.tensor(data, **{"dtype": self.dtype, "device": self.device, **options})
+        return made
+
+    def __getitem__(self, index: Any) -> Tensor:
+        """Take lists in an index as tensors of the device, for the same reason."""
+        several = index if isinstance(index, tuple) else (index,)
+        chosen: Tensor = super().__getitem__(
+            tuple(torch.tensor(each, device=self.device) if isinstance(each, list) else each for each in several)
+        )
+        return chosen
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation on the values."""

@@ -177,7 +177,7 @@ def test_table_page_list_and_status(data: Path, capsys: pytest.CaptureFixture[st
 
 @pytest.mark.full
 def test_it_goes_on_where_it_was_stopped(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ctx_distill.commands import check as module
+    from ctx_distill.reporting import manifest_check as module
 
     _, table, _, _ = check(data / "ct.csv")
     rows = data / "ct.check/rows.jsonl"
@@ -204,7 +204,7 @@ def test_it_goes_on_where_it_was_stopped(data: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_scan_that_ends_its_process_is_an_error_of_that_scan(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ctx_distill.commands import check as module
+    from ctx_distill.reporting import manifest_check as module
 
     def dying(title: str, function: Any, items: Any, total: int, workers: int | None, died: Any) -> Any:
         return ((image, died(image) if place == 1 else function(image)) for place, image in enumerate(items))

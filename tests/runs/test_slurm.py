@@ -33,7 +33,8 @@ def fake(path: Path, text: str) -> None:
 
 
 def asked(cohort: Path, run: Path, tiny: Path, *more: str) -> list[str]:
-    return ["--data", str(cohort), "--run", str(run), "--preset", str(tiny), *more]
+    given = {"--data": cohort, "--run": run, "--preset": tiny}
+    return [word for name, value in given.items() if name not in more for word in (name, str(value))] + list(more)
 
 
 def script(run: Path, name: str) -> str:
@@ -200,7 +201,7 @@ def test_what_cannot_run_is_refused_before_it_is_queued(
 def test_options_have_the_commands_defaults() -> None:
     with pytest.raises(InputError, match="--parts -1: expected 0 or more"):
         JobOptions(parts=-1)
-    assert JobOptions(tasks=3).tasks_per_node == 3
+    assert JobOptions(gpus=0, tasks=3).tasks_per_node == 3
 
 
 def test_submitting_imports_nothing_heavy(cohort: Path, tiny_preset: Path, tmp_path: Path) -> None:
