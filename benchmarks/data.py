@@ -92,7 +92,7 @@ def copied(path: Path) -> Callable[[Path], Any]:
 
 def ours(antialias: bool) -> Callable[[Path], Any]:
     """This project's raw path."""
-    from ctx_distill.data.transforms.volume import VolumeSpec, load_ct
+    from ctx_distill.data.transforms.model_volume import VolumeSpec, load_ct
 
     spec = VolumeSpec(spacing=SPACING, shape=SHAPE, window=WINDOW, antialias=antialias)
     return lambda path: load_ct(path, spec)
@@ -137,7 +137,7 @@ def measure_prepared(path: str, workers: int, repeats: int) -> dict[str, float]:
     from ctx_distill.data.io.scan_file import ScanFile
     from ctx_distill.data.loading.datamodules import CTDataModule
     from ctx_distill.data.loading.prepared import PreparedFolder
-    from ctx_distill.data.transforms.volume import VolumeSpec
+    from ctx_distill.data.transforms.model_volume import VolumeSpec
 
     torch.set_num_threads(1)
     folder = Path(path).parent

@@ -76,7 +76,7 @@ def measure(rows: int, device: str, finished: Callable[[dict[str, Any]], None], 
     """
     import torch
 
-    from ctx_distill.retrieval.build import construct, recall_at_1
+    from ctx_distill.retrieval.build_index import construct, recall_at_1
     from ctx_distill.retrieval.index import XrayIndex
 
     keys, asked = keys_and_queries(rows, max(BATCHES))

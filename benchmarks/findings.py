@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 
 from ctx_distill.metrics.bootstrap import bootstrap
 from ctx_distill.sources.open_i import read_reports
-from ctx_distill.text.findings import extract_many, load_vocabulary
+from ctx_distill.text.extractor import extract_many, load_vocabulary
 from ctx_distill.text.findings_table import write_findings
-from ctx_distill.text.report import join_sections, split_sentences
+from ctx_distill.text.report_text import join_sections, split_sentences
 from ctx_distill.text.sections import cut_report
 
 SEED = 0

@@ -65,7 +65,7 @@ def measure(kind: str, rows: int, threads: int, repeats: int, width: int | None)
     """One row of the table."""
     import torch
 
-    from ctx_distill.retrieval.build import construct, recall_at_1
+    from ctx_distill.retrieval.build_index import construct, recall_at_1
     from ctx_distill.retrieval.index import XrayIndex, faiss_module
 
     faiss = faiss_module()
@@ -131,7 +131,7 @@ def measure_step(kind: str, rows: int, batch: int) -> dict[str, float]:
     from ctx_distill.retrieval.index import faiss_module
     from ctx_distill.retrieval.store import write_index_artefact
     from ctx_distill.stages.distill.targets import NeighbourSettings, RetrievedTeacher
-    from ctx_distill.text.findings import load_vocabulary
+    from ctx_distill.text.extractor import load_vocabulary
     from ctx_distill.training.row_features import ReportFeatures
 
     torch.set_num_threads(1)
@@ -157,7 +157,7 @@ def measure_step(kind: str, rows: int, batch: int) -> dict[str, float]:
         for start in range(4):
             views = [text.split(". ", start + 1)[-1] for text in texts[:batch]]
             began = time.process_time()
-            target = teacher(torch.arange(batch), texts[:batch], views)
+            target = teacher.targets(torch.arange(batch), texts[:batch], views)
             spent.append(time.process_time() - began)
     encoder = ViT3D((96, 192, 192), variant="vit_b")
     head = ProjectionHead(encoder.embed_dim, DIMENSION)

@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from ctx_distill.ablation.plan import CORE, Expert, Job, Plan, read_plan
+from ctx_distill.ablation.plan import CORE, AblationJob, Expert, Plan, read_plan
 from ctx_distill.files import write_json, write_text
 from ctx_distill.runs.stage_table import load_preset, merge, stages_folder
 
@@ -61,7 +61,7 @@ def write_preset(folder: Path, device: str) -> Path:
 
 @functools.cache
 def _opened(data: Path, scale: str) -> tuple[Plan, Any]:
-    from ctx_distill.ablation.cohort import open_cohort
+    from ctx_distill.ablation.cohort_manifests import open_cohort
 
     plan = plan_of(scale)
     return plan, open_cohort(data, plan)
@@ -98,7 +98,7 @@ def train_arm(run: Path, preset: Path, data: Path, scale: str, arm: str) -> dict
     from ctx_distill.ablation.execute import Place, run_job
 
     plan, cohort = _opened(data, scale)
-    job = Job(plan.regimes[CORE], plan.arms[arm], plan.selection_seed, plan.learning_rates[0], select=True)
+    job = AblationJob(plan.regimes[CORE], plan.arms[arm], plan.selection_seed, plan.learning_rates[0], select=True)
     folder = run / job.folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()

@@ -130,7 +130,7 @@ def make_ready(path: Path, vocabulary: str) -> dict[str, Any]:
 
     def imports() -> Any:
         from ctx_distill.data.loading.datamodules import CTDataModule
-        from ctx_distill.data.transforms.volume import VolumeSpec
+        from ctx_distill.data.transforms.model_volume import VolumeSpec
 
         return CTDataModule, VolumeSpec
 
@@ -148,7 +148,7 @@ def make_ready(path: Path, vocabulary: str) -> dict[str, Any]:
         try:
             from ctx_distill.stages.shared.shared_extraction import extract_shared
         except ImportError:  # a version of before it
-            from ctx_distill.text.findings import extract_many, load_vocabulary
+            from ctx_distill.text.extractor import extract_many, load_vocabulary
 
             return extract_many([train.report(row) for row in train.frame.index], load_vocabulary(vocabulary))
         return extract_shared(train.reports(), vocabulary)

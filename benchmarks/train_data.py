@@ -14,7 +14,7 @@ VOLUMES = {
 
 def volume_spec(shape: tuple[int, int, int]) -> Any:
     """The preset's volume spec of this shape; another shape covers about the same 288 mm."""
-    from ctx_distill.data.transforms.volume import VolumeSpec
+    from ctx_distill.data.transforms.model_volume import VolumeSpec
 
     spacing, window = VOLUMES.get(shape, (tuple(288.0 / edge for edge in shape), (-1000.0, 1000.0)))
     return VolumeSpec(spacing=spacing, shape=shape, window=window)

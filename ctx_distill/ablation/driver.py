@@ -14,12 +14,12 @@ from pathlib import Path
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ctx_distill.ablation.analysis import crossed
-from ctx_distill.ablation.cohort import Cohort, open_cohort
-from ctx_distill.ablation.execute import Place, Score, ensure_expert, run_job
+from ctx_distill.ablation.cohort_manifests import Cohort, open_cohort
+from ctx_distill.ablation.execute import JobScore, Place, ensure_expert, run_job
 from ctx_distill.ablation.options import AblationOptions
-from ctx_distill.ablation.plan import Job, Plan, config_hash, read_plan, selection_jobs, table_jobs
+from ctx_distill.ablation.plan import AblationJob, Plan, config_hash, read_plan, selection_jobs, table_jobs
 from ctx_distill.ablation.records import ROWS, Records
-from ctx_distill.ablation.report import write_report
+from ctx_distill.ablation.tables import write_report
 from ctx_distill.errors import InputError
 from ctx_distill.files import hash_file, hash_json
 from ctx_distill.runs.runner import find_manifest
@@ -77,14 +77,14 @@ def _run(
     options: AblationOptions,
     plan: Plan,
     records: Records,
-    jobs: Iterable[Job],
+    jobs: Iterable[AblationJob],
     title: str,
 ) -> None:
     data = hash_json([hash_file(find_manifest(options.data, kind)) for kind in ("ct", "xray")])
     hashes = {job: config_hash(plan, job, options.preset, data) for job in jobs}
     waiting = [job for job in hashes if (options.again and not job.select) or not records.has(job, hashes[job])]
     print(f"{title}: {len(hashes)} runs, {len(hashes) - len(waiting)} of them done before")
-    futures: dict[Future[tuple[Score, float]], Job] = {
+    futures: dict[Future[tuple[JobScore, float]], AblationJob] = {
         pool.submit(_work, place, options.data, options.plan, job): job for job in waiting
     }
     columns = (
@@ -125,7 +125,7 @@ def _expert(place: Place, data: Path, plan_file: Path | None, name: str) -> Path
     return ensure_expert(place, *_opened(data, plan_file), name)
 
 
-def _work(place: Place, data: Path, plan_file: Path | None, job: Job) -> tuple[Score, float]:
+def _work(place: Place, data: Path, plan_file: Path | None, job: AblationJob) -> tuple[JobScore, float]:
     import contextlib
 
     started = time.monotonic()

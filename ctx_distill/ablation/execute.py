@@ -18,8 +18,15 @@ import yaml
 from filelock import FileLock
 from numpy.typing import NDArray
 
-from ctx_distill.ablation.cohort import Cohort, write_corpus, write_ct, write_held_out, write_probe, write_xray
-from ctx_distill.ablation.plan import CORE, Job, Plan, job_layers, laid_over
+from ctx_distill.ablation.cohort_manifests import (
+    Cohort,
+    write_corpus,
+    write_ct,
+    write_held_out,
+    write_probe,
+    write_xray,
+)
+from ctx_distill.ablation.plan import CORE, AblationJob, Plan, job_layers, laid_over
 from ctx_distill.data.manifests.manifest import Manifest
 from ctx_distill.files import hash_json, write_json, write_text
 from ctx_distill.metrics.bootstrap import resample_counts
@@ -47,7 +54,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Score:
+class JobScore:
     """What a job gives.
 
     Attributes:
@@ -61,7 +68,7 @@ class Score:
     data: str
 
 
-def run_job(place: Place, plan: Plan, cohort: Cohort, job: Job) -> Score:
+def run_job(place: Place, plan: Plan, cohort: Cohort, job: AblationJob) -> JobScore:
     """Run a job from its beginning; its folder keeps configurations, logs and predictions."""
     folder = place.run / job.folder
     shutil.rmtree(folder, ignore_errors=True)
@@ -86,7 +93,7 @@ def run_job(place: Place, plan: Plan, cohort: Cohort, job: Job) -> Score:
     data = hash_json([ct.fingerprint, xray.fingerprint if job.arm.pool_matters else None])[:16]
     metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}  # a finding may lack a class
     write_json(folder / DONE, metrics)
-    return Score(metrics, replicates, data)
+    return JobScore(metrics, replicates, data)
 
 
 def run_layers(folder: Path, paths: dict[str, str], config: dict[str, Any]) -> dict[str, Any]:
@@ -170,9 +177,9 @@ def _watched(found: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def _secondary(place: Place, plan: Plan, cohort: Cohort, job: Job, scored: Manifest) -> dict[str, float]:
+def _secondary(place: Place, plan: Plan, cohort: Cohort, job: AblationJob, scored: Manifest) -> dict[str, float]:
     """Report-to-volume recall, and in the core regime's own seeds a linear probe at several shares of labels."""
-    from ctx_distill.ablation.probe import embed_aligned, embed_classifier, linear_probe, report_recall
+    from ctx_distill.ablation.secondary_measures import embed_aligned, embed_classifier, linear_probe, report_recall
 
     if not job.arm.trains:
         return {}

@@ -99,7 +99,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Job:
+class AblationJob:
     """One training run of one arm and its score.
 
     Attributes:
@@ -189,11 +189,11 @@ def _regime(path: Path, name: str, body: dict[str, Any], arms: Iterable[str]) ->
     return Regime(name=name, **{**body, **tuples})
 
 
-def selection_jobs(plan: Plan, arms: Sequence[str]) -> list[Job]:
+def selection_jobs(plan: Plan, arms: Sequence[str]) -> list[AblationJob]:
     """The runs that choose each arm's learning rate, on `val` of the core regime."""
     core = plan.regimes[CORE]
     return [
-        Job(core, plan.arms[name], plan.selection_seed, rate, select=True)
+        AblationJob(core, plan.arms[name], plan.selection_seed, rate, select=True)
         for name in arms
         if plan.arms[name].trains
         for rate in plan.learning_rates
@@ -202,7 +202,7 @@ def selection_jobs(plan: Plan, arms: Sequence[str]) -> list[Job]:
 
 def table_jobs(
     plan: Plan, arms: Sequence[str], regimes: Sequence[str], seeds: int | None, rates: dict[str, float]
-) -> list[Job]:
+) -> list[AblationJob]:
     """The runs of the table: seed by seed, the core regime first, so that a table stopped early is still paired.
 
     Args:
@@ -212,7 +212,7 @@ def table_jobs(
         seeds: at most so many seeds a regime; None runs all.
         rates: chosen learning rate by arm.
     """
-    jobs: list[Job] = []
+    jobs: list[AblationJob] = []
     for regime in (plan.regimes[name] for name in plan.regimes if name in regimes):
         every = (*regime.seeds, *regime.more_seeds)
         for seed in every[:seeds]:
@@ -220,11 +220,11 @@ def table_jobs(
                 arm = plan.arms[name]
                 wanted = seed in regime.seeds or name in regime.more_seeds_arms
                 if name in arms and wanted and (arm.trains or seed == every[0]):
-                    jobs.append(Job(regime, arm, seed, rates.get(name, 0.0)))
+                    jobs.append(AblationJob(regime, arm, seed, rates.get(name, 0.0)))
     return jobs
 
 
-def schedule(plan: Plan, job: Job, stage: str) -> dict[str, Any]:
+def schedule(plan: Plan, job: AblationJob, stage: str) -> dict[str, Any]:
     """The optimiser steps of a stage (all, or distillation's share and the rest) and its learning rate."""
     both = "distill" in job.arm.stages and len({"align", "classifier"} & set(job.arm.stages)) > 0
     distilling = round(plan.steps * plan.distill_share) if both else plan.steps
@@ -238,7 +238,7 @@ def schedule(plan: Plan, job: Job, stage: str) -> dict[str, Any]:
     }
 
 
-def job_layers(plan: Plan, job: Job, stage: str, preset: str) -> dict[str, Any]:
+def job_layers(plan: Plan, job: AblationJob, stage: str, preset: str) -> dict[str, Any]:
     """The merged layers of one stage of a job: the pipeline's own, the schedule, the arm's, the seed."""
     seed = {"seed_everything": job.seed, "data": {"init_args": {"seed": job.seed}}}
     return laid_over(stage_config(STAGES[stage], preset), schedule(plan, job, stage), job.arm.stages[stage], seed)
@@ -254,7 +254,7 @@ _UNHASHED = {
 }
 
 
-def config_hash(plan: Plan, job: Job, preset: str, data: str) -> str:
+def config_hash(plan: Plan, job: AblationJob, preset: str, data: str) -> str:
     """What decides a job's figures: the cohort (its hash), the merged layers of its stages, the regime and the expert.
 
     A default that changes in `stages/` changes the hash of the arms that rest on it, and of no other.

@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from ctx_distill.ablation.execute import Score
-from ctx_distill.ablation.plan import Job
+from ctx_distill.ablation.execute import JobScore
+from ctx_distill.ablation.plan import AblationJob
 from ctx_distill.errors import InputError
 from ctx_distill.files import write_text
 
@@ -59,7 +59,7 @@ class Records:
             tables[name] = table
         return cls(folder, tables[ROWS], tables[REPLICATES], tables[SELECTION])
 
-    def has(self, job: Job, config: str) -> bool:
+    def has(self, job: AblationJob, config: str) -> bool:
         """Whether a run of this arm, regime and seed with this configuration stands in the tables."""
         if job.select:
             same = (self.selection["config"] == config) & (self.selection["arm"] == job.arm.name)
@@ -70,7 +70,7 @@ class Records:
              & (rows["seed"] == job.seed)).any()
         )  # fmt: skip
 
-    def add(self, job: Job, config: str, score: Score) -> None:
+    def add(self, job: AblationJob, config: str, score: JobScore) -> None:
         """Append a run and write the tables; an older run of the same arm, regime and seed is replaced."""
         if job.select:
             row = [job.arm.name, job.learning_rate, job.seed, score.metrics["macro_auroc"], config, score.data]

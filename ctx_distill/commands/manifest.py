@@ -19,6 +19,6 @@ def manifest(source: Source, root: Path, out: Path, /, *, options: Flat[SourceOp
         root: Folder of the data set.
         out: Manifest to write, such as `ROOT/ct.csv`.
     """
-    from ctx_distill.sources.build import build_manifest
+    from ctx_distill.sources.build_manifest import build_manifest
 
     print(build_manifest(source, root, out, options))

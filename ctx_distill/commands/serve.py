@@ -40,7 +40,7 @@ def serve(
         port: Port; 0 takes any free one.
         allow_host: Further host name under which the page may be opened. Repeatable.
     """
-    from ctx_distill.explorer.reader import open_reader
+    from ctx_distill.explorer.model_reader import open_reader
     from ctx_distill.explorer.reader_settings import ReaderSettings
     from ctx_distill.explorer.server import Address
     from ctx_distill.explorer.server import serve as start

@@ -16,7 +16,7 @@ Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True, eq=False)
-class Saliency:
+class SaliencyMap:
     """Where in the scan a finding's value comes from.
 
     Attributes:
@@ -38,11 +38,11 @@ class FindingAnswer:
 
     name: str
     value: float
-    saliency: Saliency | None = None
+    saliency: SaliencyMap | None = None
 
 
 @dataclass(frozen=True, eq=False)
-class Neighbour:
+class ShownXray:
     """An X-ray of the pool.
 
     Attributes:
@@ -71,7 +71,7 @@ class Answer:
 
     findings: list[FindingAnswer]
     report: str | None = None
-    neighbours: list[Neighbour] | None = None
+    neighbours: list[ShownXray] | None = None
     notes: list[str] = field(default_factory=list)
 
 
@@ -95,7 +95,7 @@ class Reader(Protocol):
 
     about: About
 
-    def __call__(self, scan: Volume, tell: Tell) -> Answer:
+    def read(self, scan: Volume, tell: Tell) -> Answer:
         """The answer about a scan.
 
         Raises:

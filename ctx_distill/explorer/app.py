@@ -19,7 +19,7 @@ from ctx_distill.explorer.results import RESULT, SCAN
 from ctx_distill.explorer.sessions import Session, Sessions, TooMany
 from ctx_distill.explorer.uploads import clean_name
 from ctx_distill.explorer.viewer import licences, niivue
-from ctx_distill.explorer.worker import Job, Refused, Worker
+from ctx_distill.explorer.worker import Refused, ScanJob, Worker
 from ctx_distill.reporting.run_page import TEMPLATES
 
 STATIC = Path(__file__).parent / "static"
@@ -187,7 +187,7 @@ class _Scratch:
             self._sessions.end(session)
             raise
         session.state = "waiting"
-        task = asyncio.create_task(self._work(session, Job(session.folder, path, name)))
+        task = asyncio.create_task(self._work(session, ScanJob(session.folder, path, name)))
         self._running.add(task)
         task.add_done_callback(self._running.discard)
 
@@ -196,7 +196,7 @@ class _Scratch:
             413, f"larger than {self._limits.max_upload_mb:,.0f} MB; start the explorer with a larger --max-upload-mb"
         )
 
-    async def _work(self, session: Session, job: Job) -> None:
+    async def _work(self, session: Session, job: ScanJob) -> None:
         def tell(step: str) -> None:
             session.state = step
 

@@ -15,9 +15,9 @@ import numpy as np
 from ctx_distill.checkpoint import require_same
 from ctx_distill.data.io.radiograph import read_radiograph
 from ctx_distill.errors import InputError
-from ctx_distill.explorer.answers import Neighbour
+from ctx_distill.explorer.answers import ShownXray
 from ctx_distill.retrieval.store import XrayIndexArtefact
-from ctx_distill.runs.reader import gather
+from ctx_distill.runs.run_reader import gather
 
 if TYPE_CHECKING:
     from ctx_distill.data.manifests.manifest import Manifest
@@ -90,21 +90,21 @@ class NearestXrays:
         pool = gather(self.folder.resolve().parent.parent).xray
         return pool if pool is not None and pool.fingerprint == self.store.upstream.get("xray-manifest") else None
 
-    def __call__(self, model: CTModel, said: Prediction) -> list[Neighbour]:
+    def find(self, model: CTModel, said: Prediction) -> list[ShownXray]:
         """The nearest, nearest first."""
         return [self._described(one.image_id, one.similarity) for one in model.nearest(said, self._count)]
 
-    def _described(self, image_id: str, similarity: float) -> Neighbour:
+    def _described(self, image_id: str, similarity: float) -> ShownXray:
         place, findings = self._places[image_id], None
         if self.store.findings is not None:
             found = dict(zip(self.store.finding_names, self.store.findings[place].tolist(), strict=True))
             findings = [name for name, value in found.items() if value == 1]
             findings += [f"{name} (uncertain)" for name, value in found.items() if value == -1]
         if not self._shown:
-            return Neighbour(similarity, findings)
+            return ShownXray(similarity, findings)
         item = self.store.items.iloc[place]
         report = str(item["report"]) if "report" in self.store.items.columns else None
-        return Neighbour(similarity, findings, str(item["study_id"]), report, self._picture(int(item["row"])))
+        return ShownXray(similarity, findings, str(item["study_id"]), report, self._picture(int(item["row"])))
 
     def _picture(self, row: int) -> bytes | None:
         if self._manifest is None:

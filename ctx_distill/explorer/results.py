@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ctx_distill.data.io.volume import Volume
 from ctx_distill.data.io.write_nifti import write_nifti
-from ctx_distill.explorer.answers import Answer, FindingAnswer, Saliency
+from ctx_distill.explorer.answers import Answer, FindingAnswer, SaliencyMap
 from ctx_distill.files import write_bytes, write_json
 
 RESULT = "result.json"
@@ -85,14 +85,14 @@ def _finding(
         values = np.where(outside[grid], np.float32(0), found.values)
         peak = float(values.max())
         if peak > 0:
-            place = where(scan, Saliency(values, found.affine_lps))
+            place = where(scan, SaliencyMap(values, found.affine_lps))
             write_nifti(
                 folder / f"saliency-{number}.nii", np.rint(values * (255 / peak)).astype(np.uint8), found.affine_lps
             )
     return {"name": finding.name, "value": finding.value, "place": place}
 
 
-def beyond(scan: Volume, saliency: Saliency) -> NDArray[np.bool_]:
+def beyond(scan: Volume, saliency: SaliencyMap) -> NDArray[np.bool_]:
     """Which places of a map lie outside of the scan, where the model was given air."""
     to_scan = np.linalg.inv(scan.affine_lps) @ saliency.affine_lps
     d, h, w = (np.arange(n, dtype=np.float32) for n in saliency.values.shape)
@@ -103,7 +103,7 @@ def beyond(scan: Volume, saliency: Saliency) -> NDArray[np.bool_]:
     return out
 
 
-def where(scan: Volume, saliency: Saliency) -> dict[str, Any]:
+def where(scan: Volume, saliency: SaliencyMap) -> dict[str, Any]:
     """The place of the map's peak.
 
     Returns:

@@ -18,10 +18,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ctx_distill.errors import InputError
 from ctx_distill.explorer.limits import Limits
+
+if TYPE_CHECKING:
+    from ctx_distill.explorer.answers import Reader
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +32,7 @@ _GRACE_SECONDS = 5
 
 
 @dataclass(frozen=True)
-class Job:
+class ScanJob:
     """Attributes:
     folder: of the session; results go here.
     received: the uploaded bytes.
@@ -89,7 +92,7 @@ class Worker:
             self._end()
             raise InputError(value)
 
-    def run(self, job: Job, tell: Callable[[str], None]) -> None:
+    def run(self, job: ScanJob, tell: Callable[[str], None]) -> None:
         """Runs a job; one at a time, others wait. Blocks, so call it in a thread.
 
         Args:
@@ -127,7 +130,7 @@ class Worker:
                     "the reader broke down on this file; it is damaged, or too large for this machine"
                 ) from error
 
-    def _ready(self, job: Job) -> Connection:
+    def _ready(self, job: ScanJob) -> Connection:
         """The pipe to a process that stands."""
         if not self._closed and (self._process is None or not self._process.is_alive()):
             self.start()
@@ -154,7 +157,7 @@ class Worker:
 
 
 def _main(
-    pipe: Connection, parent: int, opener: Callable[[Any], Any], settings: Any, limits: Limits, root: Path
+    pipe: Connection, parent: int, opener: Callable[[Any], Reader], settings: Any, limits: Limits, root: Path
 ) -> None:
     # Ctrl-C reaches the whole group; the server says when this process ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -195,7 +198,7 @@ def _watch(parent: int, root: Path) -> None:
     threading.Thread(target=look, daemon=True).start()
 
 
-def _work(job: Job, reader: Any, limits: Limits, tell: Callable[[str], None]) -> None:
+def _work(job: ScanJob, reader: Reader, limits: Limits, tell: Callable[[str], None]) -> None:
     from ctx_distill.data.io.volume import read_volume
     from ctx_distill.explorer.results import write_answer, write_scan
     from ctx_distill.explorer.uploads import accept
@@ -207,7 +210,7 @@ def _work(job: Job, reader: Any, limits: Limits, tell: Callable[[str], None]) ->
     try:
         scan = read_volume(upload.path)
         facts = write_scan(job.folder, scan, limits.max_display_mvoxels) | {"name": job.name, "kind": upload.kind}
-        answer = reader(scan, tell)
+        answer = reader.read(scan, tell)
     except InputError as error:
         raise InputError(upload.in_users_words(str(error))) from error
     finally:

@@ -20,7 +20,7 @@ from ctx_distill.inference.card import model_card, read_record
 from ctx_distill.inference.licences import CardFacts, licences, unknown_licences
 from ctx_distill.inference.model import CTModel
 from ctx_distill.inference.parts import ARTEFACT, USE_FILE, Parts, open_parts
-from ctx_distill.inference.towers import ImageTower, TextTower, export_module
+from ctx_distill.inference.towers import ImageTower, ReportTower, export_module
 
 LARGEST_DIFFERENCE = 1e-4
 """Between the original's and an exported program's numbers, on values of the order of 1, in float32."""
@@ -102,7 +102,7 @@ def _export_towers(model: CTModel, place: Path) -> dict[str, Any]:
     if not prior:
         _export_image(model, again, place, told, prior=False)
     if parts.dual is not None and again.dual is not None:
-        text, path = TextTower(parts.dual).eval(), place / "text_tower.pt2"
+        text, path = ReportTower(parts.dual).eval(), place / "text_tower.pt2"
         tokens = text.tokens(TEXTS)
         try:
             export_module(text, text.tokens(TEXTS[:2]), path, (("chunks",), ("chunks",), ("reports", "chunks")))

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from ctx_distill.data.io.scan_file import ScanFile
 from ctx_distill.data.io.volume import Volume
+from ctx_distill.data.transforms.model_volume import VolumeSpec, prepare_volume, target_affine
 from ctx_distill.data.transforms.projection import square_projection
-from ctx_distill.data.transforms.volume import VolumeSpec, prepare_volume, target_affine
 from ctx_distill.errors import InputError
 from ctx_distill.files import hash_json
 from ctx_distill.inference.parts import Parts, open_parts

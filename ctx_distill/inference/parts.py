@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from ctx_distill.checkpoint import ARTEFACT_FILE, Artefact, load_weights, read_artefact, require_same
-from ctx_distill.data.transforms.volume import VolumeSpec
+from ctx_distill.data.transforms.model_volume import VolumeSpec
 from ctx_distill.errors import InputError
 from ctx_distill.models.ct_encoder import CTEncoder, build_ct_encoder
 from ctx_distill.models.decoder_artefact import load_decoder
@@ -21,7 +21,7 @@ from ctx_distill.models.heads import FindingsHead
 from ctx_distill.models.report_decoder import ReportDecoder
 from ctx_distill.models.xray_expert import XrayExpert
 from ctx_distill.stages.shared.projection_prior import open_prior
-from ctx_distill.text.findings import load_vocabulary
+from ctx_distill.text.extractor import load_vocabulary
 from ctx_distill.text.prompts import Templates
 
 ARTEFACT = "artefact"

@@ -53,7 +53,7 @@ class ImageTower(nn.Module):
         return found
 
 
-class TextTower(nn.Module):
+class ReportTower(nn.Module):
     """Chunks of reports to reports: token ids and mask (C, L), L the context length, and each chunk's share (B, C) in each
     report, rows that sum to 1, to unit rows (B, D)."""
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ctx_distill.metrics.bootstrap import Groups, Interval, interval, resample_counts
 from ctx_distill.metrics.captions import caption_scores
-from ctx_distill.text.findings import Vocabulary, extract_many
+from ctx_distill.text.extractor import Vocabulary, extract_many
 
 Floats = NDArray[np.float64]
 _ORDER = 4
@@ -127,7 +127,7 @@ def findings_scores(
 ) -> dict[str, float | None]:
     """Clinical agreement: the findings that generated reports assert against those that true reports assert.
 
-    Both sides go through `ctx_distill.text.findings.extract_many`; what is uncertain or absent is not asserted.
+    Both sides go through `ctx_distill.text.extractor.extract_many`; what is uncertain or absent is not asserted.
 
     Args:
         references: N true reports.

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ctx_distill.metrics.bootstrap import Groups, interval
 from ctx_distill.metrics.generation import HEADLINES, generation_report
 from ctx_distill.metrics.score_blocks import Candidates
-from ctx_distill.text.findings import Vocabulary
+from ctx_distill.text.extractor import Vocabulary
 
 Floats = NDArray[np.floating[Any]]
 BASELINES = {"nearest": "the nearest training report", "frequent": "the most frequent training report"}

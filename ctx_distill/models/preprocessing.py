@@ -50,7 +50,7 @@ class ImagePreprocessing:
         """Plain JSON values."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
-    def __call__(self, images: Tensor) -> Tensor:
+    def apply(self, images: Tensor) -> Tensor:
         """Preprocess a batch of radiographs of one size.
 
         Args:

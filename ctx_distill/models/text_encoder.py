@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ctx_distill.files import hash_json
 from ctx_distill.models.opening import load_text_tower
 from ctx_distill.models.text_tower import TextTower, TokenizedText, tokenize_with_offsets, tokenizer_hash
-from ctx_distill.text.report import pack_chunks, split_sentences
+from ctx_distill.text.report_text import pack_chunks, split_sentences
 from ctx_distill.types import InputError
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ctx_distill.files import hash_json, write_json
-from ctx_distill.text.report import pack_chunks, split_sentences
+from ctx_distill.text.report_text import pack_chunks, split_sentences
 
 TOWER_FILE = "text_tower.json"
 

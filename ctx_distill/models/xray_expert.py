@@ -106,11 +106,11 @@ class XrayExpert(nn.Module, ABC):
 
     def preprocess(self, image: NDArray[np.float32]) -> Tensor:
         """One radiograph (H, W) in [0, 1], bone bright, to the tower's input (C, h, w)."""
-        return self.preprocessing(torch.as_tensor(image, dtype=torch.float32)[None])[0]
+        return self.preprocessing.apply(torch.as_tensor(image, dtype=torch.float32)[None])[0]
 
     def preprocess_batch(self, images: Tensor) -> Tensor:
         """Radiographs of one size (B, H, W) in [0, 1] on any device to (B, C, h, w)."""
-        return self.preprocessing(images)
+        return self.preprocessing.apply(images)
 
     @torch.no_grad()
     def encode_image(self, pixels: Tensor) -> Tensor:

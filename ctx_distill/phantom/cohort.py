@@ -23,8 +23,8 @@ from filelock import FileLock, Timeout
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ctx_distill.files import write_bytes
-from ctx_distill.phantom.findings import FINDINGS
-from ctx_distill.phantom.items import Modality, Study, make_images, plan_study
+from ctx_distill.phantom.items import Modality, PhantomStudy, make_images, plan_study
+from ctx_distill.phantom.planted_findings import FINDINGS
 from ctx_distill.types import InputError
 
 GENERATOR = 1
@@ -167,7 +167,7 @@ def _die_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _manifest(studies: list[Study]) -> bytes:
+def _manifest(studies: list[PhantomStudy]) -> bytes:
     """The CSV of one modality, a row an image."""
     view = ["view"] if studies[0].modality == "xray" else []
     header = ["study_id", "image_id", "patient_id", "split", "image_path", "findings", "impression", *view, "language"]
@@ -184,7 +184,7 @@ def _manifest(studies: list[Study]) -> bytes:
     return stream.getvalue().encode()
 
 
-def _counts(studies: list[Study]) -> dict[str, Any]:
+def _counts(studies: list[PhantomStudy]) -> dict[str, Any]:
     planted = [{finding.name for finding in study.findings} for study in studies]
     return {
         "studies": len(studies),

@@ -16,10 +16,10 @@ from PIL import Image
 
 from ctx_distill.files import write_bytes
 from ctx_distill.phantom.anatomy import Person, sample_person
-from ctx_distill.phantom.findings import Finding, sample_findings
-from ctx_distill.phantom.projection import radiograph
+from ctx_distill.phantom.ct_scan import ct_grid, ct_volume, nifti_bytes
+from ctx_distill.phantom.film import radiograph
+from ctx_distill.phantom.planted_findings import PlantedFinding, sample_findings
 from ctx_distill.phantom.reports import Report, write_report
-from ctx_distill.phantom.scan import ct_grid, ct_volume, nifti_bytes
 
 Modality = Literal["ct", "xray"]
 
@@ -36,7 +36,7 @@ _ORIENTATIONS = ("LPS", "LPS", "LPS", "RAS", "RAS", "LAS")
 
 
 @dataclass(frozen=True)
-class Study:
+class PhantomStudy:
     """One study of the cohort.
 
     Attributes:
@@ -56,7 +56,7 @@ class Study:
     split: str
     image_ids: tuple[str, ...]
     person: Person
-    findings: list[Finding]
+    findings: list[PlantedFinding]
     report: Report
 
     def image_path(self, image_id: str) -> str:
@@ -68,7 +68,7 @@ def _rng(seed: int, modality: Modality, stream: int, index: int, *more: int) -> 
     return np.random.default_rng(np.random.SeedSequence([seed, _KIND[modality], stream, index, *more]))
 
 
-def plan_study(seed: int, modality: Modality, index: int) -> Study:
+def plan_study(seed: int, modality: Modality, index: int) -> PhantomStudy:
     """Everything about a study but its image: cheap, so that the manifest needs no worker."""
     patient = index - (index + 1) // _FOLLOW_UP if modality == "xray" else index
     splits = _SPLITS[modality]
@@ -77,7 +77,7 @@ def plan_study(seed: int, modality: Modality, index: int) -> Study:
     twice = modality == "ct" and index % _SECOND_RECONSTRUCTION == 5
     person = sample_person(_rng(seed, modality, _PERSON, patient))
     planted = sample_findings(seed, _KIND[modality], index, _rng(seed, modality, _FINDINGS, index))
-    return Study(
+    return PhantomStudy(
         modality=modality,
         index=index,
         study_id=study_id,
@@ -90,7 +90,7 @@ def plan_study(seed: int, modality: Modality, index: int) -> Study:
     )
 
 
-def image_bytes(seed: int, study: Study, number: int) -> bytes:
+def image_bytes(seed: int, study: PhantomStudy, number: int) -> bytes:
     """The file of a study's image: .nii.gz of a CT's reconstruction `number`, .png of a radiograph."""
     rng = _rng(seed, study.modality, _IMAGE, study.index, number)
     if study.modality == "xray":

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from ctx_distill.phantom.anatomy import Person
 from ctx_distill.phantom.canvas import Array, Canvas, Point, Slices
-from ctx_distill.phantom.findings import Finding, adapt
+from ctx_distill.phantom.planted_findings import PlantedFinding, adapt
 from ctx_distill.phantom.skeleton import paint_bones
 from ctx_distill.phantom.thorax import (
     heart_frame,
@@ -23,7 +23,7 @@ from ctx_distill.phantom.thorax import (
 )
 
 
-def paint_chest(canvas: Canvas, person: Person, findings: list[Finding], upright: bool) -> None:
+def paint_chest(canvas: Canvas, person: Person, findings: list[PlantedFinding], upright: bool) -> None:
     """Paints a person with findings: upright with the arms down (radiograph), or supine with the arms up (CT)."""
     person = adapt(person, findings)
     cage = paint_trunk(canvas, person, arms_up=not upright)
@@ -40,7 +40,7 @@ def paint_chest(canvas: Canvas, person: Person, findings: list[Finding], upright
     paint_bones(canvas, person, arms_up=not upright)
 
 
-def _signs(finding: Finding) -> list[float]:
+def _signs(finding: PlantedFinding) -> list[float]:
     """The sides as signs of x: -1 right, 1 left."""
     return {"left": [1.0], "right": [-1.0]}.get(finding.side, [-1.0, 1.0])
 
@@ -57,7 +57,7 @@ def _half(canvas: Canvas, person: Person, sign: float, low: float, high: float) 
 
 
 def lung_point(person: Person, sign: float, place: str, rng: np.random.Generator) -> Point:
-    """A point (z, y, x) mm well inside the lung on one side, in a part of it (`Finding.place`)."""
+    """A point (z, y, x) mm well inside the lung on one side, in a part of it (`PlantedFinding.place`)."""
     s = person.scale
     dome = person.dome_left if sign > 0 else person.dome_right
     heights = {"upper": (0.25, 0.62), "middle": (-0.28, -0.1), "lower": (-0.4, -0.06), "basal": (-0.42, -0.15)}
@@ -92,7 +92,7 @@ def _cluster(
     return at, depth
 
 
-def _effusion(canvas: Canvas, person: Person, finding: Finding, upright: bool) -> None:
+def _effusion(canvas: Canvas, person: Person, finding: PlantedFinding, upright: bool) -> None:
     s, e = person.scale, finding.extent
     for sign in _signs(finding):
         at = _half(canvas, person, sign, person.lung_base - 10, 70 * s)
@@ -112,7 +112,7 @@ def _effusion(canvas: Canvas, person: Person, finding: Finding, upright: bool) -
         canvas.blend(at, cover, 12.0)
 
 
-def _pneumothorax(canvas: Canvas, person: Person, finding: Finding, upright: bool) -> None:
+def _pneumothorax(canvas: Canvas, person: Person, finding: PlantedFinding, upright: bool) -> None:
     s, e = person.scale, finding.extent
     sign = _signs(finding)[0]
     at = _half(canvas, person, sign, person.lung_base - 10, person.lung_top + 15)
@@ -138,7 +138,7 @@ def _pneumothorax(canvas: Canvas, person: Person, finding: Finding, upright: boo
     canvas.hu[at] += line * np.float32(500 / canvas.soft)
 
 
-def _consolidation(canvas: Canvas, person: Person, finding: Finding, _upright: bool) -> None:
+def _consolidation(canvas: Canvas, person: Person, finding: PlantedFinding, _upright: bool) -> None:
     rng = np.random.default_rng(finding.seed)
     sign = _signs(finding)[0]
     centre = lung_point(person, sign, finding.place, rng)
@@ -158,7 +158,7 @@ def _consolidation(canvas: Canvas, person: Person, finding: Finding, _upright: b
         canvas.tube(way, [2.6, 2.2, 1.6], -850.0, solid=False)
 
 
-def _atelectasis(canvas: Canvas, person: Person, finding: Finding, _upright: bool) -> None:
+def _atelectasis(canvas: Canvas, person: Person, finding: PlantedFinding, _upright: bool) -> None:
     """Bands of airless lung above a raised diaphragm (`adapt` raised it)."""
     rng = np.random.default_rng(finding.seed)
     s, sign = person.scale, _signs(finding)[0]
@@ -174,7 +174,7 @@ def _atelectasis(canvas: Canvas, person: Person, finding: Finding, _upright: boo
     canvas.ellipsoid(wedge, ((30 + 12 * finding.extent) * s, 26 * s, 22 * s), 35.0, within_lung=True)
 
 
-def _round_lesion(canvas: Canvas, person: Person, finding: Finding, _upright: bool) -> None:
+def _round_lesion(canvas: Canvas, person: Person, finding: PlantedFinding, _upright: bool) -> None:
     """A nodule or a mass: lobulated, a mass with spicules."""
     rng = np.random.default_rng(finding.seed)
     centre = lung_point(person, _signs(finding)[0], finding.place, rng)
@@ -192,7 +192,7 @@ def _round_lesion(canvas: Canvas, person: Person, finding: Finding, _upright: bo
             canvas.tube(ends, [1.8, 0.8], 0.0, solid=False)
 
 
-def _ground_glass(canvas: Canvas, person: Person, finding: Finding, _upright: bool) -> None:
+def _ground_glass(canvas: Canvas, person: Person, finding: PlantedFinding, _upright: bool) -> None:
     rng = np.random.default_rng(finding.seed)
     for sign in _signs(finding):
         for _ in range(5 if finding.side == "both" else 7):
@@ -207,7 +207,7 @@ def _ground_glass(canvas: Canvas, person: Person, finding: Finding, _upright: bo
             canvas.hu[at] += fade * np.maximum(haze - canvas.hu[at], 0) * np.float32(0.85)
 
 
-def _emphysema(canvas: Canvas, person: Person, finding: Finding, _upright: bool) -> None:
+def _emphysema(canvas: Canvas, person: Person, finding: PlantedFinding, _upright: bool) -> None:
     """Holes in the lung; `adapt` thinned it and flattened the diaphragm."""
     rng = np.random.default_rng(finding.seed)
     for sign in (-1.0, 1.0):
@@ -217,7 +217,7 @@ def _emphysema(canvas: Canvas, person: Person, finding: Finding, _upright: bool)
             canvas.ellipsoid((z, y, x), (radius, radius, radius), -992.0, solid=False, within_lung=True)
 
 
-def _fibrosis(canvas: Canvas, person: Person, finding: Finding, _upright: bool) -> None:
+def _fibrosis(canvas: Canvas, person: Person, finding: PlantedFinding, _upright: bool) -> None:
     """A net of fine lines under the pleura, densest at the bases."""
     rng = np.random.default_rng(finding.seed)
     s, base = person.scale, min(person.dome_left, person.dome_right)
@@ -253,7 +253,7 @@ def cage_part(canvas: Canvas, person: Person, at: Slices) -> Array:
     return np.asarray((1 - radius) * 0.5 * (width + depth), np.float32)
 
 
-def _coronary(canvas: Canvas, person: Person, finding: Finding, _upright: bool) -> None:
+def _coronary(canvas: Canvas, person: Person, finding: PlantedFinding, _upright: bool) -> None:
     """Plaques along three arteries on the heart's surface."""
     rng = np.random.default_rng(finding.seed)
     centre, radii, axes = heart_frame(person)
@@ -272,7 +272,7 @@ def _coronary(canvas: Canvas, person: Person, finding: Finding, _upright: bool) 
     canvas.hu += filled * (np.float32(1250) - canvas.hu)
 
 
-def _hernia(canvas: Canvas, person: Person, finding: Finding, upright: bool) -> None:
+def _hernia(canvas: Canvas, person: Person, finding: PlantedFinding, upright: bool) -> None:
     s, radius = person.scale, finding.size / 2
     centre: Point = (person.dome_left + (8 + 0.55 * radius) * s, 34 * s + 0.18 * radius, 10 * s)
     found = canvas.cover_ellipsoid(centre, (0.95 * radius, 0.8 * radius, radius))
@@ -290,7 +290,7 @@ def _hernia(canvas: Canvas, person: Person, finding: Finding, upright: bool) -> 
     canvas.blend(at, cover * gas, -930.0)
 
 
-def _nodes(canvas: Canvas, person: Person, finding: Finding, _upright: bool) -> None:
+def _nodes(canvas: Canvas, person: Person, finding: PlantedFinding, _upright: bool) -> None:
     rng = np.random.default_rng(finding.seed)
     s = person.scale
     stations: list[Point] = [(60, 2, -24), (42, -14, 30), (14, 20, 0), (8, 8, -46), (12, 8, 48), (78, 0, -22)]
@@ -300,7 +300,7 @@ def _nodes(canvas: Canvas, person: Person, finding: Finding, _upright: bool) -> 
         canvas.ellipsoid((z, y, x), (1.15 * radius, radius, radius), float(rng.uniform(35, 55)))
 
 
-_LESIONS: dict[str, Callable[[Canvas, Person, Finding, bool], None]] = {
+_LESIONS: dict[str, Callable[[Canvas, Person, PlantedFinding, bool], None]] = {
     "pleural effusion": _effusion,
     "pneumothorax": _pneumothorax,
     "consolidation": _consolidation,

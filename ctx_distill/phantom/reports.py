@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 from ctx_distill.phantom import wordings
-from ctx_distill.phantom.findings import FINDINGS, KINDS, Finding
+from ctx_distill.phantom.planted_findings import FINDINGS, KINDS, PlantedFinding
 
 Style = Literal["ct", "xray"]
 
@@ -28,7 +28,7 @@ class Report:
     mentioned: tuple[str, ...]
 
 
-def words(finding: Finding) -> dict[str, str]:
+def words(finding: PlantedFinding) -> dict[str, str]:
     """What fills the braces of a wording: side, place and size in words and in numbers."""
     grade = ("mild", "moderate", "severe")[min(int(finding.extent * 3), 2)]
     size = ("small", "moderate", "large")[min(int(finding.extent * 3), 2)]
@@ -49,7 +49,7 @@ def words(finding: Finding) -> dict[str, str]:
     }
 
 
-def sentence(finding: Finding, style: Style, rng: np.random.Generator) -> str:
+def sentence(finding: PlantedFinding, style: Style, rng: np.random.Generator) -> str:
     """One affirming sentence of the style's wordings."""
     table = wordings.CT if style == "ct" else wordings.FILM
     options = table.get(f"{finding.name}/both") if finding.side == "both" else None
@@ -58,7 +58,7 @@ def sentence(finding: Finding, style: Style, rng: np.random.Generator) -> str:
     return text[0].upper() + text[1:]
 
 
-def write_report(findings: list[Finding], style: Style, contrast: bool, rng: np.random.Generator) -> Report:
+def write_report(findings: list[PlantedFinding], style: Style, contrast: bool, rng: np.random.Generator) -> Report:
     """Writes a report.
 
     A CT's report mentions everything; a radiograph's what is visible (`Kind.on_film`), and large findings sooner.
@@ -90,7 +90,9 @@ def write_report(findings: list[Finding], style: Style, contrast: bool, rng: np.
     return Report(text, summary, tuple(f.name for f in seen))
 
 
-def _normality(planted: list[Finding], seen: list[Finding], style: Style, rng: np.random.Generator) -> list[str]:
+def _normality(
+    planted: list[PlantedFinding], seen: list[PlantedFinding], style: Style, rng: np.random.Generator
+) -> list[str]:
     """Denials, statements of normality and remarks that say nothing of any finding."""
     true, noted = {f.name for f in planted}, {f.name for f in seen}
     long = style == "ct"
@@ -116,7 +118,7 @@ def _normality(planted: list[Finding], seen: list[Finding], style: Style, rng: n
     return lines
 
 
-def _impression(seen: list[Finding], style: Style, rng: np.random.Generator) -> str:
+def _impression(seen: list[PlantedFinding], style: Style, rng: np.random.Generator) -> str:
     if not seen:
         options = wordings.CT_NORMAL if style == "ct" else wordings.FILM_NORMAL
         return options[int(rng.integers(len(options)))]

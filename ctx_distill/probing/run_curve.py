@@ -7,8 +7,8 @@ from pathlib import Path
 from ctx_distill.errors import InputError
 from ctx_distill.files import hash_json, write_json
 from ctx_distill.reporting.few_shot_section import CURVE, FOLDER
-from ctx_distill.runs.reader import gather
 from ctx_distill.runs.run_folder import read_json
+from ctx_distill.runs.run_reader import gather
 from ctx_distill.runs.stage_table import ARTEFACT
 
 SHOTS = ("1", "5", "20", "10%", "50%", "100%")

@@ -138,17 +138,17 @@ def _histogram(page: CheckPage) -> str:
     across, up = Scale(low, high, 36.0, width - 8.0), Scale(0.0, float(share.max()), bottom, 12.0)
     step = (high - low) / bins
     bars = "".join(
-        f'<rect x="{across(low + i * step):g}" y="{up(value):g}" width="{across(low + (i + 1) * step) - across(low + i * step) - 1:.2f}"'
-        f' height="{max(0.0, bottom - up(value)):.2f}" fill="var(--s0)"><title>{low + i * step:g} to {low + (i + 1) * step:g} HU:'
+        f'<rect x="{across.position(low + i * step):g}" y="{up.position(value):g}" width="{across.position(low + (i + 1) * step) - across.position(low + i * step) - 1:.2f}"'
+        f' height="{max(0.0, bottom - up.position(value)):.2f}" fill="var(--s0)"><title>{low + i * step:g} to {low + (i + 1) * step:g} HU:'
         f" {value:.1%}</title></rect>"
         for i, value in enumerate(share)
     )
     ticks = "".join(
-        f'<text class="tick" x="{across(v):g}" y="{bottom + 16:g}" text-anchor="middle">{v:g}</text>'
+        f'<text class="tick" x="{across.position(v):g}" y="{bottom + 16:g}" text-anchor="middle">{v:g}</text>'
         for v in (-1000, -500, 0, 500, 1000, 2000, 3000)
     )
     words = "".join(
-        f'<text class="tick" x="{across(v):g}" y="{bottom + 32:g}" text-anchor="middle">{word}</text>'
+        f'<text class="tick" x="{across.position(v):g}" y="{bottom + 32:g}" text-anchor="middle">{word}</text>'
         for v, word in ((-1000, "air"), (40, "soft tissue"), (1000, "bone"), (3000, "metal"))
     )
     return (

@@ -21,7 +21,7 @@ from ctx_distill.reporting.results_section import CATALOGUE, missing_parts, per_
 from ctx_distill.reporting.run_page import CURVE_STAGES, SHOWN_CURVES, environment, page_style
 from ctx_distill.reporting.settings_section import data_warnings, setting_rows
 from ctx_distill.reporting.studies_section import label_table, read_ct
-from ctx_distill.runs.reader import STAGES, Metric, Run, gather, mapping
+from ctx_distill.runs.run_reader import STAGES, Metric, Run, gather, mapping
 
 LARGEST = len(plots.SHAPES)
 DISAGREEMENTS, SHOWN_FINDINGS = 4, 4
@@ -29,7 +29,7 @@ LOWER_IS_BETTER = ("zero_shot.macro.ece", "classifier.macro.ece")
 
 
 @dataclass(frozen=True)
-class Difference:
+class ShownDifference:
     """A run less the first: in numbers, and what follows in words."""
 
     numbers: str
@@ -38,14 +38,14 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Row:
+class ComparedRow:
     """A metric: one value a run, then one difference a run after the first."""
 
     stage: str
     name: str
     meaning: str
     values: tuple[Metric | None, ...]
-    differences: tuple[Difference, ...]
+    differences: tuple[ShownDifference, ...]
 
 
 @dataclass(frozen=True)
@@ -136,47 +136,47 @@ def _facts(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     return [("Folder", [str(run.folder) for run in runs]), *facts]
 
 
-def _rows(runs: Sequence[Run], held: Sequence[list[Source]]) -> list[Row]:
+def _rows(runs: Sequence[Run], held: Sequence[list[Source]]) -> list[ComparedRow]:
     titles = {key: title for _, key, title in STAGES}
     rows = []
     for key, (name, meaning, _) in CATALOGUE.items():
         values = tuple(run.metric(key) for run in runs)
         if all(value is None or value.value is None for value in values):
             continue
-        rows.append(Row(titles[key.partition(".")[0]], name, meaning, values, _differences(key, runs, held)))
+        rows.append(ComparedRow(titles[key.partition(".")[0]], name, meaning, values, _differences(key, runs, held)))
     return rows
 
 
-def _differences(key: str, runs: Sequence[Run], held: Sequence[list[Source]]) -> tuple[Difference, ...]:
+def _differences(key: str, runs: Sequence[Run], held: Sequence[list[Source]]) -> tuple[ShownDifference, ...]:
     told = []
     for run, own in zip(runs[1:], held[1:], strict=True):
         if (run.metric(key) or Metric(None)).value is None or (runs[0].metric(key) or Metric(None)).value is None:
-            told.append(Difference("–", "not in both", False))
+            told.append(ShownDifference("–", "not in both", False))
             continue
         told.append(difference_words(difference(key, own, held[0], run, runs[0]), key in LOWER_IS_BETTER))
     return tuple(told)
 
 
-def difference_words(found: Interval | str, lower_is_better: bool = False) -> Difference:
+def difference_words(found: Interval | str, lower_is_better: bool = False) -> ShownDifference:
     """A difference in numbers, and whether its interval leaves 0 out."""
     if isinstance(found, str):
-        return Difference("–", found, False)
+        return ShownDifference("–", found, False)
     if found.value is None or found.low is None or found.high is None:
-        return Difference("–", "not defined", False)
+        return ShownDifference("–", "not defined", False)
     if found.value == found.low == found.high == 0:
-        return Difference("0", "the same", False)
+        return ShownDifference("0", "the same", False)
     numbers = f"{_signed(found.value)} [{_signed(found.low)}, {_signed(found.high)}]"
     if found.low <= 0 <= found.high:
-        return Difference(numbers, "no difference shown", True)
+        return ShownDifference(numbers, "no difference shown", True)
     better = (found.value > 0) != lower_is_better
-    return Difference(numbers, "better" if better else "worse", True)
+    return ShownDifference(numbers, "better" if better else "worse", True)
 
 
 def _signed(value: float) -> str:
     return f"{value:+.3f}".replace("-", "−")
 
 
-def _tally(every: Sequence[Difference]) -> str:
+def _tally(every: Sequence[ShownDifference]) -> str:
     """What so many comparisons mean together."""
     if not every:
         return "No figure differs that could be compared study by study."

@@ -11,7 +11,7 @@ import pandas as pd
 
 from ctx_distill.reporting.pictures import CTPictures
 from ctx_distill.reporting.studies_section import label_table, read_ct, shared_runs
-from ctx_distill.runs.reader import Run, mapping, to_number
+from ctx_distill.runs.run_reader import Run, mapping, to_number
 
 if TYPE_CHECKING:
     from ctx_distill.data.manifests.manifest import Manifest

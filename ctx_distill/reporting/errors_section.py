@@ -12,10 +12,10 @@ from numpy.typing import ArrayLike
 
 from ctx_distill.reporting.overlays import Shown, read_record, show_finding
 from ctx_distill.reporting.studies_section import label_table
-from ctx_distill.runs.reader import Run, mapping, to_number
+from ctx_distill.runs.run_reader import Run, mapping, to_number
 from ctx_distill.text.assertion import ABSENT, PRESENT
-from ctx_distill.text.findings import vocabulary_for
-from ctx_distill.text.report import split_sentences
+from ctx_distill.text.extractor import vocabulary_for
+from ctx_distill.text.report_text import split_sentences
 
 if TYPE_CHECKING:
     from ctx_distill.data.manifests.manifest import Manifest

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from ctx_distill.runs.reader import STAGES, Run, mapping, to_number
+from ctx_distill.runs.run_reader import STAGES, Run, mapping, to_number
 
 if TYPE_CHECKING:
     from ctx_distill.data.manifests.manifest import Manifest

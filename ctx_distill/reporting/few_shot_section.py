@@ -8,7 +8,7 @@ import pandas as pd
 from markupsafe import Markup
 
 from ctx_distill.reporting import svg
-from ctx_distill.runs.reader import Run
+from ctx_distill.runs.run_reader import Run
 
 FOLDER = "probe"
 CURVE = "few_shot.csv"
@@ -46,19 +46,23 @@ def curve_plot(table: pd.DataFrame, style: str = "") -> str:
     y = svg.Scale(ticks[0], ticks[-1], bottom, top)
     parts = [style] if style else []
     for tick in ticks:
-        parts.append(svg.line(left, y(tick), width - 14, y(tick), "grid"))
-        parts.append(svg.text(left - 8, y(tick) + 4, svg.tick_text(tick, ticks[1] - ticks[0]), "tick", "end"))
-    parts.append(svg.line(left, y(0.5), width - 14, y(0.5), "chance"))
+        parts.append(svg.line(left, y.position(tick), width - 14, y.position(tick), "grid"))
+        parts.append(svg.text(left - 8, y.position(tick) + 4, svg.tick_text(tick, ticks[1] - ticks[0]), "tick", "end"))
+    parts.append(svg.line(left, y.position(0.5), width - 14, y.position(0.5), "chance"))
     parts.append(svg.text(left - 8, 14, "test macro AUROC, 95 % intervals over patients; dotted: chance", "tick"))
     shares = known["shots"].astype(str).str.endswith("%")
     for number, own in enumerate((known[~shares], known[shares])):
         places = [left + pitch * (int(place) + 0.5) for place in own.index]
         parts.append(
-            svg.polyline([(x, y(v)) for x, v in zip(places, own["macro_auroc"], strict=True)], f"curve s{number}")
+            svg.polyline(
+                [(x, y.position(v)) for x, v in zip(places, own["macro_auroc"], strict=True)], f"curve s{number}"
+            )
         )
         for x, (_, row) in zip(places, own.iterrows(), strict=True):
-            parts.append(svg.line(x, y(row["low"]), x, y(row["high"]), f"whisker s{number}"))
-            parts.append(svg.marker(("dot", "square")[number], x, y(row["macro_auroc"]), f"mark s{number}", 4.5))
+            parts.append(svg.line(x, y.position(row["low"]), x, y.position(row["high"]), f"whisker s{number}"))
+            parts.append(
+                svg.marker(("dot", "square")[number], x, y.position(row["macro_auroc"]), f"mark s{number}", 4.5)
+            )
             parts.append(svg.text(x, bottom + 18, str(row["shots"]), "tick", "middle"))
             parts.append(svg.text(x, bottom + 34, f"{row['findings']:g} findings", "tick", "middle"))
     words = "examples of each class a finding; % of the training patients"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ctx_distill.reporting.failures_section import LISTED, Failure
-from ctx_distill.runs.reader import Run
+from ctx_distill.runs.run_reader import Run
 from ctx_distill.text.contradictions import Comparison, compare
-from ctx_distill.text.findings import extract, vocabulary_for
+from ctx_distill.text.extractor import extract, vocabulary_for
 
 if TYPE_CHECKING:
     from ctx_distill.data.manifests.manifest import Manifest

@@ -18,8 +18,8 @@ from ctx_distill.metrics.generation import generation_report, rouge_l
 from ctx_distill.metrics.operating import calibration_scores, operating_scores
 from ctx_distill.metrics.retrieval import common_labels, findings_jaccard
 from ctx_distill.reporting.studies_section import label_table
-from ctx_distill.runs.reader import Run, mapping, to_number
-from ctx_distill.text.findings import Vocabulary, load_vocabulary, vocabulary_for
+from ctx_distill.runs.run_reader import Run, mapping, to_number
+from ctx_distill.text.extractor import Vocabulary, load_vocabulary, vocabulary_for
 
 Floats = NDArray[np.float64]
 REPLICATES, SEED = 1000, 0

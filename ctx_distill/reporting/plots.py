@@ -10,7 +10,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from ctx_distill.reporting import svg
-from ctx_distill.runs.reader import Metric
+from ctx_distill.runs.run_reader import Metric
 
 MAX_POINTS = 160
 
@@ -83,9 +83,9 @@ def interval_plot(rows: Sequence[tuple[str, Sequence[Metric | None]]], series: S
     parts = []
     for index in range(round(low * 10), 11):
         value = index / 10
-        parts.append(svg.line(x(value), top, x(value), bottom, "grid"))
-        parts.append(svg.text(x(value), bottom + 17, f"{value:.1f}", "tick", "middle"))
-    parts.append(svg.line(x(chance), top, x(chance), bottom, "chance"))
+        parts.append(svg.line(x.position(value), top, x.position(value), bottom, "grid"))
+        parts.append(svg.text(x.position(value), bottom + 17, f"{value:.1f}", "tick", "middle"))
+    parts.append(svg.line(x.position(chance), top, x.position(chance), bottom, "chance"))
     for index, (name, metrics) in enumerate(rows):
         middle = top + pitch * (index + 0.5)
         parts.append(svg.text(left - 12, middle + 4.5, shorten(name, 26), "label", "end"))
@@ -94,8 +94,8 @@ def interval_plot(rows: Sequence[tuple[str, Sequence[Metric | None]]], series: S
             if metric is None or metric.value is None:
                 continue
             if metric.low is not None and metric.high is not None:
-                parts.append(svg.line(x(metric.low), y, x(metric.high), y, f"whisker s{number}"))
-            parts.append(svg.marker(SHAPES[number], x(metric.value), y, f"mark s{number}", 4.5))
+                parts.append(svg.line(x.position(metric.low), y, x.position(metric.high), y, f"whisker s{number}"))
+            parts.append(svg.marker(SHAPES[number], x.position(metric.value), y, f"mark s{number}", 4.5))
     label = f"AUROC of {len(rows)} findings with 95 % intervals ({', '.join(series)}); the numbers stand in the table"
     return svg.frame(width, bottom + 26, label, parts, "wide")
 
@@ -182,14 +182,16 @@ def series_plot(
     y = svg.Scale(ticks[0], ticks[-1], bottom, top)
     parts = []
     for tick in ticks:
-        parts.append(svg.line(left, y(tick), width - right, y(tick), "grid"))
-        parts.append(svg.text(left - 6, y(tick) + 3.5, svg.tick_text(tick, ticks[1] - ticks[0]), "tick", "end"))
-    parts.append(svg.text(x(min(xs)), height - 14, f"{min(xs):g}", "tick", "middle"))
+        parts.append(svg.line(left, y.position(tick), width - right, y.position(tick), "grid"))
+        parts.append(
+            svg.text(left - 6, y.position(tick) + 3.5, svg.tick_text(tick, ticks[1] - ticks[0]), "tick", "end")
+        )
+    parts.append(svg.text(x.position(min(xs)), height - 14, f"{min(xs):g}", "tick", "middle"))
     if max(xs) > min(xs):
-        parts.append(svg.text(x(max(xs)), height - 14, f"{max(xs):g}", "tick", "middle"))
+        parts.append(svg.text(x.position(max(xs)), height - 14, f"{max(xs):g}", "tick", "middle"))
     parts.append(svg.text((left + width - right) / 2, height - 14, unit, "tick", "middle"))
     for number, series in enumerate(drawn):
-        points = [(x(a), y(b)) for a, b in series]
+        points = [(x.position(a), y.position(b)) for a, b in series]
         parts.append(svg.polyline(points, f"curve s{number}"))
         apart = max(1, len(points) // 8)
         shown = points[::apart] if number or every else (points if len(points) == 1 else [])
@@ -207,14 +209,14 @@ def roc_plot(finding: str, curves: Sequence[Roc | None], names: Sequence[str]) -
     """One small multiple of the ROC curves, the series overlaid."""
     size, left, top, bottom = 210.0, 44.0, 8.0, 162.0
     x, y = svg.Scale(0, 1, left, size - 12), svg.Scale(0, 1, bottom, top)
-    parts = [svg.line(x(0), y(0), x(1), y(1), "chance")]
+    parts = [svg.line(x.position(0), y.position(0), x.position(1), y.position(1), "chance")]
     for value in (0.0, 0.5, 1.0):
-        parts.append(svg.line(x(value), y(0), x(value), y(1), "grid"))
-        parts.append(svg.line(x(0), y(value), x(1), y(value), "grid"))
-        parts.append(svg.text(x(value), bottom + 15, f"{value:g}", "tick", "middle"))
-        parts.append(svg.text(left - 6, y(value) + 3.5, f"{value:g}", "tick", "end"))
-    parts.append(svg.text((x(0) + x(1)) / 2, bottom + 28, "false positive rate", "tick", "middle"))
-    middle = (y(0) + y(1)) / 2
+        parts.append(svg.line(x.position(value), y.position(0), x.position(value), y.position(1), "grid"))
+        parts.append(svg.line(x.position(0), y.position(value), x.position(1), y.position(value), "grid"))
+        parts.append(svg.text(x.position(value), bottom + 15, f"{value:g}", "tick", "middle"))
+        parts.append(svg.text(left - 6, y.position(value) + 3.5, f"{value:g}", "tick", "end"))
+    parts.append(svg.text((x.position(0) + x.position(1)) / 2, bottom + 28, "false positive rate", "tick", "middle"))
+    middle = (y.position(0) + y.position(1)) / 2
     turned = f'<g transform="rotate(-90 11 {middle:g})">'
     parts.append(turned + svg.text(11, middle, "true positive rate", "tick", "middle") + "</g>")
     told = []
@@ -223,6 +225,6 @@ def roc_plot(finding: str, curves: Sequence[Roc | None], names: Sequence[str]) -
             continue
         keep = np.unique(np.linspace(0, len(curve.false_positive_rate) - 1, 200).round().astype(int))
         rates = zip(curve.false_positive_rate[keep], curve.true_positive_rate[keep], strict=True)
-        parts.append(svg.polyline([(x(float(a)), y(float(b))) for a, b in rates], f"curve s{number}"))
+        parts.append(svg.polyline([(x.position(float(a)), y.position(float(b))) for a, b in rates], f"curve s{number}"))
         told.append(f"{names[number]} {curve.auroc:.2f}")
     return svg.frame(size, 196, f"ROC curve of {finding}; area: {', '.join(told)}", parts, "small")

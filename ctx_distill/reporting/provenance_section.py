@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ctx_distill.reporting.results_section import stage_states
-from ctx_distill.runs.reader import STAGES, Run, mapping
+from ctx_distill.runs.run_reader import STAGES, Run, mapping
 
 
 def how_made(run: Run) -> dict[str, Any]:

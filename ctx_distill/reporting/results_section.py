@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ctx_distill.runs.reader import STAGES, Metric, Run, to_metric
+from ctx_distill.runs.run_reader import STAGES, Metric, Run, to_metric
 
 _AUROC = "share of (with, without) pairs of studies in the right order, mean over the findings"
 
@@ -87,7 +87,7 @@ BASELINE_NAMES = {"nearest": "Nearest training report", "frequent": "Most freque
 
 
 @dataclass(frozen=True)
-class Row:
+class MetricRow:
     """A line of the results table; `chance` is None where there is no such level."""
 
     stage: str
@@ -106,7 +106,7 @@ class Tile:
     note: str
 
 
-def result_rows(run: Run) -> list[Row]:
+def result_rows(run: Run) -> list[MetricRow]:
     """The results table: the metrics of the catalogue that the run has, in the order of the stages."""
     names = {key: name for _, key, name in STAGES}
     rows = []
@@ -115,7 +115,7 @@ def result_rows(run: Run) -> list[Row]:
         if metric is None or (metric.value is None and has_labels(run) is False):
             continue
         level = run.metric(chance) if isinstance(chance, str) else Metric(chance) if chance is not None else None
-        rows.append(Row(names[key.partition(".")[0]], name, metric, meaning, level))
+        rows.append(MetricRow(names[key.partition(".")[0]], name, metric, meaning, level))
     return rows
 
 

@@ -31,7 +31,7 @@ from ctx_distill.reporting.stages_section import SECTIONS, STUDY_PARTS_OF, of_st
 from ctx_distill.reporting.studies_section import label_table, studies
 from ctx_distill.reporting.wanted_maps import study_maps
 from ctx_distill.reporting.zero_shot_section import zero_shot_part
-from ctx_distill.runs.reader import STAGES, Metric, Run, gather, to_number
+from ctx_distill.runs.run_reader import STAGES, Metric, Run, gather, to_number
 
 if TYPE_CHECKING:
     import jinja2

@@ -17,7 +17,7 @@ from ctx_distill.errors import InputError
 from ctx_distill.files import write_json
 from ctx_distill.reporting.overlays import FOLDER, RECORD, Key, map_file, read_record
 from ctx_distill.reporting.wanted_maps import Wanted, wanted_maps
-from ctx_distill.runs.reader import gather
+from ctx_distill.runs.run_reader import gather
 
 
 def write_saliency(run: Path) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from ctx_distill.reporting.studies_section import label_table
-from ctx_distill.runs.reader import STAGES, Run, mapping
+from ctx_distill.runs.run_reader import STAGES, Run, mapping
 
 _OWN = ("trainer.default_root_dir", "trainer.logger")
 """Where a run and its manifests lie is no setting of it; the manifests' fingerprints are compared instead."""

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass, replace
 
 from ctx_distill.reporting.results_section import stage_states
-from ctx_distill.runs.reader import STAGES, Run, mapping
+from ctx_distill.runs.run_reader import STAGES, Run, mapping
 
 LEADS = {
     "expert": "The X-ray expert: an image and a text tower that were trained on radiographs and their reports.",

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from ctx_distill.reporting.pictures import CTPictures, Picture, ct_pictures, xray_picture
-from ctx_distill.runs.reader import Run
+from ctx_distill.runs.run_reader import Run
 
 if TYPE_CHECKING:
     from ctx_distill.data.manifests.manifest import Manifest
@@ -21,7 +21,7 @@ _TRUTH = {1.0: "present", 0.0: "absent", -1.0: "uncertain"}
 
 
 @dataclass(frozen=True)
-class Score:
+class FindingScore:
     """A probability, and the median of the finding's probabilities over all scored studies."""
 
     value: float
@@ -34,11 +34,11 @@ class FindingRow:
 
     name: str
     truth: str
-    scores: tuple[Score | None, ...]
+    scores: tuple[FindingScore | None, ...]
 
 
 @dataclass(frozen=True)
-class Neighbour:
+class RetrievedXray:
     """The X-ray retrieved for a study, with the findings that both, or one of them, have (None without labels)."""
 
     image_id: str
@@ -52,7 +52,7 @@ class Neighbour:
 
 
 @dataclass(frozen=True)
-class Study:
+class ShownStudy:
     """One study as the page shows it; what the run does not have is None or empty."""
 
     study_id: str
@@ -63,7 +63,7 @@ class Study:
     pictures: CTPictures | None
     problem: str
     findings: tuple[FindingRow, ...]
-    neighbour: Neighbour | None
+    neighbour: RetrievedXray | None
     reference: tuple[tuple[str, bool], ...]
     generated: tuple[tuple[str, bool], ...]
 
@@ -139,7 +139,7 @@ def study_fits(labels: pd.DataFrame, scores: pd.DataFrame) -> dict[str, tuple[fl
     return dict(sorted(found.items(), key=lambda item: (-item[1][0], item[0])))
 
 
-def studies(run: Run) -> list[Study]:
+def studies(run: Run) -> list[ShownStudy]:
     """The chosen studies with everything that the run has about them."""
     chosen = choose_studies(run)
     if run.ct is None or not chosen:
@@ -151,12 +151,12 @@ def studies(run: Run) -> list[Study]:
 
 def _study(
     run: Run, ct: Manifest, labels: pd.DataFrame | None, xray_labels: pd.DataFrame | None, study: str, why: str
-) -> Study:
+) -> ShownStudy:
     rows = ct.frame.index[ct.frame["study_id"] == study]
     row = int(rows[0])
     pictures, problem = read_ct(ct, row)
     reference, generated = _reports(run, study)
-    return Study(
+    return ShownStudy(
         study_id=study,
         patient_id=str(ct.frame.at[row, "patient_id"]),
         chosen=why,
@@ -200,14 +200,16 @@ def _findings(run: Run, labels: pd.DataFrame | None, study: str) -> tuple[Findin
     return tuple(sorted(rows, key=order))
 
 
-def _score(table: pd.DataFrame, study: str, name: str) -> Score | None:
+def _score(table: pd.DataFrame, study: str, name: str) -> FindingScore | None:
     if name not in table.columns or study not in table.index:
         return None
     value, median = float(table[name][study]), float(table[name].median())
-    return Score(value, median) if np.isfinite(value) else None
+    return FindingScore(value, median) if np.isfinite(value) else None
 
 
-def _neighbour(run: Run, labels: pd.DataFrame | None, xray_labels: pd.DataFrame | None, study: str) -> Neighbour | None:
+def _neighbour(
+    run: Run, labels: pd.DataFrame | None, xray_labels: pd.DataFrame | None, study: str
+) -> RetrievedXray | None:
     """The first retrieved X-ray of a study."""
     if run.retrieval is None or run.xray is None:
         return None
@@ -217,14 +219,14 @@ def _neighbour(run: Run, labels: pd.DataFrame | None, xray_labels: pd.DataFrame 
     image_id, similarity = str(found.iloc[0]["xray_image_id"]), float(found.iloc[0]["similarity"])
     rows = run.xray.frame.index[run.xray.frame["image_id"] == image_id]
     if not len(rows):
-        return Neighbour(image_id, similarity, "", None, "This X-ray is not in the manifest any more.")
+        return RetrievedXray(image_id, similarity, "", None, "This X-ray is not in the manifest any more.")
     row = int(rows[0])
     picture, problem = None, ""
     try:
         picture = xray_picture(run.xray.image_file(row), run.xray.inverted(row))
     except (ValueError, OSError) as error:
         problem = f"The X-ray could not be shown: {error}"
-    neighbour = Neighbour(image_id, similarity, run.xray.report(row), picture, problem)
+    neighbour = RetrievedXray(image_id, similarity, run.xray.report(row), picture, problem)
     other = str(run.xray.frame.at[row, "study_id"])
     if labels is None or xray_labels is None or study not in labels.index or other not in xray_labels.index:
         return neighbour
@@ -233,7 +235,7 @@ def _neighbour(run: Run, labels: pd.DataFrame | None, xray_labels: pd.DataFrame 
         return neighbour
     ours = [name for name in common if labels.at[study, name] == 1]
     theirs = [name for name in common if xray_labels.at[other, name] == 1]
-    return Neighbour(
+    return RetrievedXray(
         image_id,
         similarity,
         neighbour.report,

@@ -21,7 +21,7 @@ class Scale:
     start: float
     end: float
 
-    def __call__(self, value: float) -> float:
+    def position(self, value: float) -> float:
         """The pixel of a value; values outside are put at the edge."""
         span = self.high - self.low
         share = 0.5 if span <= 0 else min(1.0, max(0.0, (value - self.low) / span))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ctx_distill.reporting.errors_section import MODELS, region_of, shown_errors
 from ctx_distill.reporting.overlays import Shown, read_record, show_finding
 from ctx_distill.reporting.studies_section import choose_studies, label_table
-from ctx_distill.runs.reader import Run
+from ctx_distill.runs.run_reader import Run
 
 
 @dataclass(frozen=True)

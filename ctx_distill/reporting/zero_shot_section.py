@@ -7,7 +7,7 @@ from typing import Any
 from markupsafe import Markup
 
 from ctx_distill.reporting import svg
-from ctx_distill.runs.reader import Metric, Run, mapping, to_metric, to_number
+from ctx_distill.runs.run_reader import Metric, Run, mapping, to_metric, to_number
 
 MEASURES = (
     ("average_precision", "Average precision"),
@@ -71,15 +71,15 @@ def _reliability_plot(bins: object) -> Markup | None:
     x, y = svg.Scale(0, 1, left, size - 14), svg.Scale(0, 1, bottom, top)
     parts = []
     for value in (0.0, 0.5, 1.0):
-        parts.append(svg.line(x(value), y(0), x(value), y(1), "grid"))
-        parts.append(svg.line(x(0), y(value), x(1), y(value), "grid"))
-        parts.append(svg.text(x(value), bottom + 16, f"{value:g}", "tick", "middle"))
-        parts.append(svg.text(left - 6, y(value) + 3.5, f"{value:g}", "tick", "end"))
-    parts.append(svg.line(x(0), y(0), x(1), y(1), "chance"))
-    parts.append(svg.polyline([(x(given), y(seen)) for given, seen, _ in points], "curve s0"))
-    parts.extend(svg.marker("dot", x(given), y(seen), "mark s0", 4) for given, seen, _ in points)
-    parts.append(svg.text((x(0) + x(1)) / 2, bottom + 32, "probability given", "tick", "middle"))
-    middle = (y(0) + y(1)) / 2
+        parts.append(svg.line(x.position(value), y.position(0), x.position(value), y.position(1), "grid"))
+        parts.append(svg.line(x.position(0), y.position(value), x.position(1), y.position(value), "grid"))
+        parts.append(svg.text(x.position(value), bottom + 16, f"{value:g}", "tick", "middle"))
+        parts.append(svg.text(left - 6, y.position(value) + 3.5, f"{value:g}", "tick", "end"))
+    parts.append(svg.line(x.position(0), y.position(0), x.position(1), y.position(1), "chance"))
+    parts.append(svg.polyline([(x.position(given), y.position(seen)) for given, seen, _ in points], "curve s0"))
+    parts.extend(svg.marker("dot", x.position(given), y.position(seen), "mark s0", 4) for given, seen, _ in points)
+    parts.append(svg.text((x.position(0) + x.position(1)) / 2, bottom + 32, "probability given", "tick", "middle"))
+    middle = (y.position(0) + y.position(1)) / 2
     turned = f'<g transform="rotate(-90 12 {middle:g})">'
     parts.append(turned + svg.text(12, middle, "share with the finding", "tick", "middle") + "</g>")
     told = "; ".join(f"given {given:.2f}, seen {seen:.2f}, {count} answers" for given, seen, count in points)

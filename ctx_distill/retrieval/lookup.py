@@ -81,7 +81,7 @@ class NeighbourLookup:
             self.permutation = torch.empty_like(order).scatter_(0, order, order.roll(1))
 
     @torch.no_grad()
-    def __call__(self, queries: Tensor, findings: Tensor | None = None, draws: Tensor | None = None) -> Neighbours:
+    def look_up(self, queries: Tensor, findings: Tensor | None = None, draws: Tensor | None = None) -> Neighbours:
         """Look up one batch.
 
         Args:

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ctx_distill.checkpoint import WEIGHTS_FILE, hash_file, hash_json, read_artefact, write_artefact, write_json
-from ctx_distill.retrieval.build import build_index
+from ctx_distill.retrieval.build_index import build_index
 from ctx_distill.retrieval.equal import first_near
 from ctx_distill.retrieval.index import INDEX_FILE, Device, IndexKind, KeyIndex, Placement, XrayIndex
 from ctx_distill.retrieval.keys import KeyKind, make_queries

@@ -13,7 +13,7 @@ import pandas as pd
 from ctx_distill.data.io.scan_file import ScanFile
 from ctx_distill.data.loading.prepared import PreparedFolder
 from ctx_distill.data.manifests.manifest import read_manifest
-from ctx_distill.data.transforms.volume import VolumeSpec
+from ctx_distill.data.transforms.model_volume import VolumeSpec
 from ctx_distill.data.transforms.volume_presets import VOLUME_PRESETS
 from ctx_distill.errors import InputError
 from ctx_distill.files import write_text

@@ -14,6 +14,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from ctx_distill import __version__
 from ctx_distill.errors import InputError
 from ctx_distill.files import write_json
 from ctx_distill.runs.stage_table import STAGES, Stage
@@ -101,8 +102,12 @@ def open_stage(folder: Path, key: str, request: dict[str, Any]) -> Path | None:
             count = 1 + sum(1 for _ in folder.parent.glob(f"{folder.name}.before-*"))
             aside = folder.with_name(f"{folder.name}.before-{count}")
             folder.rename(aside)
-            print(f"{folder}: holds a run with other settings or inputs; set aside as {aside.name}")
-    write_json(folder / REQUEST_FILE, {"key": key, **request})
+            version = str(found.get("version", "0.1"))
+            reason = (
+                "other settings or inputs" if version == __version__ else f"version {version} (this is {__version__})"
+            )
+            print(f"{folder}: holds a run of {reason}; moved to {aside.name}")
+    write_json(folder / REQUEST_FILE, {"key": key, "version": __version__, **request})
     return aside
 
 

@@ -84,7 +84,7 @@ class JobOptions:
 
 
 @dataclass(frozen=True)
-class Job:
+class SlurmJob:
     """One job: its name, the program's arguments of each step, the jobs it comes after, its array's size."""
 
     name: str
@@ -94,7 +94,7 @@ class Job:
     stages: list[Stage] = field(default_factory=list)
 
 
-def plan_jobs(target: str, run: RunOptions, overrides: list[str], options: JobOptions) -> list[Job]:
+def plan_jobs(target: str, run: RunOptions, overrides: list[str], options: JobOptions) -> list[SlurmJob]:
     """The jobs of a target, in an order in which they can be submitted.
 
     Args:
@@ -132,17 +132,17 @@ def plan_jobs(target: str, run: RunOptions, overrides: list[str], options: JobOp
         ]
         planned = {job.name for job in jobs}
         jobs.append(
-            Job(name, steps, tuple(before for before in _AFTER.get(name, ()) if before in planned), stages=each)
+            SlurmJob(name, steps, tuple(before for before in _AFTER.get(name, ()) if before in planned), stages=each)
         )
     return jobs
 
 
-def _prepare_job(run: RunOptions, options: JobOptions, folder: Path) -> Job:
+def _prepare_job(run: RunOptions, options: JobOptions, folder: Path) -> SlurmJob:
     manifest = find_manifest(run.data, "ct").resolve()
     arguments = run.arguments()
     preset = arguments[arguments.index("--preset") + 1]
     cores = ["--workers", str(options.cpus or 1)]
-    return Job(
+    return SlurmJob(
         "prepare", [["prepare", str(manifest), str(folder), "--preset", preset, *cores]], array=max(1, options.parts)
     )
 
@@ -152,7 +152,7 @@ def _from_prepared(stage: Stage, folder: Path, prepared: bool) -> list[str]:
     return [f"{_PREPARED}{folder}"] if prepared and stage.reads == ("ct",) else []
 
 
-def script_text(job: Job, run: RunOptions, options: JobOptions) -> str:
+def script_text(job: SlurmJob, run: RunOptions, options: JobOptions) -> str:
     """The batch script of a job."""
     folder = run.run.resolve()
     values = {
@@ -170,7 +170,7 @@ def script_text(job: Job, run: RunOptions, options: JobOptions) -> str:
     return re.sub("@@([A-Z]+)@@", lambda found: values[found[1]], template)
 
 
-def _sbatch_lines(job: Job, folder: Path, options: JobOptions) -> list[str]:
+def _sbatch_lines(job: SlurmJob, folder: Path, options: JobOptions) -> list[str]:
     single = job.array is not None
     output = folder / "slurm" / (f"{job.name}-%A_%a.out" if single else f"{job.name}-%j.out")
     for path in (output, Path.cwd()):
@@ -225,7 +225,7 @@ def _quoted(word: str) -> str:
     return f'"{word}"' if re.search(r"[\s#']", word) else word
 
 
-def submission_text(jobs: list[Job], folder: Path) -> str:
+def submission_text(jobs: list[SlurmJob], folder: Path) -> str:
     """The shell script that submits jobs in order, each after those that it needs."""
     lines = ["#!/bin/bash", "# Written by `ctx-distill submit`.", "set -euo pipefail"]
     for job in jobs:

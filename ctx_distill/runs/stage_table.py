@@ -15,6 +15,7 @@ import yaml
 
 from ctx_distill.errors import InputError
 from ctx_distill.files import hash_file, hash_json, restore_folder
+from ctx_distill.runs.renamed import refuse_renamed
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def read_layer(path: Path) -> dict[str, Any]:
     """Read one YAML layer.
 
     Raises:
-        InputError: no such file, or it holds no mapping.
+        InputError: no such file, it holds no mapping, or it names a class that was renamed.
     """
     if not path.is_file():
         raise InputError(f"{path}: no such configuration layer. Those that exist: {', '.join(_names(path.parent))}.")
@@ -107,6 +108,7 @@ def read_layer(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: not readable as YAML: {error}") from error
     if not isinstance(layer, dict):
         raise InputError(f"{path}: holds {type(layer).__name__}, expected a mapping of settings.")
+    refuse_renamed(path, layer)
     return layer
 
 

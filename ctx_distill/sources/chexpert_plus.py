@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ctx_distill.errors import InputError
 from ctx_distill.sources.options import SourceOptions
-from ctx_distill.sources.rows import Built, Row, hashed_split, one_split_a_patient, table
+from ctx_distill.sources.rows import Built, ManifestRow, hashed_split, one_split_a_patient, table
 from ctx_distill.text.sections import cut_report, without_marks
 
 TABLE = "df_chexpert_plus_240401.csv"
@@ -48,7 +48,7 @@ def build(root: Path, options: SourceOptions) -> Built:
         split = "test" if own in ("valid", "val", "test") else hashed_split("chexpert-plus", patient, VAL_SHARE)
         image_id = f"{study}_{Path(image).stem}"
         view = _view(columns["frontal_lateral"][place], columns["ap_pa"][place])
-        built.rows.append(Row(study, patient, split, path, image_id, findings, impression, view))
+        built.rows.append(ManifestRow(study, patient, split, path, image_id, findings, impression, view))
     one_split_a_patient(built)
     return built
 

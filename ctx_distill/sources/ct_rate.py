@@ -13,7 +13,7 @@ from pathlib import Path
 from ctx_distill.data.manifests.tables import Table
 from ctx_distill.errors import InputError
 from ctx_distill.sources.options import SourceOptions
-from ctx_distill.sources.rows import Built, Row, hashed_split, label_value, present, table
+from ctx_distill.sources.rows import Built, ManifestRow, hashed_split, label_value, present, table
 from ctx_distill.text.sections import without_marks
 
 LABELS = (
@@ -72,12 +72,12 @@ def _add_split(built: Built, name: str, long: str, folder: Path, release: str, o
     )  # fmt: skip
     no_chest = base / "metadata" / f"no_chest_{name}.txt"
     outside = set(no_chest.read_text().split()) if no_chest.is_file() else set()
-    studies: dict[str, list[tuple[Row, dict[str, str]]]] = defaultdict(list)
+    studies: dict[str, list[tuple[ManifestRow, dict[str, str]]]] = defaultdict(list)
     for place, volume in enumerate(reports.columns["VolumeName"]):
         image_id = volume.removesuffix(".nii.gz")
         patient, study = image_id.rsplit("_", 2)[0], image_id.rsplit("_", 1)[0]
         facts = metadata.get(volume, {})
-        row = Row(
+        row = ManifestRow(
             study, patient, "test" if name == "valid" else hashed_split("ct-rate", patient, VAL_SHARE),
             folder.relative_to(base) / patient / study / volume, image_id,
             findings=without_marks(reports.columns["Findings_EN"][place]),
@@ -118,7 +118,7 @@ def _labels(path: Path, row: dict[str, str]) -> dict[str, float | None]:
     return {name.lower(): label_value(path, name, row[name]) for name in LABELS} if row else {}
 
 
-def _thinnest_first(row: Row, facts: dict[str, str]) -> tuple[float, float, int]:
+def _thinnest_first(row: ManifestRow, facts: dict[str, str]) -> tuple[float, float, int]:
     number = row.image_id.rsplit("_", 1)[1]
     thickness, slices = _number(facts.get("ZSpacing", "")), _number(facts.get("NumberofSlices", ""))
     return (

@@ -13,7 +13,7 @@ from pathlib import Path
 from ctx_distill.data.manifests.tables import Table, parse_csv
 from ctx_distill.errors import InputError
 from ctx_distill.sources.options import SourceOptions
-from ctx_distill.sources.rows import Built, Row, label_value, one_split_a_patient, present
+from ctx_distill.sources.rows import Built, ManifestRow, label_value, one_split_a_patient, present
 from ctx_distill.text.sections import cut_report
 
 _SPLITS = {"train": "train", "validate": "val", "test": "test"}
@@ -45,7 +45,7 @@ def build(root: Path, options: SourceOptions) -> Built:
         if split_of.get(dicom) not in _SPLITS:
             built.left_out["not in the set's split table"] += 1
             continue
-        row = Row(
+        row = ManifestRow(
             f"s{study}", f"p{patient}", _SPLITS[split_of[dicom]], folder / f"{dicom}.jpg", dicom,
             view=_view(metadata.columns["ViewPosition"][place]), labels=labels_of.get(study, {}),
         )  # fmt: skip

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ctx_distill.errors import InputError
 from ctx_distill.sources.options import SourceOptions
-from ctx_distill.sources.rows import Built, Row, hashed_split, table
+from ctx_distill.sources.rows import Built, ManifestRow, hashed_split, table
 from ctx_distill.text.sections import without_marks
 
 ARCHIVE = "NLMCXR_reports.tgz"
@@ -122,7 +122,7 @@ def build(root: Path, options: SourceOptions) -> Built:
                 continue
             guess = ("frontal" if place == 0 else "lateral") if options.first_is_frontal else "unknown"
             built.rows.append(
-                Row(
+                ManifestRow(
                     report.uid, report.uid, hashed_split("open-i", report.uid, options.val, options.test), path, image,
                     report.findings, report.impression, view=views.get(image, guess),
                 )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ctx_distill.errors import InputError
 from ctx_distill.sources.options import SourceOptions
-from ctx_distill.sources.rows import Built, Row, hashed_split, table
+from ctx_distill.sources.rows import Built, ManifestRow, hashed_split, table
 from ctx_distill.text.sections import without_marks
 
 TABLE = "PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv"
@@ -63,7 +63,7 @@ def build(root: Path, options: SourceOptions) -> Built:
             english = english_from_labels(terms) if options.english_from_labels else None
             inverted = photometric is not None and photometric[place].strip() == "MONOCHROME1"
             built.rows.append(
-                Row(
+                ManifestRow(
                     studies[place], value["PatientID"],
                     hashed_split("padchest", value["PatientID"], options.val, options.test), path, image_id,
                     findings=without_marks(value["Report"]) if english is None else english,

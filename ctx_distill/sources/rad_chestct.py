@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ctx_distill.errors import InputError
 from ctx_distill.sources.options import SourceOptions
-from ctx_distill.sources.rows import Built, Row, label_value, present, table
+from ctx_distill.sources.rows import Built, ManifestRow, label_value, present, table
 
 _TABLES = {"train": ("trn", "imgtrain"), "val": ("val", "imgvalid"), "test": ("tst", "imgtest")}
 ID = "NoteAcc_DEID"
@@ -81,7 +81,7 @@ def build(root: Path, options: SourceOptions) -> Built:
                 raise InputError(
                     f"{path}: row {read.rows[place]}: {named} {image_id!r}; expected {prefix} and a number"
                 )
-            row = Row(image_id, image_id, split, folder / f"{image_id}.npz", image_id)
+            row = ManifestRow(image_id, image_id, split, folder / f"{image_id}.npz", image_id)
             row.labels = {finding: float(values[place]) for finding, values in labels.items()}
             built.rows += present(built, [row])
     if not found:

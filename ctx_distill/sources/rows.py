@@ -17,7 +17,7 @@ from ctx_distill.files import write_text
 
 
 @dataclass
-class Row:
+class ManifestRow:
     """One image; the fields are the columns of a manifest, `image` is its place under the source's root."""
 
     study_id: str
@@ -47,7 +47,7 @@ class Built:
 
     source: str
     root: Path
-    rows: list[Row] = field(default_factory=list)
+    rows: list[ManifestRow] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
 
@@ -75,7 +75,7 @@ def one_split_a_patient(built: Built) -> None:
         )
 
 
-def present(built: Built, rows: Iterable[Row], reason: str = "image is not on the disk") -> list[Row]:
+def present(built: Built, rows: Iterable[ManifestRow], reason: str = "image is not on the disk") -> list[ManifestRow]:
     """The rows whose image lies under the root; the others are counted."""
     kept = []
     for row in rows:

@@ -20,9 +20,9 @@ from typing import Any, Literal
 import yaml
 
 from ctx_distill.text.assertion import Sentence
-from ctx_distill.text.findings import Vocabulary
+from ctx_distill.text.extractor import Vocabulary
 from ctx_distill.text.phrases import PhraseIndex, word_spans
-from ctx_distill.text.report import split_sentences
+from ctx_distill.text.report_text import split_sentences
 
 EntityKind = Literal["finding", "cue", "side", "size", "place"]
 

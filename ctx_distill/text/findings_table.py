@@ -14,10 +14,10 @@ from ctx_distill.errors import InputError
 from ctx_distill.files import write_bytes, write_text
 from ctx_distill.parallel import in_processes, usable_cores
 from ctx_distill.text.contradictions import compare, label_value
+from ctx_distill.text.extractor import extract, extract_sides, load_vocabulary
 from ctx_distill.text.familiarity import is_foreign
-from ctx_distill.text.findings import extract, extract_sides, load_vocabulary
 from ctx_distill.text.findings_table_parts import parts_folder, request_hash, standing_parts, write_part
-from ctx_distill.text.report import join_sections
+from ctx_distill.text.report_text import join_sections
 from ctx_distill.text.sections import cut_report
 
 _PART = 500

@@ -9,7 +9,7 @@ from typing import Any
 
 import ctx_distill.text
 from ctx_distill.files import hash_file, hash_json, write_json
-from ctx_distill.text.findings import load_vocabulary
+from ctx_distill.text.extractor import load_vocabulary
 
 
 def parts_folder(out: Path) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from ctx_distill.text.report import NO_TEXT
+from ctx_distill.text.report_text import NO_TEXT
 
 _HEADING = re.compile(r"(?:^|(?<=[\s.]))([A-Z][A-Z0-9/&(), -]{2,60}?)\s*:(?!\d)")
 _FINDINGS = re.compile(r"FINDINGS?\b|REPORT$|BODY OF REPORT|COMPARATIVE FINDINGS")

@@ -151,7 +151,7 @@ class ReportFeatures:
         self.whole = RowFeatures(CacheSettings(memory_gb=memory_gb, disk_gb=0))
 
     @torch.no_grad()
-    def __call__(self, rows: Tensor, reports: Sequence[str], views: Sequence[str]) -> Tensor:
+    def embed(self, rows: Tensor, reports: Sequence[str], views: Sequence[str]) -> Tensor:
         """(b, D_t), unit rows; zero where there is no text.
 
         Args:

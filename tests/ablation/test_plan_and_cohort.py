@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from ctx_distill.ablation.cohort import draw_pairs, open_cohort, write_corpus, write_ct, write_probe, write_xray
+from ctx_distill.ablation.cohort_manifests import (
+    draw_pairs,
+    open_cohort,
+    write_corpus,
+    write_ct,
+    write_probe,
+    write_xray,
+)
 from ctx_distill.ablation.plan import Plan, config_hash, job_layers, read_plan, selection_jobs, table_jobs
 from ctx_distill.errors import InputError
 from ctx_distill.runs.stage_table import stages_folder

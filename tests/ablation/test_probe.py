@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from ctx_distill.ablation.probe import embed_aligned, report_recall
+from ctx_distill.ablation.secondary_measures import embed_aligned, report_recall
 from ctx_distill.data.loading.datamodules import CTDataModule
 from ctx_distill.data.manifests.manifest import read_manifest
-from ctx_distill.data.transforms.volume import VolumeSpec
+from ctx_distill.data.transforms.model_volume import VolumeSpec
 from ctx_distill.runs.stage_table import STAGES, stage_config
 from ctx_distill.stages.zero_shot.task import ZeroShotTask
 

@@ -11,7 +11,7 @@ import pytest
 import ctx_distill
 from ctx_distill.data.io.volume import read_volume
 from ctx_distill.errors import InputError
-from ctx_distill.explorer.reader import open_reader
+from ctx_distill.explorer.model_reader import open_reader
 from ctx_distill.explorer.reader_settings import ReaderSettings
 
 pytestmark = pytest.mark.full
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.full
 def test_it_answers_as_load_does_and_hides_the_pool(finished_run: Path, cohort: Path) -> None:
     path = next((cohort / "ct").glob("*.nii.gz"))
     scan, steps = read_volume(path), []
-    answer = open_reader(ReaderSettings(finished_run, device="cpu"))(scan, steps.append)
+    answer = open_reader(ReaderSettings(finished_run, device="cpu")).read(scan, steps.append)
     said = ctx_distill.load(finished_run).predict(path, report=True)
     assert {one.name: one.value for one in answer.findings} == pytest.approx(said.probabilities, abs=1e-6)
     assert answer.report == said.report
@@ -32,7 +32,7 @@ def test_it_answers_as_load_does_and_hides_the_pool(finished_run: Path, cohort: 
 def test_the_pool_is_shown_when_told_to(finished_run: Path, cohort: Path) -> None:
     settings = ReaderSettings(finished_run, finished_run / "index" / "artefact", show_reports=True, device="cpu")
     reader = open_reader(settings)
-    answer = reader(read_volume(next((cohort / "ct").glob("*.nii.gz"))), lambda step: None)
+    answer = reader.read(read_volume(next((cohort / "ct").glob("*.nii.gz"))), lambda step: None)
     table = pd.read_csv(cohort / "xray.csv", dtype=str, keep_default_na=False).set_index("study_id")
     assert answer.neighbours is not None
     for one in answer.neighbours:

@@ -11,7 +11,7 @@ import pytest
 
 from ctx_distill.data.io.volume import Volume
 from ctx_distill.explorer import viewer
-from ctx_distill.explorer.answers import Answer, FindingAnswer, Saliency
+from ctx_distill.explorer.answers import Answer, FindingAnswer, SaliencyMap
 from ctx_distill.explorer.results import thinning, where, write_answer, write_scan
 
 
@@ -29,7 +29,7 @@ def test_a_place_has_the_patients_side_and_level(z: int, side: str, level: str) 
     scan = scan_of((11, 11, 11))
     values = np.zeros((11, 11, 11), np.float32)
     values[z, 5, z] = 1
-    found = where(scan, Saliency(values, scan.affine_lps))
+    found = where(scan, SaliencyMap(values, scan.affine_lps))
     assert found["words"] == f"patient's {side}, {level} third of the scan, centre"
     # NiiVue counts towards Right, Anterior, Superior.
     assert found["mm"] == [-2.0 * z, -10.0, 2.0 * z]
@@ -39,7 +39,7 @@ def test_sides_follow_the_affine_and_not_the_array() -> None:
     scan = scan_of((11, 11, 11), flip=True)
     values = np.zeros((11, 11, 11), np.float32)
     values[10, 5, 5] = 1  # -20 mm to the Left
-    assert where(scan, Saliency(values, scan.affine_lps))["words"].startswith("patient's right, middle third")
+    assert where(scan, SaliencyMap(values, scan.affine_lps))["words"].startswith("patient's right, middle third")
 
 
 def test_what_lies_outside_of_the_scan_is_not_shown(tmp_path: Path) -> None:
@@ -53,7 +53,7 @@ def test_what_lies_outside_of_the_scan_is_not_shown(tmp_path: Path) -> None:
     nowhere[11, 11, 11] = 1.0
     write_answer(
         tmp_path, scan,
-        Answer([FindingAnswer("low", 0.1, Saliency(nowhere, affine)), FindingAnswer("high", 0.9, Saliency(values, affine))]),
+        Answer([FindingAnswer("low", 0.1, SaliencyMap(nowhere, affine)), FindingAnswer("high", 0.9, SaliencyMap(values, affine))]),
         {},
     )  # fmt: skip
     high, low = json.loads((tmp_path / "result.json").read_text())["findings"]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from ctx_distill.retrieval.build import construct
+from ctx_distill.retrieval.build_index import construct
 from ctx_distill.retrieval.index import Device, XrayIndex, faiss_module
 
 pytestmark = pytest.mark.gpu

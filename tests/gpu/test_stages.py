@@ -12,7 +12,7 @@ from host_waits import pretend_preset, waits_in_a_process, waits_of_a_stage
 
 from ctx_distill.commands.main import main
 from ctx_distill.data.loading.datamodules import CTDataModule
-from ctx_distill.data.transforms.volume import VolumeSpec
+from ctx_distill.data.transforms.model_volume import VolumeSpec
 from ctx_distill.types import CTBatch
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]

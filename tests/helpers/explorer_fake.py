@@ -9,7 +9,7 @@ import numpy as np
 
 from ctx_distill.data.io.volume import Volume
 from ctx_distill.errors import InputError
-from ctx_distill.explorer.answers import About, Answer, FindingAnswer, Neighbour, Saliency, Tell
+from ctx_distill.explorer.answers import About, Answer, FindingAnswer, SaliencyMap, ShownXray, Tell
 
 
 class FakeReader:
@@ -21,7 +21,7 @@ class FakeReader:
         self.mode = mode
         self.about = About({"Model": "a fake"}, nearest="Nearest by nothing.")
 
-    def __call__(self, scan: Volume, tell: Tell) -> Answer:
+    def read(self, scan: Volume, tell: Tell) -> Answer:
         tell("encoding")
         if scan.voxels.max() > 1000:
             if self.mode == "slow":
@@ -35,10 +35,10 @@ class FakeReader:
         return Answer(
             [
                 FindingAnswer("Low", 0.25),
-                FindingAnswer("Bright", float(np.clip(scan.voxels.mean() / 1000, 0, 1)), Saliency(values, corner)),
+                FindingAnswer("Bright", float(np.clip(scan.voxels.mean() / 1000, 0, 1)), SaliencyMap(values, corner)),
             ],
             "A <b>draft</b>.",
-            [Neighbour(0.5, ["Effusion"])],
+            [ShownXray(0.5, ["Effusion"])],
         )
 
 

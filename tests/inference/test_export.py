@@ -15,14 +15,14 @@ import yaml
 import ctx_distill
 from ctx_distill.commands.main import main
 from ctx_distill.data.io.volume import read_volume
+from ctx_distill.data.transforms.model_volume import prepare_volume
 from ctx_distill.data.transforms.projection import square_projection
-from ctx_distill.data.transforms.volume import prepare_volume
 from ctx_distill.errors import InputError
 from ctx_distill.inference import export as exporting
 from ctx_distill.inference.export import export_model, push_to_hub
 from ctx_distill.inference.licences import DATA_LICENCES, CardFacts
 from ctx_distill.inference.model import CTModel
-from ctx_distill.inference.towers import TextTower
+from ctx_distill.inference.towers import ReportTower
 from ctx_distill.models.dual_encoder import DualEncoder
 from ctx_distill.models.text_encoder import BertTextEncoder
 
@@ -60,7 +60,7 @@ def test_programs_on_scans(exported: Path, finished_run: Path, cohort: Path) -> 
         torch.testing.assert_close(found["logits"][place].sigmoid(), probabilities, atol=1e-5, rtol=0)
     dual, _ = DualEncoder.load(finished_run / "align" / "artefact")
     texts = ["Clear lungs.", "Large pneumothorax on the right. " * 80, "Small nodule.", "The heart is enlarged. " * 50]
-    tower = TextTower(dual)
+    tower = ReportTower(dual)
     assert tower.tokens(texts)[0].shape[0] > 4  # several chunks a report
     text = torch.export.load(exported / "text_tower.pt2").module()(*tower.tokens(texts))
     torch.testing.assert_close(text, dual.encode_text(texts), atol=1e-5, rtol=0)
@@ -123,7 +123,7 @@ def test_text_tower_of_bert() -> None:
     )
     encoder = BertTextEncoder(bert, Words(), context_length=24)
     dual = DualEncoder(ResNet3D("small", base_width=8), encoder, projection_dim=16).eval()
-    tower = TextTower(dual).eval()
+    tower = ReportTower(dual).eval()
     texts = ["a few", "letters of words"]
     torch.testing.assert_close(tower(*tower.tokens(texts)), dual.encode_text(texts), atol=1e-6, rtol=1e-5)
 

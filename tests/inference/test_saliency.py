@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ctx_distill.data.transforms.volume import VolumeSpec
+from ctx_distill.data.transforms.model_volume import VolumeSpec
 from ctx_distill.inference.model import CTModel
 from ctx_distill.inference.parts import Asked, Classifier, Parts
 from ctx_distill.inference.saliency import saliency_maps

@@ -12,7 +12,7 @@ from sklearn.metrics import f1_score, precision_score, recall_score
 
 from ctx_distill.metrics.bootstrap import bootstrap
 from ctx_distill.metrics.generation import bleu, findings_scores, generation_report, rouge_l
-from ctx_distill.text.findings import Finding, Vocabulary
+from ctx_distill.text.extractor import Finding, Vocabulary
 
 VOCABULARY = Vocabulary("test", tuple(Finding(name, (name,)) for name in ("effusion", "nodule", "mass", "hernia")))
 REFERENCES = [

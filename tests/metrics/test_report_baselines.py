@@ -13,7 +13,7 @@ from ctx_distill.metrics import report_extras
 from ctx_distill.metrics.generation import generation_report
 from ctx_distill.metrics.report_baselines import beside_baselines, most_frequent_report, nearest_reports
 from ctx_distill.metrics.report_extras import EXTRAS, extra_scores
-from ctx_distill.text.findings import Finding, Vocabulary
+from ctx_distill.text.extractor import Finding, Vocabulary
 
 VOCABULARY = Vocabulary("test", tuple(Finding(name, (name,)) for name in ("effusion", "nodule", "mass")))
 TRUE = [

@@ -34,7 +34,7 @@ def test_agrees_with_open_clip(shape: tuple[int, int], mode: str, interpolation:
     cfg = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.25, 0.3), "interpolation": interpolation, "resize_mode": mode}
     image = film(*shape)
     theirs = image_transform_v2(PreprocessCfg(size=48, **cfg), is_train=False)(as_pil(image))
-    ours = _preprocessing(cfg, 48)(torch.from_numpy(image)[None])[0]
+    ours = _preprocessing(cfg, 48).apply(torch.from_numpy(image)[None])[0]
     assert ours.shape == theirs.shape == (3, 48, 48)
     difference = (ours - theirs).abs() * torch.tensor(cfg["std"])[:, None, None] * 255
     assert difference.max() < 2.5  # Pillow rounds to bytes after each of its two passes
@@ -57,23 +57,23 @@ def test_agrees_with_transformers(tmp_path: Path, shape: tuple[int, int], crop: 
     image = film(*shape)
     theirs = torch.as_tensor(np.asarray(processor(images=as_pil(image))["pixel_values"][0]))
     rule = read_image_processor(tmp_path)
-    ours = rule(torch.from_numpy(image)[None])[0]
+    ours = rule.apply(torch.from_numpy(image)[None])[0]
     assert ours.shape == theirs.shape
     assert ((ours - theirs).abs() * rule.std[0] * 255).mean() < 1.0
 
 
 def test_torchxrayvision_range() -> None:
     rule = ImagePreprocessing((8, 8), (0.5,), (1 / 2048,), "bilinear", "crop-square")
-    assert rule(torch.zeros(1, 12, 20)).unique().tolist() == [-1024.0]
-    assert rule(torch.ones(1, 12, 20)).unique().tolist() == [1024.0]
+    assert rule.apply(torch.zeros(1, 12, 20)).unique().tolist() == [-1024.0]
+    assert rule.apply(torch.ones(1, 12, 20)).unique().tolist() == [1024.0]
     image = torch.zeros(1, 10, 20)
     image[:, :, 5:15] = 1.0  # exactly the central square, so nothing outside it may leak in
-    assert rule(image).min() > 1023.9
+    assert rule.apply(image).min() > 1023.9
 
 
 def test_batch_and_errors() -> None:
     rule = ImagePreprocessing((8, 6), (0.5,), (0.5,), "bilinear", "shortest")
     images = torch.rand(3, 20, 33)
-    assert torch.allclose(rule(images)[1], rule(images[1:2])[0])
+    assert torch.allclose(rule.apply(images)[1], rule.apply(images[1:2])[0])
     with pytest.raises(InputError, match=r"expected \(B, H, W\)"):
-        rule(torch.rand(1, 3, 20, 20))
+        rule.apply(torch.rand(1, 3, 20, 20))

@@ -11,8 +11,8 @@ import pandas as pd
 import pytest
 
 from ctx_distill.phantom.cohort import REQUEST, write_cohort
-from ctx_distill.phantom.findings import FINDINGS, NORMALS
 from ctx_distill.phantom.items import plan_study
+from ctx_distill.phantom.planted_findings import FINDINGS, NORMALS
 from ctx_distill.types import InputError
 
 CT, XRAY, SEED = 6, 9, 4

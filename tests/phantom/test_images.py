@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 from ctx_distill.phantom.anatomy import Person, sample_person
 from ctx_distill.phantom.canvas import Canvas, Grid
-from ctx_distill.phantom.findings import FINDINGS, Finding, draw_finding
+from ctx_distill.phantom.ct_scan import nifti_bytes
+from ctx_distill.phantom.film import radiograph
 from ctx_distill.phantom.lesions import paint_chest
-from ctx_distill.phantom.projection import radiograph
-from ctx_distill.phantom.scan import nifti_bytes
+from ctx_distill.phantom.planted_findings import FINDINGS, PlantedFinding, draw_finding
 
 GRID = Grid((64, 72, 72), (4.6, 5.0, 5.0), (-8, 0, 0))
 
@@ -31,12 +31,12 @@ def healthy(person: Person) -> Canvas:
     return canvas
 
 
-def planted(name: str, side: str, extent: float = 0.6) -> Finding:
+def planted(name: str, side: str, extent: float = 0.6) -> PlantedFinding:
     drawn = draw_finding(name, np.random.default_rng(3))
-    return Finding(name, side, drawn.place, extent, drawn.size, drawn.seed)  # type: ignore[arg-type]
+    return PlantedFinding(name, side, drawn.place, extent, drawn.size, drawn.seed)  # type: ignore[arg-type]
 
 
-def scan(person: Person, finding: Finding) -> NDArray[np.float32]:
+def scan(person: Person, finding: PlantedFinding) -> NDArray[np.float32]:
     canvas = Canvas(GRID)
     paint_chest(canvas, person, [finding], upright=False)
     return canvas.hu
@@ -84,7 +84,7 @@ def test_effusion_fills_the_back_of_the_base(person: Person, healthy: Canvas) ->
     assert rise[low].sum() > 5 * np.abs(rise[high]).sum()
 
 
-def film(person: Person, findings: list[Finding]) -> NDArray[np.float64]:
+def film(person: Person, findings: list[PlantedFinding]) -> NDArray[np.float64]:
     pictures = [radiograph(person, findings, np.random.default_rng(seed)) for seed in (0, 1)]
     width = min(picture.shape[1] for picture in pictures)
     cut = [p[:, (p.shape[1] - width) // 2 :][:, :width] for p in pictures]

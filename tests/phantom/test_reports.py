@@ -11,9 +11,9 @@ import yaml
 
 import ctx_distill
 from ctx_distill.phantom import wordings
-from ctx_distill.phantom.findings import FINDINGS, KINDS, draw_finding, sample_findings
+from ctx_distill.phantom.planted_findings import FINDINGS, KINDS, draw_finding, sample_findings
 from ctx_distill.phantom.reports import Style, sentence, write_report
-from ctx_distill.text.findings import extract, load_vocabulary
+from ctx_distill.text.extractor import extract, load_vocabulary
 
 VOCABULARY = yaml.safe_load(
     (Path(ctx_distill.__file__).parent / "text" / "vocabularies" / "phantom.yaml").read_text(encoding="utf-8")

@@ -20,7 +20,7 @@ from ctx_distill.metrics.bootstrap import Interval, resample_counts
 from ctx_distill.reporting import paired
 from ctx_distill.reporting.compare_page import apart, build_compare_page, difference_words, run_names
 from ctx_distill.reporting.settings_section import data_warnings, setting_rows
-from ctx_distill.runs.reader import gather
+from ctx_distill.runs.run_reader import gather
 
 MACRO = "zero_shot.macro_auroc"
 

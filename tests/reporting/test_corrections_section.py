@@ -10,7 +10,7 @@ import pandas as pd
 
 from ctx_distill.reporting import build_page
 from ctx_distill.reporting.corrections_section import corrections
-from ctx_distill.runs.reader import gather
+from ctx_distill.runs.run_reader import gather
 
 HEADER = ("study_id,other_study_id,kept_as,evidence,strength,report,suspected_batches,corrected_batches,suspected_epochs,"
           "corrected_epochs,first_epoch,last_epoch,labels_known,labels_differ")  # fmt: skip

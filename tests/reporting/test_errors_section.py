@@ -14,7 +14,7 @@ from sklearn.metrics import confusion_matrix
 
 from ctx_distill.reporting import build_page
 from ctx_distill.reporting.errors_section import Error, choose_errors, confusion, find_errors, shown_errors, speaks_of
-from ctx_distill.runs.reader import gather
+from ctx_distill.runs.run_reader import gather
 
 FINDINGS = ("cardiomegaly", "consolidation", "pleural effusion", "lung nodule", "atelectasis", "emphysema")
 

@@ -11,7 +11,7 @@ import pandas as pd
 from ctx_distill.reporting import build_page
 from ctx_distill.reporting.failures_section import failures
 from ctx_distill.reporting.plots import learning_curves
-from ctx_distill.runs.reader import gather
+from ctx_distill.runs.run_reader import gather
 
 
 def section(run: Path) -> str:

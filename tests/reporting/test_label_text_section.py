@@ -9,7 +9,7 @@ import pandas as pd
 
 from ctx_distill.reporting.label_text_section import contradicted
 from ctx_distill.reporting.run_page import build_page
-from ctx_distill.runs.reader import gather
+from ctx_distill.runs.run_reader import gather
 
 
 def test_a_flipped_label_is_listed_and_an_honest_cohort_has_none(make_run: Callable[..., Path]) -> None:

@@ -12,7 +12,7 @@ from sklearn.metrics import roc_auc_score, roc_curve
 from ctx_distill.reporting import plots, svg
 from ctx_distill.reporting.run_page import duration, metric_words, number
 from ctx_distill.reporting.studies_section import choose_studies, shared_runs, study_fits
-from ctx_distill.runs.reader import Metric, gather, to_metric
+from ctx_distill.runs.run_reader import Metric, gather, to_metric
 
 
 def test_roc_agrees_with_scikit_learn() -> None:

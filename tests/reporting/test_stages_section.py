@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ctx_distill.reporting import build_page
-from ctx_distill.runs.reader import STAGES
+from ctx_distill.runs.run_reader import STAGES
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ctx_distill.retrieval.build import build_index
+from ctx_distill.retrieval.build_index import build_index
 from ctx_distill.retrieval.equal import EqualKeys, equal_keys, first_near
 from ctx_distill.retrieval.exact import exact_neighbours
 from ctx_distill.retrieval.index import XrayIndex, faiss_module, knn

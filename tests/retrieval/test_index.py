@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ctx_distill.retrieval import index as index_module
-from ctx_distill.retrieval.build import build_index, recall_at_1
+from ctx_distill.retrieval.build_index import build_index, recall_at_1
 from ctx_distill.retrieval.index import XrayIndex, refuse_two_faiss
 from ctx_distill.retrieval.sharded import ShardedIndex
 from ctx_distill.types import InputError
@@ -226,7 +226,7 @@ def test_a_recall_below_the_set_one_is_told_beside_exact_search() -> None:
 FORK = """
 import torch
 from torch.utils.data import DataLoader
-from ctx_distill.retrieval.build import build_index
+from ctx_distill.retrieval.build_index import build_index
 from ctx_distill.retrieval.index import faiss_module
 
 class Items(torch.utils.data.Dataset):

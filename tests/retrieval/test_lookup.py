@@ -50,7 +50,7 @@ def mixed(positions: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("mode", ["nearest", "mean", "softmax"])
 def test_modes_against_numpy(stores: Stores, mode: str) -> None:
-    found = NeighbourLookup(stores[1], k=3, mode=mode, temperature=0.2)(QUERIES)  # type: ignore[arg-type]
+    found = NeighbourLookup(stores[1], k=3, mode=mode, temperature=0.2).look_up(QUERIES)  # type: ignore[arg-type]
     scores = QUERIES.numpy() @ KEYS.numpy().T
     order = np.argsort(-scores, axis=1)[:, :3]
     near = np.take_along_axis(scores, order, 1)
@@ -68,13 +68,13 @@ def test_sampling_follows_the_softmax_and_its_draws(stores: Stores) -> None:
     lookup = NeighbourLookup(stores[1], k=3, mode="sample", temperature=0.5)
     many = QUERIES[:1].expand(3000, -1)
     draws = torch.rand(3000, generator=torch.Generator().manual_seed(5))
-    found = lookup(many, draws=draws)
-    part = lookup(many[:7], draws=draws[1000:1007])  # a query's neighbour does not depend on the others
+    found = lookup.look_up(many, draws=draws)
+    part = lookup.look_up(many[:7], draws=draws[1000:1007])  # a query's neighbour does not depend on the others
     assert torch.equal(found["weights"][1000:1007], part["weights"])
-    ends = lookup(many[:2], draws=torch.tensor([0.0, 1 - 1e-9], dtype=torch.float64))
+    ends = lookup.look_up(many[:2], draws=torch.tensor([0.0, 1 - 1e-9], dtype=torch.float64))
     assert ends["weights"].tolist() == [[1, 0, 0], [0, 0, 1]]
     assert torch.equal(found["weights"].sum(1), torch.ones(3000))
-    expected = NeighbourLookup(stores[1], k=3, mode="softmax", temperature=0.5)(QUERIES[:1])["weights"][0]
+    expected = NeighbourLookup(stores[1], k=3, mode="softmax", temperature=0.5).look_up(QUERIES[:1])["weights"][0]
     assert torch.allclose(found["weights"].mean(0), expected, atol=0.03)
     chosen = found["positions"].gather(1, found["weights"].argmax(1, keepdim=True))[:, 0]
     assert torch.allclose(found["features"], VALUES[chosen], atol=1e-6)
@@ -85,7 +85,7 @@ def test_findings_rerank_against_brute_force(stores: Stores, visible: list[bool]
     own = torch.tensor([[1, 0, 0, NAN], [NAN, NAN, NAN, NAN], [1, 1, -1, 0], [0, 0, 0, 0], [-1, -1, -1, -1]])
     mask = None if visible is None else torch.tensor(visible)
     lookup = NeighbourLookup(stores[0], k=4, mode="mean", findings_rerank=True, visible=mask, candidates=20)
-    found = lookup(QUERIES, own)
+    found = lookup.look_up(QUERIES, own)
     scores = QUERIES.numpy() @ KEYS.numpy().T
     for i in range(5):
         ranked = []
@@ -99,14 +99,14 @@ def test_findings_rerank_against_brute_force(stores: Stores, visible: list[bool]
         assert found["positions"][i].tolist() == [j for _, _, j in sorted(ranked)[:4]]
     assert np.allclose(found["features"], mixed(found["positions"].numpy(), np.full((5, 4), 0.25)), atol=1e-5)
     with pytest.raises(ValueError, match="got no findings"):
-        lookup(QUERIES)
+        lookup.look_up(QUERIES)
 
 
 def test_shuffled_control_swaps_every_neighbour_for_a_fixed_other(stores: Stores) -> None:
-    plain = NeighbourLookup(stores[1], k=3)(QUERIES)
+    plain = NeighbourLookup(stores[1], k=3).look_up(QUERIES)
     shuffled = NeighbourLookup(stores[1], k=3, shuffle_seed=1)
-    found = shuffled(QUERIES)
-    assert torch.equal(found["positions"], shuffled(QUERIES)["positions"])
+    found = shuffled.look_up(QUERIES)
+    assert torch.equal(found["positions"], shuffled.look_up(QUERIES)["positions"])
     assert torch.equal(found["weights"], plain["weights"])
     assert (found["positions"] != plain["positions"]).all()
     assert shuffled.permutation is not None
@@ -116,9 +116,9 @@ def test_shuffled_control_swaps_every_neighbour_for_a_fixed_other(stores: Stores
 
 def test_no_gradient_and_an_empty_batch(stores: Stores) -> None:
     queries = QUERIES.clone().requires_grad_()
-    assert not NeighbourLookup(stores[1], k=2)(queries)["features"].requires_grad
+    assert not NeighbourLookup(stores[1], k=2).look_up(queries)["features"].requires_grad
     for mode in ("mean", "softmax", "sample", "nearest"):
-        assert NeighbourLookup(stores[1], k=2, mode=mode)(QUERIES[:0])["features"].shape == (0, 4)  # type: ignore[arg-type]
+        assert NeighbourLookup(stores[1], k=2, mode=mode).look_up(QUERIES[:0])["features"].shape == (0, 4)  # type: ignore[arg-type]
 
 
 def test_refusals(stores: Stores) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ctx_distill import distributed
-from ctx_distill.retrieval.build import build_index
+from ctx_distill.retrieval.build_index import build_index
 from ctx_distill.retrieval.sharded import ShardedIndex
 from ctx_distill.types import InputError
 

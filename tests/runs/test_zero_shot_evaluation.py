@@ -15,7 +15,7 @@ from ctx_distill.commands.evaluate import evaluate
 from ctx_distill.commands.main import build_app, main
 from ctx_distill.errors import InputError
 from ctx_distill.metrics.protocols import CT_RATE_18, PROTOCOLS, comparability
-from ctx_distill.text.findings import load_vocabulary
+from ctx_distill.text.extractor import load_vocabulary
 from ctx_distill.text.prompts import load_templates, prompt_pairs
 
 

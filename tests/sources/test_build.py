@@ -9,8 +9,8 @@ import pytest
 
 from ctx_distill.commands.main import main
 from ctx_distill.commands.manifest import Source
-from ctx_distill.sources.build import BUILDERS
-from ctx_distill.sources.rows import Built, Row, hashed_split, one_split_a_patient
+from ctx_distill.sources.build_manifest import BUILDERS
+from ctx_distill.sources.rows import Built, ManifestRow, hashed_split, one_split_a_patient
 
 RECIPES = Path(__file__).parents[2] / "data_manifests"
 
@@ -38,7 +38,7 @@ def test_splits_depend_on_the_patient_alone_and_keep_their_shares() -> None:
 def test_a_patient_of_several_splits_goes_to_the_last() -> None:
     built = Built("x", Path())
     for patient, split in (("a", "train"), ("a", "val"), ("b", "val"), ("b", "test"), ("b", "train"), ("c", "train")):
-        built.rows.append(Row(f"s{len(built.rows)}", patient, split, Path("x"), f"i{len(built.rows)}"))
+        built.rows.append(ManifestRow(f"s{len(built.rows)}", patient, split, Path("x"), f"i{len(built.rows)}"))
     one_split_a_patient(built)
     assert [(row.patient_id, row.split) for row in built.rows] == [
         ("a", "val"), ("a", "val"), ("b", "test"), ("b", "test"), ("b", "test"), ("c", "train"),

@@ -13,7 +13,7 @@ from ctx_distill.commands.main import main
 from ctx_distill.data.loading.datamodules import CTDataModule
 from ctx_distill.data.loading.order import Mixing
 from ctx_distill.data.manifests.manifest import read_manifest
-from ctx_distill.data.transforms.volume import VolumeSpec
+from ctx_distill.data.transforms.model_volume import VolumeSpec
 
 
 def two(cohort: Path, folder: Path) -> tuple[Path, Path]:

@@ -14,7 +14,7 @@ import pytest
 from ctx_distill.commands.main import main
 from ctx_distill.data.io.volume import read_volume
 from ctx_distill.data.manifests.manifest import Manifest, read_manifest
-from ctx_distill.data.transforms.volume import VolumeSpec, prepare_volume
+from ctx_distill.data.transforms.model_volume import VolumeSpec, prepare_volume
 from ctx_distill.errors import InputError
 
 ABNORMALITIES = [

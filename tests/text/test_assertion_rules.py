@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from ctx_distill.text.findings import extract, extract_sides, load_vocabulary
-from ctx_distill.text.report import join_sections
+from ctx_distill.text.extractor import extract, extract_sides, load_vocabulary
+from ctx_distill.text.report_text import join_sections
 from ctx_distill.text.sections import cut_report
 
 EFFUSION, NODULE, OPACITY, AORTA = "Pleural effusion", "Lung nodule", "Lung opacity", "Arterial wall calcification"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ctx_distill.text.findings import extract, extract_sides, load_vocabulary
+from ctx_distill.text.extractor import extract, extract_sides, load_vocabulary
 
 VOCABULARIES = {"c": "ct-rate", "x": "chexpert"}
 

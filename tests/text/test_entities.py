@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ctx_distill.text.entities import EntityFinder
-from ctx_distill.text.findings import Vocabulary, load_vocabulary, shipped_vocabularies
+from ctx_distill.text.extractor import Vocabulary, load_vocabulary, shipped_vocabularies
 from ctx_distill.text.phrases import stem, word_spans, words
 
 ALL = ("finding", "cue", "side", "size", "place")
@@ -84,7 +84,7 @@ def test_a_normal_phrase_is_an_entity() -> None:
 def test_every_mention_that_extraction_reads_is_an_entity(cohort: Path) -> None:
     import pandas as pd
 
-    from ctx_distill.text.findings import extract
+    from ctx_distill.text.extractor import extract
 
     vocabulary = load_vocabulary("phantom")
     finder = EntityFinder(vocabulary)

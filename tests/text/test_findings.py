@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ctx_distill.text.findings import (
+from ctx_distill.text.extractor import (
     Finding,
     Vocabulary,
     extract,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ctx_distill.text.findings import extract, load_vocabulary, vocabulary_for
+from ctx_distill.text.extractor import extract, load_vocabulary, vocabulary_for
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ctx_distill.text.prompts import prompt_pairs
-from ctx_distill.text.report import join_sections, pack_chunks, sample_sentences, split_sentences
+from ctx_distill.text.report_text import join_sections, pack_chunks, sample_sentences, split_sentences
 
 
 @pytest.mark.parametrize(

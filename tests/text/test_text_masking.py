@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ctx_distill.text.entities import EntityFinder, EntitySpan
-from ctx_distill.text.findings import load_vocabulary
+from ctx_distill.text.extractor import load_vocabulary
 from ctx_distill.text.masking import Unit, choose_units, maskable_units
 from ctx_distill.text.tokenizer import train_wordpiece
 

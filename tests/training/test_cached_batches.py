@@ -19,7 +19,7 @@ from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from ctx_distill.data.loading.datamodules import CTDataModule
-from ctx_distill.data.transforms.volume import VolumeSpec
+from ctx_distill.data.transforms.model_volume import VolumeSpec
 from ctx_distill.distributed import rank, world_size
 from ctx_distill.errors import InputError
 from ctx_distill.stages.align.report_tower import TextSettings

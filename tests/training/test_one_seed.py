@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from ctx_distill.commands.main import main
 from ctx_distill.data.loading.datamodules import CTDataModule, XrayDataModule
 from ctx_distill.data.transforms.augment import Augmentation
-from ctx_distill.data.transforms.volume import VolumeSpec
+from ctx_distill.data.transforms.model_volume import VolumeSpec
 from ctx_distill.losses import false_negatives as robust
 from ctx_distill.stages.align import evidence as false_negatives
 from ctx_distill.stages.align.task import AlignmentTask

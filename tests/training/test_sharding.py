@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from ctx_distill.checkpoint import read_artefact
 from ctx_distill.data.loading.datamodules import CTDataModule
-from ctx_distill.data.transforms.volume import VolumeSpec
+from ctx_distill.data.transforms.model_volume import VolumeSpec
 from ctx_distill.distributed import rank, world_size
 from ctx_distill.errors import InputError
 from ctx_distill.models.compute import ComputeSettings

@@ -1,6 +1,6 @@
 """Reading a CT volume from disk into Hounsfield units and a geometry, whatever the format.
 
-The voxels stay on the scanner's grid and in the file's order; `ctx_distill.data.transforms.volume` brings them to the model's.
+The voxels stay on the scanner's grid and in the file's order; `ctx_distill.data.transforms.model_volume` brings them to the model's.
 """
 
 from __future__ import annotations

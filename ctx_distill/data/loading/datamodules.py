@@ -35,8 +35,8 @@ from ctx_distill.data.manifests.index_rows import (
     training_language,
 )
 from ctx_distill.data.manifests.manifest import Manifest, read_manifest
+from ctx_distill.data.transforms.model_volume import VolumeSpec
 from ctx_distill.data.transforms.projection import PROJECTION_VERSION
-from ctx_distill.data.transforms.volume import VolumeSpec
 from ctx_distill.distributed import world_size
 from ctx_distill.errors import InputError
 from ctx_distill.seeds import run_seed

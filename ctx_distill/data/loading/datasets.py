@@ -17,9 +17,9 @@ from ctx_distill.data.loading.cache import TensorCache
 from ctx_distill.data.loading.prepared import PreparedFolder
 from ctx_distill.data.loading.unreadable import Unreadable
 from ctx_distill.data.manifests.manifest import Manifest
+from ctx_distill.data.transforms.model_volume import VolumeSpec, prepare_volume
 from ctx_distill.data.transforms.projection import PROJECTION_VERSION, square_projection
 from ctx_distill.data.transforms.rounding import from_steps
-from ctx_distill.data.transforms.volume import VolumeSpec, prepare_volume
 from ctx_distill.errors import InputError
 from ctx_distill.types import CTBatch, XrayBatch
 

@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ctx_distill.data.io.scan_file import ScanFile
+from ctx_distill.data.transforms.model_volume import VolumeSpec, prepare_steps
 from ctx_distill.data.transforms.projection import PROJECTION_VERSION, square_projection
-from ctx_distill.data.transforms.volume import VolumeSpec, prepare_steps
 from ctx_distill.errors import InputError
 from ctx_distill.files import write_bytes, write_json
 

@@ -34,7 +34,7 @@ class Augmentation:
     brightness: float = 0.0
     noise: float = 0.0
 
-    def __call__(self, x: Tensor, seeds: Sequence[int]) -> Tensor:
+    def apply(self, x: Tensor, seeds: Sequence[int]) -> Tensor:
         """Vary a batch.
 
         Args:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ctx_distill.data.transforms.volume import VolumeSpec
+from ctx_distill.data.transforms.model_volume import VolumeSpec
 
 VOLUME_PRESETS: Mapping[str, VolumeSpec] = {
     "ct-clip": VolumeSpec(

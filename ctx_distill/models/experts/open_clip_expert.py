@@ -157,7 +157,7 @@ def _preprocessing(cfg: dict[str, Any], image_size: Any) -> ImagePreprocessing:
 def expert_preprocessing(config: dict[str, Any]) -> Callable[[NDArray[np.float32]], Tensor]:
     """The preprocessing of a configuration that `make_expert_folder` gave: a radiograph (H, W) to (C, h, w)."""
     prepare = _preprocessing(config["preprocess_cfg"], config["model_cfg"]["vision_cfg"]["image_size"])
-    return lambda image: prepare(torch.as_tensor(image, dtype=torch.float32)[None])[0]
+    return lambda image: prepare.apply(torch.as_tensor(image, dtype=torch.float32)[None])[0]
 
 
 def make_expert_folder(

@@ -72,7 +72,7 @@ class KeepTargets:
         self.retrieved = reports.retrieved(NeighbourLookup(store, min(settings.k, len(store)), "mean"))
         self.projection = ProjectionTeacher(memory_gb)
 
-    def __call__(self, batch: CTBatch) -> Tensor:
+    def targets(self, batch: CTBatch) -> Tensor:
         """(b, D_v) unit rows on the batch's device.
 
         Raises:
@@ -80,6 +80,6 @@ class KeepTargets:
         """
         target = self.retrieved[self.reports.places(batch.row)].to(batch.row.device)
         if self.settings.projection > 0:
-            own = self.projection(batch, self.reports.expert)
+            own = self.projection.targets(batch, self.reports.expert)
             target = F.normalize(target + self.settings.projection * own, dim=-1)
         return target

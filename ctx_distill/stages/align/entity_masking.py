@@ -15,7 +15,7 @@ from ctx_distill.models.masked_language import MaskedLanguageHead
 from ctx_distill.models.text_encoder import TextEncoder
 from ctx_distill.stages.align.masked_language_loss import masked_language_sums
 from ctx_distill.text.entities import EntityFinder, EntityKind
-from ctx_distill.text.findings import load_vocabulary
+from ctx_distill.text.extractor import load_vocabulary
 from ctx_distill.text.masking import choose_units, maskable_units
 
 

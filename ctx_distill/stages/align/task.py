@@ -264,7 +264,7 @@ class AlignmentTask(TrainedTask):
         With `micro_batch` it runs twice a micro-batch (see `encode_cached`): whatever else it may return has one row
         a volume, and gathers wait for `_contrast`.
         """
-        image, output = self.dual.encode_alone(self.augmentation(batch.volume, self.row_seeds(batch.row)))
+        image, output = self.dual.encode_alone(self.augmentation.apply(batch.volume, self.row_seeds(batch.row)))
         text = self.dual.encode_text(report_views(batch.report, self.row_seeds(batch.row, "view"), self.subset_share))
         if self.entity_masking is None:
             return image, text
@@ -278,7 +278,7 @@ class AlignmentTask(TrainedTask):
         terms = self._objective_terms(image, text, study, batch)
         terms["loss"] = terms.pop("total")
         if self.keep_targets is not None:
-            terms["keep"] = pair_loss(image, gather_with_gradient(self.keep_targets(batch)))
+            terms["keep"] = pair_loss(image, gather_with_gradient(self.keep_targets.targets(batch)))
             terms["loss"] = terms["loss"] + self.keep.weight * terms["keep"]
         terms["logit_scale"] = self.dual.logit_scale.detach().exp()
         return terms
@@ -367,7 +367,7 @@ class AlignmentTask(TrainedTask):
     def predict_step(self, batch: CTBatch, batch_idx: int) -> dict[str, Tensor]:
         """Image and report features of a batch, both (B, D), unit rows."""
         del batch_idx
-        prior = None if self.prior is None else self.prior(batch)
+        prior = None if self.prior is None else self.prior.features(batch)
         image, _ = self.dual.encode_volume(batch.volume, prior)
         return {"image": image, "text": self.dual.encode_text(batch.report), "row": batch.row}
 

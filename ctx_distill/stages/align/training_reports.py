@@ -62,7 +62,7 @@ class TrainingReports:
         asked = self.embeddings if own else self._encoded(self.queries)
         # In parts: a lookup holds the k neighbours of each of its queries in float64.
         return self.tables.collect(
-            len(self), (lookup(asked[i : i + PART])["features"] for i in range(0, len(asked), PART))
+            len(self), (lookup.look_up(asked[i : i + PART])["features"] for i in range(0, len(asked), PART))
         )
 
     def _encoded(self, encoder: ReportEncoder) -> Tensor:

@@ -170,7 +170,7 @@ class ClassifierTask(TrainedTask):
         if self.mode != "finetune":
             return batch
         seeds = self.row_seeds(batch.row)
-        volume, labels = self.augmentation(batch.volume, seeds), batch.labels
+        volume, labels = self.augmentation.apply(batch.volume, seeds), batch.labels
         if self.loss.mixup:
             volume, labels = mixup(volume, labels, self.loss.mixup, seeds)
         return replace(batch, volume=volume, labels=labels)

@@ -13,7 +13,7 @@ from ctx_distill.models.xray_expert import XrayExpert
 from ctx_distill.retrieval.store import XrayIndexArtefact
 from ctx_distill.seeds import run_seed
 from ctx_distill.stages.shared.prompt_scores import prompt_features
-from ctx_distill.text.findings import load_vocabulary
+from ctx_distill.text.extractor import load_vocabulary
 
 AnchorKind = Literal["batch", "bank", "prompts"]
 
@@ -58,7 +58,7 @@ class Anchors:
                 f"{found}. Set model.init_args.anchors=bank."
             )
 
-    def __call__(self, expert: XrayExpert, texts: Tensor | None, device: torch.device) -> Tensor:
+    def anchors_for(self, expert: XrayExpert, texts: Tensor | None, device: torch.device) -> Tensor:
         """The anchors of a step.
 
         Args:

@@ -152,7 +152,7 @@ class RetrievedTeacher:
         whole = gather_with_gradient(torch.cat(found)).cpu() if found else torch.zeros(0)
         self._static = dict(zip(rows, whole, strict=True))
 
-    def __call__(self, rows: Tensor, reports: Sequence[str], views: Sequence[str], seeds: Sequence[int]) -> Tensor:
+    def targets(self, rows: Tensor, reports: Sequence[str], views: Sequence[str], seeds: Sequence[int]) -> Tensor:
         """(b, D_v) unit rows on the rows' device; zero where there is no text.
 
         Args:
@@ -173,14 +173,14 @@ class RetrievedTeacher:
     ) -> Tensor:
         known, told = [bool(view) for view in views], [view for view in views if view]
         asked = torch.tensor(known, dtype=torch.bool, device=rows.device)
-        queries = self._queries(rows, reports, views)[asked]
+        queries = self._queries.embed(rows, reports, views)[asked]
         features = torch.zeros(len(known), self.lookup.store.value_dim, device=rows.device)
         draws = None
         if seeds is not None and self.lookup.mode == "sample":
             draws = torch.tensor(
                 [random.Random(seed).random() for seed, view in zip(seeds, views, strict=True) if view]
             )
-        found = self.lookup(queries, None if self._reader is None else self._reader(told), draws)
+        found = self.lookup.look_up(queries, None if self._reader is None else self._reader.extract(told), draws)
         features[asked] = found["features"].to(features)
         return features
 
@@ -232,7 +232,7 @@ class OracleTeacher:
         draw = torch.Generator().manual_seed(self.seed * 1_000_003 + row)
         return torch.rand(len(self.store), generator=draw, dtype=torch.float64)
 
-    def __call__(self, batch: CTBatch) -> Tensor:
+    def targets(self, batch: CTBatch) -> Tensor:
         """(b, D_v) unit rows.
 
         Raises:
@@ -261,7 +261,7 @@ class ProjectionTeacher:
     def __init__(self, memory_gb: float = MEMORY_GB) -> None:
         self.features = RowFeatures(CacheSettings(memory_gb=memory_gb, disk_gb=0))
 
-    def __call__(self, batch: CTBatch, expert: XrayExpert) -> Tensor:
+    def targets(self, batch: CTBatch, expert: XrayExpert) -> Tensor:
         """(b, D_e) unit rows; each row is embedded once, since the projection is of the file, before augmentation.
 
         Raises:

@@ -243,15 +243,17 @@ class DistillationTask(TrainedTask):
         """u_i of this rank's rows: (b, D_v) unit rows."""
         device, known = batch.row.device, [bool(view) for view in views]
         if self.teachers.retrieved == 0:
-            return self.own_projection(batch, self.teacher)
+            return self.own_projection.targets(batch, self.teacher)
         if self.oracle is not None:
-            retrieved = self.oracle(batch)
+            retrieved = self.oracle.targets(batch)
         else:
             with self.lookup_clock.measure(device):
-                retrieved = self.retrieved(batch.row, batch.report, views, self.row_seeds(batch.row, "neighbour"))
+                retrieved = self.retrieved.targets(
+                    batch.row, batch.report, views, self.row_seeds(batch.row, "neighbour")
+                )
         if self.teachers.projection == 0:
             return retrieved
-        both = torch.stack([retrieved, self.own_projection(batch, self.teacher)], dim=1)
+        both = torch.stack([retrieved, self.own_projection.targets(batch, self.teacher)], dim=1)
         weights = torch.tensor([[self.teachers.retrieved * told, self.teachers.projection] for told in known])
         return mix_neighbours(both, weights.to(device))
 
@@ -261,13 +263,13 @@ class DistillationTask(TrainedTask):
             return None
         texts = None
         if self.anchors.kind == "batch":
-            (texts,) = self.gather_once(batch.row, self._anchor_texts(batch.row, batch.report, views))
+            (texts,) = self.gather_once(batch.row, self._anchor_texts.embed(batch.row, batch.report, views))
             texts = texts[texts.any(dim=1)]
-        return self.anchors(self.teacher, texts, batch.row.device)
+        return self.anchors.anchors_for(self.teacher, texts, batch.row.device)
 
     def _terms(self, batch: CTBatch, train: bool) -> tuple[dict[str, Tensor], int]:
         """The terms of the global batch, and its number of rows."""
-        volume = self.augmentation(batch.volume, self.row_seeds(batch.row)) if train else batch.volume
+        volume = self.augmentation.apply(batch.volume, self.row_seeds(batch.row)) if train else batch.volume
         views = batch.report
         if train:
             views = report_views(batch.report, self.row_seeds(batch.row, "view"), self.neighbours.subset_share)

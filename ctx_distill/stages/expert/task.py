@@ -28,7 +28,7 @@ from ctx_distill.seeds import run_seed, seed_of
 from ctx_distill.stages.shared.prompt_scores import pair_probabilities, prompt_features
 from ctx_distill.stages.shared.report_views import report_views
 from ctx_distill.stages.shared.vocabulary_texts import vocabulary_texts
-from ctx_distill.text.report import sample_sentences
+from ctx_distill.text.report_text import sample_sentences
 from ctx_distill.training.base_task import LARGEST_LOGIT_SCALE, TrainedTask, adamw, last_values
 from ctx_distill.training.fault_tolerance import SurvivalSettings
 from ctx_distill.training.predictions import predict_rows, study_means
@@ -177,7 +177,7 @@ class ExpertTask(TrainedTask):
     def training_step(self, batch: XrayBatch, batch_idx: int) -> Tensor:
         """InfoNCE of radiographs and reports, and of the reports' sections."""
         views = report_views(batch.report, self.row_seeds(batch.row, "view"), self.subset_share)
-        image = self.augmentation(batch.image, self.row_seeds(batch.row))
+        image = self.augmentation.apply(batch.image, self.row_seeds(batch.row))
         contrast, count = self._image_to_report(image, views, batch)
         terms = {"image_to_report": contrast}
         terms["loss"] = terms["image_to_report"]

@@ -17,7 +17,7 @@ from ctx_distill.metrics.tfidf import tfidf_nearest
 from ctx_distill.retrieval.lookup import NeighbourLookup
 from ctx_distill.retrieval.store import XrayIndexArtefact
 from ctx_distill.stages.shared.report_findings import FindingsReader
-from ctx_distill.text.findings import Vocabulary
+from ctx_distill.text.extractor import Vocabulary
 
 VISIBLE = "_visible"
 """Ends the names of what is measured over the findings that an X-ray shows."""
@@ -71,7 +71,7 @@ def measure_retrieval(
         others["tfidf"] = tfidf_nearest(reports, pool_reports, k)
     if reader is not None:
         lookup = NeighbourLookup(store, k, findings_rerank=True, visible=reader.visible)
-        others["rerank"] = lookup(queries, reader(reports))["positions"].numpy()
+        others["rerank"] = lookup.look_up(queries, reader.extract(reports))["positions"].numpy()
     patients = held_out.frame["patient_id"].tolist()
     metrics |= retrieval_quality(asked, known, positions.numpy(), patients, others=others)
     visible = visible_columns(names, vocabulary)

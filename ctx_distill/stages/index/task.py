@@ -27,7 +27,7 @@ from ctx_distill.retrieval.store import ReportSource, XrayIndexArtefact, write_i
 from ctx_distill.stages.index.quality import held_out_studies, measure_retrieval
 from ctx_distill.stages.shared.report_findings import FindingsReader
 from ctx_distill.stages.shared.shared_extraction import extract_shared
-from ctx_distill.text.findings import load_vocabulary
+from ctx_distill.text.extractor import load_vocabulary
 from ctx_distill.training.base_task import StageTask, stop_if_asked
 from ctx_distill.types import XrayBatch
 

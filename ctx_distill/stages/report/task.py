@@ -27,7 +27,7 @@ from ctx_distill.models.lora import LoraSettings
 from ctx_distill.models.report_decoder import ReportDecoder
 from ctx_distill.models.sampling import SamplingSettings
 from ctx_distill.stages.report.loss import IGNORE, report_loss
-from ctx_distill.text.findings import load_vocabulary, vocabulary_for
+from ctx_distill.text.extractor import load_vocabulary, vocabulary_for
 from ctx_distill.training.base_task import TrainedTask, adamw, check_volume_spec, last_values
 from ctx_distill.training.fault_tolerance import SurvivalSettings
 from ctx_distill.training.row_features import CacheSettings, RowFeatures

@@ -56,13 +56,13 @@ class ProjectionPrior:
             )
         self.expert, self._teacher = expert, ProjectionTeacher()
 
-    def __call__(self, batch: CTBatch) -> Tensor:
+    def features(self, batch: CTBatch) -> Tensor:
         """(b, D) unit rows.
 
         Raises:
             InputError: the batch carries no projections.
         """
-        return self._teacher(batch, self.expert.to(batch.row.device))
+        return self._teacher.targets(batch, self.expert.to(batch.row.device))
 
 
 def open_prior(artefact: Artefact, space: int) -> ProjectionPrior | None:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ctx_distill.text.findings import Vocabulary, vocabulary_for
+from ctx_distill.text.extractor import Vocabulary, vocabulary_for
 from ctx_distill.text.prompts import Pairs, Templates, prompt_pairs
 
 

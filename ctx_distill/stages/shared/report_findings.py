@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ctx_distill.errors import InputError
 from ctx_distill.retrieval.store import XrayIndexArtefact
-from ctx_distill.text.findings import extract_many, load_vocabulary
+from ctx_distill.text.extractor import extract_many, load_vocabulary
 
 
 class FindingsReader:
@@ -45,6 +45,6 @@ class FindingsReader:
         self._columns = [known.index(name) for name in names]
         self.visible = torch.from_numpy(self._vocabulary.visible_on_xray[self._columns])
 
-    def __call__(self, reports: Sequence[str]) -> Tensor:
+    def extract(self, reports: Sequence[str]) -> Tensor:
         """(B, F) of B reports: 1 present, 0 absent, -1 uncertain, NaN not mentioned; never from labels."""
         return torch.from_numpy(extract_many(reports, self._vocabulary)[:, self._columns])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from ctx_distill.text.report import sample_sentences
+from ctx_distill.text.report_text import sample_sentences
 
 
 def report_views(reports: Sequence[str], seeds: Sequence[int], share: float) -> list[str]:

@@ -14,8 +14,8 @@ from ctx_distill.data.manifests.column_reader import cache_folder
 from ctx_distill.data.manifests.manifest import ReportTexts
 from ctx_distill.distributed import barrier, gather_objects, own_share, rank, world_size
 from ctx_distill.parallel import usable_cores
-from ctx_distill.text.extraction import extract_in_processes, keep, kept_file, load_kept
-from ctx_distill.text.findings import load_vocabulary
+from ctx_distill.text.extractor import load_vocabulary
+from ctx_distill.text.parallel_extraction import extract_in_processes, keep, kept_file, load_kept
 
 
 def extract_shared(texts: Sequence[str], vocabulary: str) -> NDArray[np.float32]:

@@ -27,7 +27,7 @@ from ctx_distill.metrics.zero_shot_table import zero_shot_markdown
 from ctx_distill.models.dual_encoder import DualEncoder
 from ctx_distill.stages.shared.projection_prior import open_prior
 from ctx_distill.stages.shared.prompt_scores import pair_probabilities, prompt_features, same_finding
-from ctx_distill.text.findings import load_vocabulary
+from ctx_distill.text.extractor import load_vocabulary
 from ctx_distill.text.prompts import load_templates
 from ctx_distill.training.base_task import StageTask, check_volume_spec
 from ctx_distill.training.predictions import predict_rows, study_means, write_predictions
@@ -96,7 +96,7 @@ class ZeroShotTask(StageTask):
     def predict_step(self, batch: CTBatch, batch_idx: int) -> dict[str, Tensor]:
         """Image and report features, both (B, D), unit rows."""
         del batch_idx
-        prior = None if self.prior is None else self.prior(batch)
+        prior = None if self.prior is None else self.prior.features(batch)
         image = self.model.encode_volume(batch.volume, prior)[0]
         return {"image": image, "text": self.model.encode_text(batch.report), "row": batch.row}
 

@@ -20,7 +20,7 @@ from ctx_distill.files import write_json
 
 
 @dataclass(frozen=True)
-class Fault:
+class FaultRecord:
     """A bad step as one rank saw it.
 
     Attributes:
@@ -42,7 +42,7 @@ class Fault:
     rows: list[list[int]]
 
 
-def write_fault(root: Path, module: L.LightningModule, fault: Fault) -> str:
+def write_fault(root: Path, module: L.LightningModule, fault: FaultRecord) -> str:
     """Write the file; every rank calls it.
 
     Args:

@@ -28,7 +28,7 @@ from torch.optim import SGD, Optimizer
 
 from ctx_distill.distributed import rank
 from ctx_distill.errors import InputError
-from ctx_distill.training.callbacks.fault_dump import Fault, write_fault
+from ctx_distill.training.callbacks.fault_dump import FaultRecord, write_fault
 
 READ_EVERY = 10
 """Steps after which a GPU's norms are read; a CPU's are read every step, which waits for nothing."""
@@ -234,7 +234,7 @@ class LossGuard(L.Callback):
         rows = [[] if row is None else row.tolist() for row in step.rows]
         rates = [float(group["lr"]) for group in optimizer.param_groups]
         norm = float(step.norm)
-        fault = Fault(step.number, trainer.current_epoch, losses, norm, rates, self._norms, rows)
+        fault = FaultRecord(step.number, trainer.current_epoch, losses, norm, rates, self._norms, rows)
         written = write_fault(Path(trainer.default_root_dir), pl_module, fault)
         worst = _worst(losses)
         raise InputError(

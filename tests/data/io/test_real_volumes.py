@@ -11,7 +11,7 @@ from ctx_distill.data.io.radiograph import read_radiograph
 from ctx_distill.data.io.volume import read_volume
 from ctx_distill.data.manifests.index_rows import leave_out_for_index
 from ctx_distill.data.manifests.manifest import read_manifest
-from ctx_distill.data.transforms.volume import VolumeSpec, prepare_volume
+from ctx_distill.data.transforms.model_volume import VolumeSpec, prepare_volume
 
 REAL = Path(__file__).parents[3].parent / "shared/data/real_mini"
 pytestmark = pytest.mark.skipif(not REAL.is_dir(), reason=f"no real data at {REAL}")

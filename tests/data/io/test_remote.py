@@ -15,7 +15,7 @@ from ctx_distill.commands.main import main
 from ctx_distill.data.io.scan_file import ScanFile
 from ctx_distill.data.loading.datamodules import CTDataModule
 from ctx_distill.data.manifests.manifest import read_manifest
-from ctx_distill.data.transforms.volume import VolumeSpec
+from ctx_distill.data.transforms.model_volume import VolumeSpec
 from ctx_distill.errors import InputError
 
 SPEC = VolumeSpec(spacing=(12.0, 12.0, 12.0), shape=(24, 32, 32))

@@ -13,8 +13,8 @@ from ctx_distill.data.io.volume import read_volume
 from ctx_distill.data.loading.cache import TensorCache
 from ctx_distill.data.loading.datamodules import CTDataModule
 from ctx_distill.data.loading.order import EpochShuffle
+from ctx_distill.data.transforms.model_volume import VolumeSpec, load_ct
 from ctx_distill.data.transforms.projection import PROJECTION_VERSION, square_projection
-from ctx_distill.data.transforms.volume import VolumeSpec, load_ct
 from ctx_distill.types import CTBatch
 
 SPEC = VolumeSpec(spacing=(12.0, 12.0, 12.0), shape=(24, 32, 32))

@@ -15,7 +15,7 @@ from ctx_distill.data.loading import order
 from ctx_distill.data.loading.datamodules import CTDataModule
 from ctx_distill.data.loading.order import EpochBatches, EpochShuffle, InOrder, Mixing
 from ctx_distill.data.manifests.manifest import read_manifest
-from ctx_distill.data.transforms.volume import VolumeSpec
+from ctx_distill.data.transforms.model_volume import VolumeSpec
 from ctx_distill.distributed import gather_with_gradient, own_first_rows, world_size
 from ctx_distill.errors import InputError
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ctx_distill.data.loading.datamodules import CTDataModule
-from ctx_distill.data.transforms.volume import VolumeSpec
+from ctx_distill.data.transforms.model_volume import VolumeSpec
 from ctx_distill.training.cached_batches import encode_in_micro_batches, on_host
 from ctx_distill.types import CTBatch, XrayBatch
 

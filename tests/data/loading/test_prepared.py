@@ -21,7 +21,7 @@ from ctx_distill.data.loading import prepared as prepared_module
 from ctx_distill.data.loading.datamodules import CTDataModule
 from ctx_distill.data.loading.prepared import PreparedFolder
 from ctx_distill.data.manifests.manifest import read_manifest
-from ctx_distill.data.transforms.volume import VolumeSpec
+from ctx_distill.data.transforms.model_volume import VolumeSpec
 from ctx_distill.errors import InputError
 from ctx_distill.runs.prepare_volumes import _prepare_one, array_part, preset_volume
 

@@ -13,7 +13,7 @@ import torch
 from ctx_distill.commands.main import main
 from ctx_distill.data.loading.datamodules import CTDataModule
 from ctx_distill.data.loading.unreadable import SetAside
-from ctx_distill.data.transforms.volume import VolumeSpec
+from ctx_distill.data.transforms.model_volume import VolumeSpec
 from ctx_distill.errors import InputError
 
 SPEC = VolumeSpec(spacing=(12.0, 12.0, 12.0), shape=(24, 32, 32))

@@ -257,7 +257,7 @@ from pathlib import Path
 from ctx_distill.data.quality.scan import check_scan
 from ctx_distill.data.transforms.projection import square_projection
 from ctx_distill.data.io.scan_file import ScanFile
-from ctx_distill.data.transforms.volume import VolumeSpec, prepare_volume
+from ctx_distill.data.transforms.model_volume import VolumeSpec, prepare_volume
 torch.set_num_threads(1)
 spec = VolumeSpec((3.0, 1.5, 1.5), (48, 96, 96))
 def work(path):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from monai.transforms import Compose, LoadImage, Orientation, ResizeWithPadOrCrop, ScaleIntensityRange, Spacing
 
-from ctx_distill.data.transforms.volume import VolumeSpec, load_ct
+from ctx_distill.data.transforms.model_volume import VolumeSpec, load_ct
 
 
 @pytest.mark.parametrize("axes", ["RAS", "LPS", "LAS", "SPL"])

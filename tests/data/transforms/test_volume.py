@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 
 from ctx_distill.data.io.volume import Volume
+from ctx_distill.data.transforms.model_volume import AIR_HU, VolumeSpec, load_ct, prepare_volume, target_affine
 from ctx_distill.data.transforms.resample import resample
-from ctx_distill.data.transforms.volume import AIR_HU, VolumeSpec, load_ct, prepare_volume, target_affine
 from ctx_distill.types import InputError
 
 Array = NDArray[np.float64]

@@ -25,7 +25,7 @@ from monai.transforms import (
 
 from ctx_distill.commands.main import main
 from ctx_distill.data.loading.prepared import PreparedFolder
-from ctx_distill.data.transforms.volume import VolumeSpec, load_ct
+from ctx_distill.data.transforms.model_volume import VolumeSpec, load_ct
 from ctx_distill.data.transforms.volume_presets import VOLUME_PRESETS
 from ctx_distill.runs.prepare_volumes import preset_volume
 

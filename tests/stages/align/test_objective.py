@@ -18,7 +18,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch.nn import functional as F
 
 from ctx_distill.data.loading.datamodules import CTDataModule
-from ctx_distill.data.transforms.volume import VolumeSpec
+from ctx_distill.data.transforms.model_volume import VolumeSpec
 from ctx_distill.distributed import rank, world_size
 from ctx_distill.errors import InputError
 from ctx_distill.losses.siglip import INIT_LOGIT_SCALE
@@ -78,22 +78,22 @@ def test_what_is_kept_is_the_mean_of_the_neighbours_and_the_projection() -> None
 
     store: Any = Pool()
     reports: Any = SimpleNamespace(
-        retrieved=lambda lookup: lookup(torch.ones(5, 2))["features"],
+        retrieved=lambda lookup: lookup.look_up(torch.ones(5, 2))["features"],
         places=lambda rows: rows - 10,
         expert=SimpleNamespace(encode_image=encode_image, preprocess_batch=lambda images: images),
     )
     batch = CTBatch(torch.zeros(2, 1, 1, 1, 1), torch.arange(2), torch.tensor([11, 13]), ["a", "b"])
     half = np.sqrt(0.5)
     plain = KeepTargets(KeepSettings(1.0, 0.0, 2), reports, store, 3)
-    np.testing.assert_allclose(plain(batch), [[half, half, 0]] * 2, atol=1e-6)
+    np.testing.assert_allclose(plain.targets(batch), [[half, half, 0]] * 2, atol=1e-6)
     mixed = KeepTargets(KeepSettings(1.0, 0.5, 2), reports, store, 3)
     with pytest.raises(InputError, match=r"projection=true"):
-        mixed(batch)
+        mixed.targets(batch)
     batch.projection = torch.tensor([[[0.0, 0.0, 1.0]], [[1.0, 1.0, 0.0]]])
     expected = np.array([[half, half, 0.5], [half * 1.5, half * 1.5, 0]])
     expected /= np.linalg.norm(expected, axis=1, keepdims=True)
     for _ in range(2):
-        np.testing.assert_allclose(mixed(batch), expected, atol=1e-6)
+        np.testing.assert_allclose(mixed.targets(batch), expected, atol=1e-6)
     assert seen == [1, 1]  # a row is embedded once, by itself
     with pytest.raises(InputError, match=r"joint space has 4 dimensions and the expert's image space 3"):
         KeepTargets(KeepSettings(1.0), reports, store, 4)

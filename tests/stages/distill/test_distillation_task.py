@@ -20,8 +20,8 @@ from torch import Tensor
 
 from ctx_distill.data.io.volume import read_volume
 from ctx_distill.data.loading.datamodules import CTDataModule
+from ctx_distill.data.transforms.model_volume import VolumeSpec
 from ctx_distill.data.transforms.projection import square_projection
-from ctx_distill.data.transforms.volume import VolumeSpec
 from ctx_distill.errors import InputError
 from ctx_distill.models.ct_encoder import ResNet3D
 from ctx_distill.models.opening import open_expert
@@ -32,7 +32,7 @@ from ctx_distill.stages.distill.anchors import Anchors
 from ctx_distill.stages.distill.targets import NeighbourSettings, OracleTeacher, TeacherSettings
 from ctx_distill.stages.distill.task import DistillationSchedule, DistillationTask, DistillationWeights
 from ctx_distill.stages.shared.report_views import report_views
-from ctx_distill.text.findings import extract, load_vocabulary
+from ctx_distill.text.extractor import extract, load_vocabulary
 from ctx_distill.types import CTBatch
 
 pytestmark = pytest.mark.full
@@ -106,7 +106,7 @@ def test_the_target_is_the_retrieved_xrays_and_the_projection(finished_run: Path
     batch = val_batch(cohort, projection=True)
     expert = open_expert(str(finished_run / "expert/artefact"))
     lookup = NeighbourLookup(XrayIndexArtefact.open(finished_run / "index/artefact"), 8, "mean")
-    retrieved = lookup(expert.encode_text(batch.report))["features"].numpy()
+    retrieved = lookup.look_up(expert.encode_text(batch.report))["features"].numpy()
     files = [data(cohort).manifest.image_file(row) for row in batch.row.tolist()]
     pictures = [expert.preprocess(square_projection(read_volume(file)).numpy()) for file in files]
     projected = expert.encode_image(torch.stack(pictures)).numpy()
@@ -124,7 +124,7 @@ def test_a_ct_without_a_report_is_distilled_towards_its_projection_alone(
     task = task_of(finished_run, teachers=BOTH)
     batch = val_batch(without_a_report, projection=True)
     assert [bool(report) for report in batch.report[:2]] == [False, True]
-    target, own = task._target(batch, batch.report), task.own_projection(batch, task.teacher)
+    target, own = task._target(batch, batch.report), task.own_projection.targets(batch, task.teacher)
     torch.testing.assert_close(target[0], own[0])
     assert not torch.allclose(target[1], own[1])
     anchors = task._anchors_of(batch, batch.report)
@@ -163,7 +163,7 @@ def test_queries_of_whole_reports_are_embedded_once(finished_run: Path, cohort: 
     )  # fmt: skip
     views = [batch.report[0], *batch.report[1:-1], "No pneumothorax."]
     for _ in range(2):
-        features = task._queries(batch.row, batch.report, views)
+        features = task._queries.embed(batch.row, batch.report, views)
         torch.testing.assert_close(features, encode(views))
     assert seen.count("No pneumothorax.") == 2
     assert all(seen.count(report) == 1 for report in views[:-1])
@@ -189,7 +189,7 @@ def test_the_oracle_takes_the_nearest_labels_and_the_shuffle_other_xrays(finishe
         assert len(set(chosen)) == 4
         assert sorted((jaccard[place] for place in chosen), reverse=True) == sorted(jaccard, reverse=True)[:4]
     expected = F.normalize(store.values(positions).mean(1), dim=-1)
-    torch.testing.assert_close(oracle(batch), expected)
+    torch.testing.assert_close(oracle.targets(batch), expected)
     assert torch.equal(oracle.positions(batch.labels, batch.row.tolist()), positions)
     ties = oracle.positions(batch.labels[:1].repeat(3, 1), [0, 1, 2])
     assert len({tuple(row) for row in ties.tolist()}) > 1
@@ -197,7 +197,7 @@ def test_the_oracle_takes_the_nearest_labels_and_the_shuffle_other_xrays(finishe
     shuffled = task_of(finished_run, neighbours=NeighbourSettings(control="shuffled", control_seed=3))
     queries = shuffled.teacher.encode_text(batch.report)
     lookup = NeighbourLookup(store, 8, "mean", shuffle_seed=3)
-    torch.testing.assert_close(shuffled._target(batch, batch.report), lookup(queries)["features"])
+    torch.testing.assert_close(shuffled._target(batch, batch.report), lookup.look_up(queries)["features"])
     plain = task_of(finished_run)._target(batch, batch.report)
     assert not torch.equal(shuffled._target(batch, batch.report), plain)
 
@@ -225,11 +225,11 @@ def test_the_rerank_prefers_xrays_whose_findings_agree(finished_run: Path, cohor
     asked = torch.tensor([[float(one.get(name, math.nan)) for name in store.finding_names] for one in said])
 
     def disagreement(lookup: NeighbourLookup, **given: Tensor) -> float:
-        pool = store.findings[lookup(queries, **given)["positions"]]  # type: ignore[index]
+        pool = store.findings[lookup.look_up(queries, **given)["positions"]]  # type: ignore[index]
         return float(((pool == 1) != (asked[:, None] == 1)).float().mean())
 
     assert disagreement(task.retrieved.lookup, findings=asked) < disagreement(NeighbourLookup(store, 2))
-    expected = task.retrieved.lookup(queries, asked)["features"]
+    expected = task.retrieved.lookup.look_up(queries, asked)["features"]
     torch.testing.assert_close(task._target(batch, batch.report), expected)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ctx_distill import distributed
 from ctx_distill.data.loading.datamodules import CTDataModule
-from ctx_distill.data.transforms.volume import VolumeSpec
+from ctx_distill.data.transforms.model_volume import VolumeSpec
 from ctx_distill.errors import InputError
 from ctx_distill.models.ct_encoder import ResNet3D
 from ctx_distill.models.opening import open_expert
@@ -95,7 +95,7 @@ def test_features_of_a_row_do_not_depend_on_the_batch_that_asked_first(finished_
         asked, found = ReportFeatures(expert), {}
         for part in parts:
             texts = [batch.report[place] for place in part]
-            found.update(zip(part, asked(batch.row[part], texts, texts), strict=True))
+            found.update(zip(part, asked.embed(batch.row[part], texts, texts), strict=True))
         return torch.stack([found[place] for place in range(len(rows))])
 
     def projections(parts: list[list[int]]) -> Tensor:
@@ -103,7 +103,7 @@ def test_features_of_a_row_do_not_depend_on_the_batch_that_asked_first(finished_
         for part in parts:
             assert batch.projection is not None
             few: Any = SimpleNamespace(row=batch.row[part], projection=batch.projection[part])
-            found.update(zip(part, teacher(few, expert), strict=True))
+            found.update(zip(part, teacher.targets(few, expert), strict=True))
         return torch.stack([found[place] for place in range(len(rows))])
 
     everyone = list(range(len(rows)))
@@ -126,9 +126,9 @@ def ranks_look_up(run: str, reports: list[str], settings: dict[str, Any]) -> lis
     own = ["" for _ in reports] if distributed.rank() == 0 and distributed.world_size() > 1 else reports
     rows = torch.arange(len(reports))
     seeds = rows.tolist()
-    live = teacher(rows, own, own, seeds)
+    live = teacher.targets(rows, own, own, seeds)
     teacher.prepare(list(range(len(reports))), reports, torch.device("cpu"), batch=2)
-    return [live, teacher(rows, reports, reports, seeds)]
+    return [live, teacher.targets(rows, reports, reports, seeds)]
 
 
 @pytest.mark.ddp

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from ctx_distill.ablation.cohort import Cohort, write_held_out
+from ctx_distill.ablation.cohort_manifests import Cohort, write_held_out
 from ctx_distill.commands.main import main
 from ctx_distill.data.loading.datamodules import XrayDataModule
 from ctx_distill.data.manifests.manifest import read_manifest

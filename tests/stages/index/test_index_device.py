@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from ctx_distill.data.loading.datamodules import CTDataModule
-from ctx_distill.data.transforms.volume import VolumeSpec
+from ctx_distill.data.transforms.model_volume import VolumeSpec
 from ctx_distill.errors import InputError
 from ctx_distill.models.ct_encoder import ResNet3D
 from ctx_distill.retrieval import index as index_module
-from ctx_distill.retrieval.build import build_index
+from ctx_distill.retrieval.build_index import build_index
 from ctx_distill.retrieval.index import XrayIndex, faiss_module, gpu_of
 from ctx_distill.retrieval.sharded import ShardedIndex
 from ctx_distill.stages.align.distillation_regulariser import KeepSettings

@@ -25,7 +25,7 @@ from ctx_distill.stages.index.quality import held_out_studies
 from ctx_distill.stages.index.task import IndexTask
 from ctx_distill.stages.shared.frozen_expert import open_queries, open_teacher
 from ctx_distill.stages.shared.report_findings import FindingsReader
-from ctx_distill.text.findings import extract, load_vocabulary
+from ctx_distill.text.extractor import extract, load_vocabulary
 
 REPORTS = ["The heart is enlarged. Small left pleural effusion.", "The lungs are clear. No pneumothorax."]
 
@@ -133,10 +133,10 @@ def test_findings_are_read_from_texts_and_the_re_rank_uses_them(
             None if np.isnan(value) else int(value) for value in store.findings[row].tolist()
         ]
     reader = FindingsReader(store, "phantom")
-    own = reader(texts[:1])
+    own = reader.extract(texts[:1])
     everyone = NeighbourLookup(store, len(store), findings_rerank=True, visible=reader.visible)
     queries = open_expert(str(expert)).encode_text(texts[:1])
-    first = int(everyone(queries, own)["positions"][0, 0])
+    first = int(everyone.look_up(queries, own)["positions"][0, 0])
     shown = reader.visible
     assert torch.equal(store.findings[first][shown] == 1, own[0][shown] == 1)
 

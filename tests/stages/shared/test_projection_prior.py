@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from ctx_distill.data.loading.datamodules import CTDataModule
-from ctx_distill.data.transforms.volume import VolumeSpec
+from ctx_distill.data.transforms.model_volume import VolumeSpec
 from ctx_distill.errors import InputError
 from ctx_distill.models.ct_encoder import ResNet3D
 from ctx_distill.models.dual_encoder import DualEncoder

@@ -14,9 +14,9 @@ import torch
 
 import ctx_distill.data.manifests.column_reader as table
 import ctx_distill.stages.shared.shared_extraction as shared
-import ctx_distill.text.extraction as extraction
+import ctx_distill.text.parallel_extraction as extraction
 from ctx_distill.data.manifests.manifest import Manifest, read_manifest
-from ctx_distill.text.findings import extract_many, load_vocabulary
+from ctx_distill.text.extractor import extract_many, load_vocabulary
 
 ROWS = 260
 SENTENCES = (

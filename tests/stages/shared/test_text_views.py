@@ -13,7 +13,7 @@ import torch
 from ctx_distill.data.transforms.augment import Augmentation
 from ctx_distill.stages.align.task import AlignmentTask
 from ctx_distill.stages.expert.task import ExpertTask
-from ctx_distill.text.report import split_sentences
+from ctx_distill.text.report_text import split_sentences
 from ctx_distill.types import CTBatch, XrayBatch
 
 ROWS = 300

@@ -15,8 +15,8 @@ from sklearn.metrics import roc_auc_score
 from ctx_distill.data.io.volume import read_volume
 from ctx_distill.data.loading.datamodules import CTDataModule
 from ctx_distill.data.manifests.manifest import read_manifest
+from ctx_distill.data.transforms.model_volume import VolumeSpec
 from ctx_distill.data.transforms.projection import square_projection
-from ctx_distill.data.transforms.volume import VolumeSpec
 from ctx_distill.errors import InputError
 from ctx_distill.models.opening import open_expert
 from ctx_distill.stages.zero_shot.projection_baseline import ProjectionZeroShotTask

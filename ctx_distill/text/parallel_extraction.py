@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ctx_distill.files import hash_file, hash_json, write_bytes
 from ctx_distill.parallel import in_processes, usable_cores
-from ctx_distill.text.findings import extract_many, load_vocabulary
+from ctx_distill.text.extractor import extract_many, load_vocabulary
 
 FEWEST_FOR_PROCESSES = 20_000
 """Reports from which on processes are started: they take seconds to start, and a core reads several thousand a second."""

@@ -27,7 +27,7 @@ GROUPS = {
 
 
 @dataclass(frozen=True)
-class Row:
+class ArmRow:
     """An arm in a regime, on the primary metric, with its secondary means."""
 
     arm: Arm
@@ -37,7 +37,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Difference:
+class ArmDifference:
     """A contrast's estimate; `adjusted` is Holm's p among the secondary ones, the raw p of a headline."""
 
     contrast: Contrast
@@ -45,7 +45,7 @@ class Difference:
     adjusted: float
 
 
-def table_rows(plan: Plan, records: Records, regime: Regime) -> list[Row]:
+def table_rows(plan: Plan, records: Records, regime: Regime) -> list[ArmRow]:
     """The arms of a regime that have been run, by group and in the plan's order."""
     rows = []
     for name in sorted(regime.arms, key=lambda name: list(GROUPS).index(plan.arms[name].group)):
@@ -59,11 +59,11 @@ def table_rows(plan: Plan, records: Records, regime: Regime) -> list[Row]:
                 secondary[metric] = sum(found) / len(found)
         chosen = records.rows[(records.rows["regime"] == regime.name) & (records.rows["arm"] == name)]
         rate = float(chosen["learning_rate"].iloc[0])
-        rows.append(Row(plan.arms[name], crossed(values, records.resampled(regime.name, name)), rate, secondary))
+        rows.append(ArmRow(plan.arms[name], crossed(values, records.resampled(regime.name, name)), rate, secondary))
     return rows
 
 
-def differences(plan: Plan, records: Records) -> list[Difference]:
+def differences(plan: Plan, records: Records) -> list[ArmDifference]:
     """The protocol's contrasts whose arms have been run, headlines first."""
     found: list[tuple[Contrast, Estimate]] = []
     for contrast in plan.contrasts:
@@ -75,7 +75,7 @@ def differences(plan: Plan, records: Records) -> list[Difference]:
     secondary = {str(number): estimate.p for number, (contrast, estimate) in enumerate(found) if not contrast.headline}
     adjusted = holm(secondary)
     rows = [
-        Difference(contrast, estimate, adjusted.get(str(number), estimate.p))
+        ArmDifference(contrast, estimate, adjusted.get(str(number), estimate.p))
         for number, (contrast, estimate) in enumerate(found)
     ]
     return sorted(rows, key=lambda row: not row.contrast.headline)
@@ -110,7 +110,7 @@ def _title(regime: Regime) -> str:
     return f"{regime.name}: {regime.pairs} pairs, {regime.pool:,} X-rays, expert {regime.expert}, normals {normals}"
 
 
-def _regime_table(rows: Sequence[Row], core: bool) -> str:
+def _regime_table(rows: Sequence[ArmRow], core: bool) -> str:
     shown = [metric for metric in SECONDARY if core and any(metric in row.secondary for row in rows)]
     head = ["arm", "", "macro AUROC [95 %]", "seeds", "lr", *(SECONDARY[metric] for metric in shown)]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
@@ -126,7 +126,7 @@ def _regime_table(rows: Sequence[Row], core: bool) -> str:
     return "\n".join(lines)
 
 
-def forest_plot(rows: Sequence[Row], label: str) -> str:
+def forest_plot(rows: Sequence[ArmRow], label: str) -> str:
     """Dot and interval an arm: triangles are ours, squares the paper's, circles baselines and controls."""
     values = [end for row in rows for end in (row.estimate.low, row.estimate.high)]
     ticks = svg.nice_ticks(min(values), max(values), 5)
@@ -135,15 +135,19 @@ def forest_plot(rows: Sequence[Row], label: str) -> str:
     x = svg.Scale(ticks[0], ticks[-1], left, width - 25)
     parts = []
     for tick in ticks:
-        parts.append(svg.line(x(tick), top, x(tick), bottom, "grid"))
-        parts.append(svg.text(x(tick), bottom + 17, svg.tick_text(tick, ticks[1] - ticks[0]), "tick", "middle"))
+        parts.append(svg.line(x.position(tick), top, x.position(tick), bottom, "grid"))
+        parts.append(
+            svg.text(x.position(tick), bottom + 17, svg.tick_text(tick, ticks[1] - ticks[0]), "tick", "middle")
+        )
     shapes = {"baseline": "circle", "paper": "square", "ours": "triangle", "control": "circle"}
     for number, row in enumerate(rows):
         middle = top + pitch * (number + 0.5)
         css = {"ours": "s0", "paper": "s1"}.get(row.arm.group, "other")
         parts.append(svg.text(left - 12, middle + 4.5, row.arm.title, "label", "end"))
-        parts.append(svg.line(x(row.estimate.low), middle, x(row.estimate.high), middle, f"whisker {css}"))
-        parts.append(svg.marker(shapes[row.arm.group], x(row.estimate.value), middle, f"mark {css}"))
+        parts.append(
+            svg.line(x.position(row.estimate.low), middle, x.position(row.estimate.high), middle, f"whisker {css}")
+        )
+        parts.append(svg.marker(shapes[row.arm.group], x.position(row.estimate.value), middle, f"mark {css}"))
     return svg.frame(width, bottom + 26, label, parts)
 
 

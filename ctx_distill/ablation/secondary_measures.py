@@ -14,7 +14,7 @@ from ctx_distill.checkpoint import load_weights, read_artefact
 from ctx_distill.data.loading.cache import shared_cache
 from ctx_distill.data.loading.datasets import Collate, ct_dataset
 from ctx_distill.data.manifests.manifest import Manifest
-from ctx_distill.data.transforms.volume import VolumeSpec
+from ctx_distill.data.transforms.model_volume import VolumeSpec
 from ctx_distill.metrics.classification import macro_auroc
 from ctx_distill.metrics.retrieval import recall_at_k
 from ctx_distill.models.ct_encoder import build_ct_encoder
@@ -64,7 +64,7 @@ def embed_aligned(artefact: Path, manifest: Manifest, config: dict[str, Any]) ->
     prior = open_prior(read, model.embed_dim)
     pooled, image = [], []
     for batch in _batches(manifest, config, prior is not None):
-        features, output = model.encode_volume(batch.volume, None if prior is None else prior(batch))
+        features, output = model.encode_volume(batch.volume, None if prior is None else prior.features(batch))
         pooled.append(output.pooled)
         image.append(features)
     return torch.cat(pooled), torch.cat(image)

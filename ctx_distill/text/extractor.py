@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ctx_distill.errors import InputError
 from ctx_distill.text.assertion import ABSENT, PRESENT, UNCERTAIN
 from ctx_distill.text.phrases import words
-from ctx_distill.text.report import reading_pieces
+from ctx_distill.text.report_text import reading_pieces
 from ctx_distill.text.sides import joined
 from ctx_distill.text.vocabulary import Finding, Located, Vocabulary
 

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ctx_distill.errors import InputError
-from ctx_distill.sources import chexpert_plus, ct_rate, dicom, mimic_cxr, open_i, padchest, rad_chestct
+from ctx_distill.sources import chexpert_plus, ct_rate, mimic_cxr, open_i, padchest, rad_chestct
+from ctx_distill.sources import dicom_tree as dicom
 from ctx_distill.sources.options import SourceOptions
 from ctx_distill.sources.pseudonyms import read_or_make_key
 from ctx_distill.sources.rows import Built, write_manifest

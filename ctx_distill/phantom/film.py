@@ -10,8 +10,8 @@ from scipy import ndimage
 
 from ctx_distill.phantom.anatomy import Person
 from ctx_distill.phantom.canvas import Array, Canvas, Grid
-from ctx_distill.phantom.findings import Finding
 from ctx_distill.phantom.lesions import paint_chest
+from ctx_distill.phantom.planted_findings import PlantedFinding
 
 HEIGHT = 160
 """Rows of a radiograph; its columns vary with the collimation."""
@@ -26,7 +26,7 @@ def attenuation(hu: Array) -> Array:
     return np.asarray(np.float32(_WATER) * np.maximum(relative, 0))
 
 
-def radiograph(person: Person, findings: list[Finding], rng: np.random.Generator) -> NDArray[np.uint8]:
+def radiograph(person: Person, findings: list[PlantedFinding], rng: np.random.Generator) -> NDArray[np.uint8]:
     """The frontal film (HEIGHT, columns) of a person: bone white, patient's right on the left, upright.
 
     The volume is finer across the picture than along the beam: along it everything is summed anyway.

@@ -14,7 +14,7 @@ from ctx_distill.parallel import DIED, in_processes
 from ctx_distill.sources.dicom_series import LOCALIZER, MIN_SLICES, Series, by_study, find_series
 from ctx_distill.sources.options import SourceOptions
 from ctx_distill.sources.pseudonyms import Pseudonyms, days_since
-from ctx_distill.sources.rows import Built, Row, hashed_split, table
+from ctx_distill.sources.rows import Built, ManifestRow, hashed_split, table
 from ctx_distill.text.sections import cut_report, without_marks
 
 
@@ -44,7 +44,7 @@ def build(root: Path, options: SourceOptions, key: bytes | None) -> Built:
     reports = _reports(options.reports)
     first_day = _first_days(found)
     scattered = {uid for uid, count in Counter(one.uid for one in found).items() if count > 1}
-    chosen: list[tuple[Row, Series]] = []
+    chosen: list[tuple[ManifestRow, Series]] = []
     for study, several in by_study(found).items():
         usable = _usable(several, scattered, options.convert is not None, built)
         taken = usable if options.reconstructions == "all" else usable[:1]
@@ -96,11 +96,11 @@ def _row(
     options: SourceOptions,
     reports: dict[str, tuple[str, str]] | None,
     first: date | None,
-) -> Row:
+) -> ManifestRow:
     patient, image = names.name("p", one.patient), names.name("i", one.uid)
     findings, impression = (reports or {}).get(study) or (reports or {}).get(one.accession) or ("", "")
     day = one.day.isoformat() if options.keep_ids and one.day else days_since(first, one.day)
-    return Row(
+    return ManifestRow(
         names.name("s", study), patient, hashed_split("dicom", patient, options.val, options.test), one.folder, image,
         findings, impression, more={"study_day": day, "slice_mm": round(one.thickness, 3)},
     )  # fmt: skip
@@ -152,8 +152,8 @@ def _tells(one: Series) -> bool:
 
 
 def _converted(
-    root: Path, folder: Path, chosen: list[tuple[Row, Series]], built: Built, workers: int | None
-) -> list[tuple[Row, Series]]:
+    root: Path, folder: Path, chosen: list[tuple[ManifestRow, Series]], built: Built, workers: int | None
+) -> list[tuple[ManifestRow, Series]]:
     """The rows whose scan stands as NIfTI now; one that stands already is not made again."""
     folder.mkdir(parents=True, exist_ok=True)
     items = [(root / one.folder, one.uid, folder / f"{row.image_id}.nii.gz") for row, one in chosen]

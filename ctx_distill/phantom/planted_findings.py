@@ -69,7 +69,7 @@ _TOGETHER = {
 
 
 @dataclass(frozen=True)
-class Finding:
+class PlantedFinding:
     """One planted finding.
 
     Attributes:
@@ -93,7 +93,7 @@ BLOCK = 20
 NORMALS = BLOCK - len(FINDINGS)
 
 
-def sample_findings(seed: int, kind: int, index: int, rng: np.random.Generator) -> list[Finding]:
+def sample_findings(seed: int, kind: int, index: int, rng: np.random.Generator) -> list[PlantedFinding]:
     """Draws the findings of one study; an empty list is a normal study.
 
     Of every `BLOCK` studies in a row `NORMALS` are normal and each finding leads one of the others, in an order drawn
@@ -120,7 +120,7 @@ def sample_findings(seed: int, kind: int, index: int, rng: np.random.Generator) 
     return [draw_finding(name, rng) for name in sorted(names, key=FINDINGS.index)]
 
 
-def draw_finding(name: str, rng: np.random.Generator) -> Finding:
+def draw_finding(name: str, rng: np.random.Generator) -> PlantedFinding:
     """Draws side, place, extent and size of the finding `name`."""
     kind = KINDS[name]
     side = kind.sides[int(rng.integers(len(kind.sides)))]
@@ -129,10 +129,10 @@ def draw_finding(name: str, rng: np.random.Generator) -> Finding:
         place = "upper"  # the left lung has no middle lobe
     extent = float(rng.uniform())
     size = kind.size[0] + extent * (kind.size[1] - kind.size[0])
-    return Finding(name, side, place, extent, float(np.round(size)), int(rng.integers(2**31)))
+    return PlantedFinding(name, side, place, extent, float(np.round(size)), int(rng.integers(2**31)))
 
 
-def adapt(person: Person, findings: list[Finding]) -> Person:
+def adapt(person: Person, findings: list[PlantedFinding]) -> Person:
     """The person with those findings that change the anatomy itself; lesions are painted later."""
     for finding in findings:
         e = finding.extent

@@ -11,8 +11,8 @@ from scipy import ndimage
 
 from ctx_distill.phantom.anatomy import Person
 from ctx_distill.phantom.canvas import Canvas, Grid
-from ctx_distill.phantom.findings import Finding
 from ctx_distill.phantom.lesions import paint_chest
+from ctx_distill.phantom.planted_findings import PlantedFinding
 
 PADDING = -1024
 """HU outside the circle that a scanner reconstructs."""
@@ -36,7 +36,9 @@ def ct_grid(person: Person, rng: np.random.Generator) -> Grid:
     )
 
 
-def ct_volume(person: Person, findings: list[Finding], grid: Grid, rng: np.random.Generator) -> NDArray[np.int16]:
+def ct_volume(
+    person: Person, findings: list[PlantedFinding], grid: Grid, rng: np.random.Generator
+) -> NDArray[np.int16]:
     """The scan (D, H, W) of a person in HU, axes growing towards Superior, Posterior, Left."""
     canvas = Canvas(grid)
     paint_chest(canvas, person, findings, upright=False)

@@ -7,7 +7,7 @@ import torch
 
 import ctx_distill
 from ctx_distill.data.io.volume import Volume
-from ctx_distill.explorer.answers import About, Answer, FindingAnswer, Saliency, Tell
+from ctx_distill.explorer.answers import About, Answer, FindingAnswer, SaliencyMap, Tell
 from ctx_distill.explorer.nearest import NearestXrays, open_nearest
 from ctx_distill.explorer.reader_settings import ReaderSettings
 from ctx_distill.inference.model import CTModel
@@ -70,7 +70,7 @@ class ModelReader:
             facts["Where"] = "what the scan's own projection adds to a probability has no place in the scan"
         return facts
 
-    def __call__(self, scan: Volume, tell: Tell) -> Answer:
+    def read(self, scan: Volume, tell: Tell) -> Answer:
         """See `Reader`."""
         tell("encoding")
         said = self.model.predict_volume(
@@ -80,10 +80,10 @@ class ModelReader:
             before_saliency=lambda: tell("saliency"),
         )
         findings = [
-            FindingAnswer(name, value, Saliency(said.saliency[name].values, said.saliency[name].affine_lps))
+            FindingAnswer(name, value, SaliencyMap(said.saliency[name].values, said.saliency[name].affine_lps))
             for name, value in said.probabilities.items()
         ]
-        neighbours = None if self.nearest is None else self.nearest(self.model, said)
+        neighbours = None if self.nearest is None else self.nearest.find(self.model, said)
         return Answer(findings, said.report, neighbours, self._notes(scan))
 
     def _notes(self, scan: Volume) -> list[str]:
