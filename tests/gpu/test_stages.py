@@ -18,7 +18,7 @@ from ctx_distill.types import CTBatch
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 VIT = "--model.init_args.encoder={class_path: ctx_distill.models.ct_encoder.ViT3D, init_args: {img_size: [24, 32, 32], variant: small}}"
 WAITS = {
-    "data.augment:_draws": "what is drawn on the CPU goes to the device",
+    "data.transforms.augment:_draws": "what is drawn on the CPU goes to the device",
     "models.experts.open_clip_text:OpenClipTextTower.tokenize": "token ids go to the device",
     "models.text_tower:TextTower.encode_reports": "which chunks are whose goes to the device",
     "retrieval.index:as_matrix": "FAISS on the CPU takes its queries from the host",
@@ -26,32 +26,32 @@ WAITS = {
     "retrieval.keys:make_queries": "the centre of the queries goes to the device",
     "retrieval.lookup:NeighbourLookup._rerank": "findings of the pool are on the host",
     "retrieval.store:XrayIndexArtefact.values": "values of the pool are on the host",
-    "tasks.row_features:RowFeatures._find": "what a frozen tower made of a row is kept on the host",
-    "tasks.row_features:ReportFeatures.__call__.<locals>.put": "features from the host",
-    "tasks.row_features:ReportFeatures.__call__": "the rows' numbers",
-    "tasks.distillation_targets:RetrievedTeacher._live": "which reports have text",
-    "tasks.distillation:DistillationTask._terms": "the rows' numbers",
-    "tasks.distillation:DistillationTask.on_train_batch_end": "timings go to the device to be averaged",
-    "tasks.distillation:DistillationTask._warn_of_uniform_targets": "once per epoch, until it has warned",
-    "tasks.base:TrainedTask.on_train_batch_start": "the rows' numbers",
-    "tasks.base:TrainedTask.row_seeds": "the rows' numbers",
-    "tasks.base:TrainedTask.gather_once": "a row that a sampler repeated counts once",
-    "tasks.alignment:AlignmentTask._views": "the rows' numbers",
-    "tasks.training_reports:TrainingReports.places": "the rows' numbers",
-    "tasks.training_reports:TrainingReports.places.<locals>.<listcomp>": "the rows' numbers",
-    "tasks.false_negatives:FalseNegatives.features": "evidence of the training rows is on the host",
-    "tasks.false_negatives:FalseNegatives.features.<locals>.<dictcomp>": "evidence of the training rows is on the host",
-    "losses.robust:findings_evidence": "equal rows are grouped",
-    "tasks.corrected_pairs:CorrectedPairs.observe": "the record is on the host",
-    "tasks.corrected_pairs:CorrectedPairs.observe.<locals>.<dictcomp>": "the record is on the host",
-    "tasks.corrected_pairs:CorrectedPairs._select": "which pairs the record may keep",
-    "tasks.corrected_pairs:_label_agreement": "the record is on the host",
+    "training.row_features:RowFeatures._find": "what a frozen tower made of a row is kept on the host",
+    "training.row_features:ReportFeatures.embed.<locals>.put": "features from the host",
+    "training.row_features:ReportFeatures.embed": "the rows' numbers",
+    "stages.distill.targets:RetrievedTeacher._live": "which reports have text",
+    "stages.distill.task:DistillationTask._terms": "the rows' numbers",
+    "stages.distill.task:DistillationTask.on_train_batch_end": "timings go to the device to be averaged",
+    "stages.distill.task:DistillationTask._warn_of_uniform_targets": "once per epoch, until it has warned",
+    "training.base_task:TrainedTask.on_train_batch_start": "the rows' numbers",
+    "training.base_task:TrainedTask.row_seeds": "the rows' numbers",
+    "training.base_task:TrainedTask.gather_once": "a row that a sampler repeated counts once",
+    "stages.align.task:AlignmentTask._views": "the rows' numbers",
+    "stages.align.training_reports:TrainingReports.places": "the rows' numbers",
+    "stages.align.training_reports:TrainingReports.places.<locals>.<listcomp>": "the rows' numbers",
+    "stages.align.evidence:FalseNegatives.features": "evidence of the training rows is on the host",
+    "stages.align.evidence:FalseNegatives.features.<locals>.<dictcomp>": "evidence of the training rows is on the host",
+    "losses.false_negatives:findings_evidence": "equal rows are grouped",
+    "stages.align.corrected_pairs:CorrectedPairs.observe": "the record is on the host",
+    "stages.align.corrected_pairs:CorrectedPairs.observe.<locals>.<dictcomp>": "the record is on the host",
+    "stages.align.corrected_pairs:CorrectedPairs._select": "which pairs the record may keep",
+    "stages.align.corrected_pairs:_label_agreement": "the record is on the host",
 }
 """Functions of the package in which a training step makes the host wait for the device, and what for. None is a callback: a
 guard or a watchdog that waits costs every stage its head start over the device."""
 
 PRETENDED = {
-    "callbacks.loss_guard:LossGuard.on_before_optimizer_step": "no fused optimizer, which skips a step by itself"
+    "training.callbacks.loss_guard:LossGuard.on_before_optimizer_step": "no fused optimizer, which skips a step by itself"
 }
 """Those of the pretended device alone."""
 

@@ -85,17 +85,17 @@ def sampled_neighbours(epoch: int) -> Any:
     task.trainer = SimpleNamespace(current_epoch=epoch)
     teacher: Any = RetrievedTeacher.__new__(RetrievedTeacher)
     teacher._static, teacher._reader = None, None
-    teacher._queries = lambda rows, reports, views: torch.zeros(len(rows), 2)
+    teacher._queries = SimpleNamespace(embed=lambda rows, reports, views: torch.zeros(len(rows), 2))
 
     class Lookup:
         mode, store = "sample", SimpleNamespace(value_dim=3)
 
-        def __call__(self, queries: Any, findings: Any, drawn: torch.Tensor) -> dict[str, torch.Tensor]:
+        def look_up(self, queries: Any, findings: Any, drawn: torch.Tensor) -> dict[str, torch.Tensor]:
             draws.append(drawn.tolist())
             return {"features": torch.zeros(len(queries), 3)}
 
     teacher.lookup = Lookup()
-    teacher(BATCH.row, REPORTS, REPORTS, task.row_seeds(BATCH.row, "neighbour"))
+    teacher.targets(BATCH.row, REPORTS, REPORTS, task.row_seeds(BATCH.row, "neighbour"))
     return draws
 
 

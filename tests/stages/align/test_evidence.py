@@ -45,7 +45,7 @@ class WordCounts:
 class Rotated:
     """Stands in for the lookup: another space in which other pairs are near."""
 
-    def __call__(self, queries: Tensor) -> dict[str, Tensor]:
+    def look_up(self, queries: Tensor) -> dict[str, Tensor]:
         return {"features": F.normalize(queries @ unit(queries.shape[1], 3, 7), dim=-1)}
 
 
@@ -90,7 +90,7 @@ def test_quantile_thresholds_are_those_of_training_pairs(manifest: Manifest) -> 
     found = made(RobustSettings(("report", "retrieved", "findings"), quantile=0.8), manifest)
     reports = reports_of(manifest)
     expected = {"report": WordCounts().encode_text(reports.reports)}
-    expected["retrieved"] = Rotated()(expected["report"])["features"]
+    expected["retrieved"] = Rotated().look_up(expected["report"])["features"]
     other = reports.study[:, None] != reports.study[None]
     for kind, rows in expected.items():
         every = (rows @ rows.T)[other].numpy()
