@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCard, ModelCardData
+
 from ctx_distill.inference.licences import CardFacts, licences
 from ctx_distill.inference.parts import Parts
 
@@ -24,7 +26,7 @@ def model_card(
     run = read_record(parts.source / "run.json")
     metrics = read_record(parts.source / "metrics.json")
     spec = parts.spec
-    front = f"---\nlicense: {facts.license}\nlibrary_name: ctx-distill\ntags: [chest-ct, radiology, research]\n---\n"
+    front = ModelCardData(license=facts.license, library_name="ctx-distill", tags=["chest-ct", "radiology", "research"])
     lines = [
         f"# {facts.name}",
         "> **A research tool, not a medical device.** Nothing that it says is a diagnosis; it has not been evaluated for"
@@ -56,7 +58,8 @@ def model_card(
         " and may be wrong throughout.\n"
         "- Findings that it was not asked for are not reported: silence is no normal study.",
     ]  # fmt: skip
-    return front + "\n" + "\n\n".join(lines) + "\n"
+    body = "\n\n".join(lines)
+    return str(ModelCard(f"---\n{front.to_yaml()}\n---\n\n{body}\n"))
 
 
 def read_record(path: Path) -> dict[str, Any]:

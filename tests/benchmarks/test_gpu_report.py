@@ -187,7 +187,7 @@ TOP_LEVEL = {
     "PIL": "pillow", "SimpleITK": "simpleitk", "faiss": "faiss-cpu", "open_clip": "open-clip-torch",
     "sklearn": "scikit-learn", "tensorboardX": "tensorboardx", "yaml": "pyyaml", "huggingface_hub": "huggingface-hub",
 }  # fmt: skip
-NOT_NEEDED = {"torchxrayvision", "s3fs", "fastapi", "uvicorn", "pycocoevalcap", "radeval", "RadEval"}
+NOT_NEEDED = {"torchxrayvision", "s3fs", "fastapi", "starlette", "uvicorn", "pycocoevalcap", "radeval", "RadEval"}
 """Of the extras xrv, s3, serve, report and radeval, which no part uses."""
 
 
