@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from ctx_distill.inference.licences import CardFacts, licences
 from ctx_distill.inference.parts import Parts
+from ctx_distill.metrics.bootstrap import show
 
 
 def model_card(
@@ -109,14 +110,8 @@ def _metrics(metrics: Mapping[str, Any]) -> str:
     for stage, title in (("zero_shot", "zero-shot"), ("classifier", "classifier")):
         found = metrics.get(stage) or {}
         named = {"macro AUROC": found.get("macro_auroc"), **(found.get("per_finding") or {})}
-        rows += [f"| {title} | {name} | {_value(value)} |" for name, value in named.items() if value is not None]
+        rows += [f"| {title} | {name} | {show(value)} |" for name, value in named.items() if value is not None]
     if not rows:
         return "None stand with this model."
     head = "On the `test` split, 95 % bootstrap intervals over patients.\n\n| how | AUROC of | value |\n| --- | --- | --- |\n"
     return head + "\n".join(rows)
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
-    return f"{value:.3f}"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -26,6 +27,15 @@ class Interval:
         if self.value is None or self.low is None or self.high is None:
             return None
         return {"value": self.value, "low": self.low, "high": self.high}
+
+
+def show(value: Any) -> str:
+    """Return a metric of `metrics.json` as text: `0.731 [0.702, 0.760]`, `0.731`, or `-` if it is undefined."""
+    if isinstance(value, Mapping):
+        if value.get("value") is None:
+            return "-"
+        return f"{show(value['value'])} [{show(value['low'])}, {show(value['high'])}]"
+    return "-" if value is None else f"{value:.3f}"
 
 
 def resample_counts(groups: Groups, n: int = 1000, seed: int = 0) -> NDArray[np.int32]:

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import rankdata
 
 from ctx_distill.metrics.bootstrap import Groups, Interval, interval, resample_counts
 
@@ -92,7 +91,7 @@ def _value(score: _Score, labels: ArrayLike, scores: ArrayLike) -> float:
     if not positive.any() or positive.all():
         return float("nan")
     # Ranks: torchmetrics would pass scores outside [0, 1] through a sigmoid, which can make distinct ones equal.
-    ranks = rankdata(s, method="dense") / len(s)
+    ranks = np.unique(s, return_inverse=True)[1] / len(s)
     function = getattr(classification, score.name)
     return float(function(torch.from_numpy(ranks), torch.from_numpy(positive.astype(np.int64))))
 

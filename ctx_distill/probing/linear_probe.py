@@ -17,6 +17,7 @@ from ctx_distill.files import write_json, write_text
 from ctx_distill.inference.model import CTModel
 from ctx_distill.inference.parts import ARTEFACT, open_parts
 from ctx_distill.inference.scans import shown
+from ctx_distill.metrics.bootstrap import show
 from ctx_distill.metrics.classification import classification_report
 from ctx_distill.models.heads import FindingsHead
 from ctx_distill.probing.few_shot import few_shot_curve, read_shots, write_curve
@@ -70,17 +71,13 @@ def probe(
     lost = pd.DataFrame([[manifest.frame.at[r, "image_id"], why] for r, why in unreadable.items()], columns=["scan", "reason"])  # fmt: skip
     write_text(out / "unreadable.csv", lost.to_csv(index=False, lineterminator="\n"))
     _write_head(model, fit, manifest.finding_names, out)
-    told = [f"linear probe, test macro AUROC {_told(metrics['macro_auroc'])}, C = {fit.strength:g}, chosen on val"]
+    told = [f"linear probe, test macro AUROC {show(metrics['macro_auroc'])}, C = {fit.strength:g}, chosen on val"]
     if asked:
         table = few_shot_curve(data, parts["train"], parts["test"], asked, seeds)
         write_curve(table, out)
         told.append(table.to_string(index=False, float_format=lambda x: f"{x:.3f}"))
     write_json(out / "metrics.json", metrics)
     return "\n".join([*told, f"{len(unreadable)} scans unreadable", str(out)])
-
-
-def _told(value: dict[str, float] | None) -> str:
-    return "not defined" if value is None else f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
 
 
 def _features(model: CTModel, manifest: Manifest, out: Path) -> tuple[Floats, dict[int, str]]:
