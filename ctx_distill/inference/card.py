@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from ctx_distill.inference.licences import CardFacts, licences
 from ctx_distill.inference.parts import Parts
 from ctx_distill.metrics.bootstrap import show
+from ctx_distill.run_files import METRICS_FILE, RUN_FILE
 
 
 def model_card(
@@ -24,8 +25,8 @@ def model_card(
         facts: what only the person who exports knows.
         programs: torch.export programs beside it: inputs and outputs by file.
     """
-    run = read_record(parts.source / "run.json")
-    metrics = read_record(parts.source / "metrics.json")
+    run = read_record(parts.source / RUN_FILE)
+    metrics = read_record(parts.source / METRICS_FILE)
     spec = parts.spec
     front = ModelCardData(license=facts.license, library_name="ctx-distill", tags=["chest-ct", "radiology", "research"])
     lines = [

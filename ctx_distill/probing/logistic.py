@@ -110,7 +110,8 @@ def fit_probes(
         fit = Fit(weight, bias, strength, float("nan"))
         kept = fit.fitted
         reached = macro_auroc(val[1][:, kept], fit.probabilities(val[0])[:, kept]) if kept.any() else None
-        if reached is not None and (best is None or reached > best.val_macro_auroc):
+        # Values that differ by the rounding of single precision are equal.
+        if reached is not None and (best is None or reached > best.val_macro_auroc + 1e-6):
             best = Fit(weight, bias, strength, reached)
     if best is None:
         raise InputError(

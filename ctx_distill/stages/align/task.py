@@ -28,6 +28,7 @@ from ctx_distill.models.dual_encoder import DualEncoder, load_ct_encoder
 from ctx_distill.models.heads import ProjectionHead
 from ctx_distill.models.weights import resolve_source
 from ctx_distill.retrieval.lookup import NeighbourLookup
+from ctx_distill.run_files import ARTEFACT, CORRECTED
 from ctx_distill.stages.align.distillation_regulariser import KeepSettings, KeepTargets
 from ctx_distill.stages.align.entity_masking import EntityMasking, MaskingSettings
 from ctx_distill.stages.align.evidence import FalseNegatives, RobustSettings
@@ -391,13 +392,13 @@ class AlignmentTask(TrainedTask):
     def finish(self, trainer: L.Trainer, datamodule: L.LightningDataModule, folder: Path) -> dict[str, Any]:
         """Write the dual encoder and the corrected pairs; report-to-volume recall on CT `val`."""
         assert isinstance(datamodule, CTDataModule)
-        run_on_rank_zero(lambda: self._save(folder / "artefact", datamodule))
+        run_on_rank_zero(lambda: self._save(folder / ARTEFACT, datamodule))
         metrics = last_values(self)
         if self.false_negatives is not None:
             fixed = self.false_negatives.all_thresholds()
             metrics["thresholds"] = {kind: x if math.isfinite(x) else None for kind, x in fixed.items()}
             metrics["pairs"] = dict(self.false_negatives.pairs.totals)
-            run_on_rank_zero(lambda: self._write_pairs(folder / "corrected.csv", datamodule))
+            run_on_rank_zero(lambda: self._write_pairs(folder / CORRECTED, datamodule))
         val = datamodule.with_text(datamodule.manifest.split("val"))
         if len(val) > 1:
             found = predict_rows(trainer, self, datamodule.loader(val), list(val.frame.index))

@@ -24,6 +24,7 @@ from ctx_distill.metrics.operating import THRESHOLD_RULE, choose_thresholds
 from ctx_distill.models.ct_encoder import CTEncoder
 from ctx_distill.models.dual_encoder import DualEncoder
 from ctx_distill.models.heads import FindingsHead
+from ctx_distill.run_files import ARTEFACT, PREDICTIONS
 from ctx_distill.seeds import run_seed
 from ctx_distill.stages.classifier.loss import LossSettings, findings_terms, mixup
 from ctx_distill.training.base_task import TrainedTask, adamw, check_volume_spec, decay_groups, last_values
@@ -245,7 +246,7 @@ class ClassifierTask(TrainedTask):
         assert self.head is not None
         names = list(datamodule.manifest.finding_names)
         metrics = last_values(self)
-        run_on_rank_zero(lambda: self._save(folder / "artefact", datamodule))
+        run_on_rank_zero(lambda: self._save(folder / ARTEFACT, datamodule))
         self._keep_features(trainer, datamodule, folder)
         test = datamodule.manifest.split("test")
         if not len(test):
@@ -254,7 +255,7 @@ class ClassifierTask(TrainedTask):
         studies, means = study_means(test, found["probability"].numpy())
         if rank() == 0:
             columns = {name: means[:, column] for column, name in enumerate(names)}
-            write_predictions(folder / "predictions.csv", studies, columns)
+            write_predictions(folder / PREDICTIONS, studies, columns)
         labelled = [f"label:{name}" for name in names]
         val = datamodule.manifest.split("val")
         own = np.zeros((0, len(names)))
