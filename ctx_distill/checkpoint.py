@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ctx_distill.errors import InputError
 from ctx_distill.files import hash_file, hash_json, replace_folder, restore_folder, write_json
+from ctx_distill.run_files import ARTEFACT_FILE
 
 __all__ = [
     "Artefact",
@@ -37,7 +38,6 @@ __all__ = [
 ]
 
 Kind = Literal["xray-expert", "xray-index", "ct-encoder", "dual-encoder", "classifier", "report-decoder"]
-ARTEFACT_FILE = "artefact.json"
 RECORD_ATTEMPTS = 10
 """Reads of a record, 10 ms apart, before the artefact counts as missing: it may be replaced in two steps at that moment."""
 WEIGHTS_FILE = "model.safetensors"

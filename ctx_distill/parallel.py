@@ -1,4 +1,8 @@
-"""One function over many items in worker processes: bounded, with a progress bar, stopped at once by an error or Ctrl-C."""
+"""One function over many items in worker processes: bounded, with a progress bar, stopped at once by an error or Ctrl-C.
+
+The processes are those of `concurrent.futures`. pebble would report the item of a dead worker by itself, but that replaces
+only `_one_by_one`: the bound on items in flight and the stop at a signal would stay ours, with one more dependency.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +16,9 @@ from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from typing import TypeVar
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
 from ctx_distill import signals
 from ctx_distill.errors import InputError
+from ctx_distill.progress import progress_bar
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -52,12 +55,9 @@ def in_processes(
         StopRequested: a signal asked for it; what is yielded by then is done.
     """
     waiting, workers = iter(items), max(1, min(workers or usable_cores(), total))
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
-    )  # fmt: skip
     pool = _pool(workers)
     try:
-        with Progress(*columns) as progress:
+        with progress_bar() as progress:
             bar = progress.add_task(title, total=total)
             running: dict[Future[R], T] = {}
             while True:
@@ -118,14 +118,19 @@ def _pool(workers: int) -> ProcessPoolExecutor:
 
 def _begin() -> None:
     """Set up a worker: torch gets one thread there, and it ends with the process that started it."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     os.environ["OMP_NUM_THREADS"] = "1"  # of a torch that is imported later: reading texts needs none
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
+    """End this worker when its parent is gone: a killed parent cannot end its workers, which would wait forever."""
+    threading.Thread(target=_wait_for_parent, daemon=True).start()
+
+
+def _wait_for_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
-    os._exit(1)  # killed, it could not end its workers, which would wait for work forever
+    os._exit(1)

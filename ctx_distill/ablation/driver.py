@@ -11,8 +11,6 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
 from ctx_distill.ablation.analysis import crossed
 from ctx_distill.ablation.cohort_manifests import Cohort, open_cohort
 from ctx_distill.ablation.execute import JobScore, Place, ensure_expert, run_job
@@ -22,6 +20,7 @@ from ctx_distill.ablation.records import ROWS, Records
 from ctx_distill.ablation.tables import write_report
 from ctx_distill.errors import InputError
 from ctx_distill.files import hash_file, hash_json
+from ctx_distill.progress import progress_bar
 from ctx_distill.runs.runner import find_manifest
 
 # Raised so that glibc keeps freed volumes: giving each back to the kernel costs a quarter of the time.
@@ -87,14 +86,7 @@ def _run(
     futures: dict[Future[tuple[JobScore, float]], AblationJob] = {
         pool.submit(_work, place, options.data, options.plan, job): job for job in waiting
     }
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns) as progress:
+    with progress_bar() as progress:
         bar = progress.add_task(title, total=len(waiting))
         for future in as_completed(futures):
             job = futures[future]

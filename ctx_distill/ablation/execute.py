@@ -31,10 +31,10 @@ from ctx_distill.data.manifests.manifest import Manifest
 from ctx_distill.files import hash_json, write_json, write_text
 from ctx_distill.metrics.bootstrap import resample_counts
 from ctx_distill.metrics.classification import macro_auroc_replicates
+from ctx_distill.run_files import ARTEFACT, CHECKPOINTS, LAYERS_FILE, METRICS_FILE, PREDICTIONS
 from ctx_distill.runs.runner import fill
-from ctx_distill.runs.stage_table import ARTEFACT, STAGES, stage_config
+from ctx_distill.runs.stage_table import STAGES, stage_config
 
-DONE = "metrics.json"
 REPLICATES = 500
 BOOTSTRAP_SEED = 2024
 """One seed for all runs: replicate r draws the same patients in every run, so that differences are paired."""
@@ -83,16 +83,16 @@ def run_job(place: Place, plan: Plan, cohort: Cohort, job: AblationJob) -> JobSc
     for name in job.arm.stages:
         config = job_layers(plan, job, name, place.preset)
         found[name] = run_layers(folder / STAGES[name].folder, paths, config)
-        shutil.rmtree(folder / STAGES[name].folder / "checkpoints", ignore_errors=True)
+        shutil.rmtree(folder / STAGES[name].folder / CHECKPOINTS, ignore_errors=True)
     scored = ct.split("test")
     scorer = STAGES[list(job.arm.stages)[-1]].folder
-    metrics, replicates = _primary(scored, folder / scorer / "predictions.csv")
+    metrics, replicates = _primary(scored, folder / scorer / PREDICTIONS)
     metrics |= _watched(found)
     if not job.select:
         metrics |= _secondary(place, plan, cohort, job, scored)
     data = hash_json([ct.fingerprint, xray.fingerprint if job.arm.pool_matters else None])[:16]
     metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}  # a finding may lack a class
-    write_json(folder / DONE, metrics)
+    write_json(folder / METRICS_FILE, metrics)
     return JobScore(metrics, replicates, data)
 
 
@@ -101,11 +101,11 @@ def run_layers(folder: Path, paths: dict[str, str], config: dict[str, Any]) -> d
     from ctx_distill.runs.lightning_cli import build, run_task
 
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "layers.yaml"
+    path = folder / LAYERS_FILE
     write_text(path, yaml.safe_dump(fill(config, {**paths, "{folder}": str(folder)}), sort_keys=False))
     cli = build(["--config", str(path)])
     metrics = run_task(cli, folder)
-    write_json(folder / DONE, metrics)
+    write_json(folder / METRICS_FILE, metrics)
     return metrics
 
 
@@ -115,7 +115,7 @@ def ensure_expert(place: Place, plan: Plan, cohort: Cohort, name: str) -> Path:
     folder = place.run / "experts" / name
     (place.run / "experts").mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
-        if not (folder / DONE).is_file():
+        if not (folder / METRICS_FILE).is_file():
             xray = write_xray(cohort, spec.xrays)
             steps = {"trainer": {"max_epochs": spec.epochs, "limit_val_batches": 0}}
             paths = {"{xray}": str(xray.path)}
@@ -127,7 +127,7 @@ def ensure_expert(place: Place, plan: Plan, cohort: Cohort, name: str) -> Path:
                 "model": {"init_args": {"read_ct_reports": False, "report_corpus": corpus}},
             }
             run_layers(folder, paths, laid_over(stage_config(STAGES["expert"], place.preset), steps, alone))
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+            shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     return folder / ARTEFACT
 
 
@@ -142,7 +142,7 @@ def ensure_index(place: Place, plan: Plan, ct: Manifest, xray: Manifest, expert:
     folder = place.run / "indexes" / key
     (place.run / "indexes").mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
-        if not (folder / DONE).is_file():
+        if not (folder / METRICS_FILE).is_file():
             paths = {"{xray}": str(xray.path), "{ct}": str(ct.path)}
             paths["{expert}"] = str(place.run / "experts" / expert / ARTEFACT)
             run_layers(folder, paths, stage_config(STAGES["index"], place.preset))

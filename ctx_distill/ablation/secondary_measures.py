@@ -19,6 +19,7 @@ from ctx_distill.metrics.classification import macro_auroc
 from ctx_distill.metrics.retrieval import recall_at_k
 from ctx_distill.models.ct_encoder import build_ct_encoder
 from ctx_distill.models.dual_encoder import DualEncoder
+from ctx_distill.probing.logistic import Scale, fit_probe
 from ctx_distill.stages.shared.projection_prior import open_prior
 from ctx_distill.types import CTBatch
 
@@ -82,10 +83,6 @@ def linear_probe(manifest: Manifest, pooled: Tensor, shares: Sequence[float], se
     Returns:
         `probe_auroc_<percent>`.
     """
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
     labels = manifest.labels()
     splits = manifest.frame["split"].to_numpy()
     train, test = np.flatnonzero(splits == "train"), np.flatnonzero(splits == "test")
@@ -94,15 +91,13 @@ def linear_probe(manifest: Manifest, pooled: Tensor, shares: Sequence[float], se
     metrics = {}
     for share in shares:
         rows = order[: max(2, round(share * len(order)))]
-        scores = np.zeros((len(test), labels.shape[1]))
+        scores, scale = np.zeros((len(test), labels.shape[1])), Scale.of(features[rows])
         for column in range(labels.shape[1]):
             target = labels[rows, column] == 1
             if target.any() and not target.all():
                 # C was fixed beforehand: strong shrinkage, since features outnumber the fewest rows
-                model = make_pipeline(
-                    StandardScaler(), LogisticRegression(C=0.01, class_weight="balanced", max_iter=500)
-                )
-                scores[:, column] = model.fit(features[rows], target).decision_function(features[test])
+                weight, bias = fit_probe(features[rows], target, scale, C=0.01, class_weight="balanced", max_iter=500)
+                scores[:, column] = features[test] @ weight + bias
         value = macro_auroc(labels[test], scores)
         metrics[f"probe_auroc_{round(100 * share)}"] = float("nan") if value is None else value
     return metrics

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-Scope = MutableMapping[str, Any]
-Messages = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 # data: is NiiVue's font picture, blob: what it makes of it. Nothing outside this server, no inline script or style.
 POLICY = (
@@ -24,7 +23,7 @@ HEADERS = {
     "cross-origin-resource-policy": "same-origin",
     "cache-control": "no-store",
 }
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
+LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
 
 def is_loopback(host: str) -> bool:
@@ -44,56 +43,51 @@ class Guard:
         names: further names by which it may be asked.
     """
 
-    def __init__(
-        self, app: Callable[[Scope, Messages, Send], Awaitable[None]], host: str, names: Iterable[str]
-    ) -> None:
+    def __init__(self, app: ASGIApp, host: str, names: Iterable[str]) -> None:
+        from starlette.middleware.trustedhost import TrustedHostMiddleware  # here, since it is of the extra `serve`
+
         self._app = app
-        self._names = {name.lower() for name in (*LOOPBACK, host, *names)}
+        self._trusted_names = TrustedHostMiddleware(self._same_site, [*LOOPBACK, host, *names], www_redirect=False)
         # Rebinding needs a name. Beyond loopback an address as such is what users of the network type.
         self._addresses = not is_loopback(host)
 
-    async def __call__(self, scope: Scope, receive: Messages, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers = {key.decode("latin-1"): value.decode("latin-1") for key, value in scope["headers"]}
-        host = headers.get("host", "")
-        refusal = None
-        if not self._known(host):
-            refusal = (421, "this name is not the explorer's; start it with --allow-host NAME to be asked by it")
-        elif _of_another_site(scope["method"], headers, host):
-            refusal = (403, "another site asked")
 
-        async def with_headers(message: MutableMapping[str, Any]) -> None:
+        async def with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 own = [(key.encode(), value.encode()) for key, value in HEADERS.items()]
                 message["headers"] = [*message.get("headers", []), *own]
             await send(message)
 
-        if refusal is None:
-            await self._app(scope, receive, with_headers)
-            return
-        body = refusal[1].encode()
-        kind = [(b"content-type", b"text/plain; charset=utf-8"), (b"content-length", str(len(body)).encode())]
-        await with_headers({"type": "http.response.start", "status": refusal[0], "headers": kind})
-        await with_headers({"type": "http.response.body", "body": body})
+        checked = self._same_site if self._addresses and _is_address(_headers(scope)) else self._trusted_names
+        await checked(scope, receive, with_headers)
 
-    def _known(self, host: str) -> bool:
-        try:
-            name = urlsplit(f"//{host}").hostname or ""
-        except ValueError:
-            return False
-        if name in self._names:
-            return True
-        try:
-            ipaddress.ip_address(name)
-        except ValueError:
-            return False
-        return self._addresses
+    async def _same_site(self, scope: Scope, receive: Receive, send: Send) -> None:
+        from starlette.responses import PlainTextResponse
+
+        refused = _of_another_site(scope["method"], _headers(scope))
+        await (PlainTextResponse("another site asked", 403) if refused else self._app)(scope, receive, send)
 
 
-def _of_another_site(method: str, headers: dict[str, str], host: str) -> bool:
+def _headers(scope: Scope) -> dict[str, str]:
+    return {key.decode("latin-1"): value.decode("latin-1") for key, value in scope["headers"]}
+
+
+def _is_address(headers: dict[str, str]) -> bool:
+    """Whether the request names the server by an IP address."""
+    try:
+        ipaddress.ip_address(urlsplit(f"//{headers.get('host', '')}").hostname or "")
+    except ValueError:
+        return False
+    return True
+
+
+def _of_another_site(method: str, headers: dict[str, str]) -> bool:
+    host = headers.get("host", "")
     if headers.get("origin") not in (None, f"http://{host}", f"https://{host}"):
         return True
     followed_a_link = method == "GET" and headers.get("sec-fetch-mode") == "navigate"

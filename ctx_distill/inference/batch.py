@@ -22,6 +22,7 @@ from ctx_distill.inference.parts import open_parts
 from ctx_distill.inference.prediction import Prediction, Saliency
 from ctx_distill.inference.scans import Scan, find_scans, shown
 from ctx_distill.parallel import DIED, in_processes, usable_cores
+from ctx_distill.run_files import REPORTS
 
 PARTS = "parts"
 MOST_PROBABLE = 3
@@ -197,7 +198,7 @@ def _write(out: Path, scans: list[Scan], unreadable: dict[str, str], model: CTMo
     stacked = np.stack(embeddings) if embeddings else np.zeros(0, dtype=np.float32)
     write_bytes(out / "embeddings.safetensors", save({"embeddings": stacked}, metadata={"scans": json.dumps(names)}))
     if report:
-        write_text(out / "reports.csv", _table(["scan", "report"], reports))
+        write_text(out / REPORTS, _table(["scan", "report"], reports))
     told = [
         f"{len(names)} scans read, {len(unreadable)} unreadable; {model.notice}",
         f"results: {out / 'probabilities.csv'}",

@@ -7,8 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCard, ModelCardData
+
 from ctx_distill.inference.licences import CardFacts, licences
 from ctx_distill.inference.parts import Parts
+from ctx_distill.metrics.bootstrap import show
+from ctx_distill.run_files import METRICS_FILE, RUN_FILE
 
 
 def model_card(
@@ -21,10 +25,10 @@ def model_card(
         facts: what only the person who exports knows.
         programs: torch.export programs beside it: inputs and outputs by file.
     """
-    run = read_record(parts.source / "run.json")
-    metrics = read_record(parts.source / "metrics.json")
+    run = read_record(parts.source / RUN_FILE)
+    metrics = read_record(parts.source / METRICS_FILE)
     spec = parts.spec
-    front = f"---\nlicense: {facts.license}\nlibrary_name: ctx-distill\ntags: [chest-ct, radiology, research]\n---\n"
+    front = ModelCardData(license=facts.license, library_name="ctx-distill", tags=["chest-ct", "radiology", "research"])
     lines = [
         f"# {facts.name}",
         "> **A research tool, not a medical device.** Nothing that it says is a diagnosis; it has not been evaluated for"
@@ -56,7 +60,8 @@ def model_card(
         " and may be wrong throughout.\n"
         "- Findings that it was not asked for are not reported: silence is no normal study.",
     ]  # fmt: skip
-    return front + "\n" + "\n\n".join(lines) + "\n"
+    body = "\n\n".join(lines)
+    return str(ModelCard(f"---\n{front.to_yaml()}\n---\n\n{body}\n"))
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -106,14 +111,8 @@ def _metrics(metrics: Mapping[str, Any]) -> str:
     for stage, title in (("zero_shot", "zero-shot"), ("classifier", "classifier")):
         found = metrics.get(stage) or {}
         named = {"macro AUROC": found.get("macro_auroc"), **(found.get("per_finding") or {})}
-        rows += [f"| {title} | {name} | {_value(value)} |" for name, value in named.items() if value is not None]
+        rows += [f"| {title} | {name} | {show(value)} |" for name, value in named.items() if value is not None]
     if not rows:
         return "None stand with this model."
     head = "On the `test` split, 95 % bootstrap intervals over patients.\n\n| how | AUROC of | value |\n| --- | --- | --- |\n"
     return head + "\n".join(rows)
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
-    return f"{value:.3f}"

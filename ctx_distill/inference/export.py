@@ -19,8 +19,9 @@ from ctx_distill.files import replace_folder, write_json, write_text
 from ctx_distill.inference.card import model_card, read_record
 from ctx_distill.inference.licences import CardFacts, licences, unknown_licences
 from ctx_distill.inference.model import CTModel
-from ctx_distill.inference.parts import ARTEFACT, USE_FILE, Parts, open_parts
+from ctx_distill.inference.parts import USE_FILE, Parts, open_parts
 from ctx_distill.inference.towers import ImageTower, ReportTower, export_module
+from ctx_distill.run_files import ARTEFACT, RUN_FILE
 
 LARGEST_DIFFERENCE = 1e-4
 """Between the original's and an exported program's numbers, on values of the order of 1, in float32."""
@@ -62,7 +63,7 @@ def export_model(source: Path, out: Path, facts: CardFacts = CardFacts()) -> dic
         told = _export_towers(model, place)
         write_text(place / "README.md", model_card(model.parts, facts, told["programs"]))
         told["unknown_licences"] = unknown_licences(
-            licences(model.parts, read_record(model.parts.source / "run.json"), facts)
+            licences(model.parts, read_record(model.parts.source / RUN_FILE), facts)
         )
         told["version"], told["fingerprint"] = __version__, model.fingerprint
         write_json(place / "export.json", told)

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from ctx_distill.checkpoint import ARTEFACT_FILE, Artefact, load_weights, read_artefact, require_same
+from ctx_distill.checkpoint import Artefact, load_weights, read_artefact, require_same
 from ctx_distill.data.transforms.model_volume import VolumeSpec
 from ctx_distill.errors import InputError
 from ctx_distill.models.ct_encoder import CTEncoder, build_ct_encoder
@@ -20,11 +20,11 @@ from ctx_distill.models.dual_encoder import DualEncoder
 from ctx_distill.models.heads import FindingsHead
 from ctx_distill.models.report_decoder import ReportDecoder
 from ctx_distill.models.xray_expert import XrayExpert
+from ctx_distill.run_files import ARTEFACT, ARTEFACT_FILE, CONFIG_FILE, PREDICTIONS
 from ctx_distill.stages.shared.projection_prior import open_prior
 from ctx_distill.text.extractor import load_vocabulary
 from ctx_distill.text.prompts import Templates
 
-ARTEFACT = "artefact"
 USE_FILE = "use.json"
 """How the parts of an export are asked, in place of the stages' configurations."""
 AGAIN = "Give a run folder, or one whose parts were made together."
@@ -183,7 +183,7 @@ def _asked(stage: Path | None, vocabulary: str | None) -> Asked:
         exported = _exported(stage.parent).get("zero_shot")
         if exported is not None:
             return Asked(tuple(exported["findings"]), exported["templates"], bool(exported["synonyms"]))
-    table = None if stage is None else stage / "predictions.csv"
+    table = None if stage is None else stage / PREDICTIONS
     if stage is None or table is None or not table.is_file() or vocabulary is not None:
         return Asked(tuple(load_vocabulary(vocabulary or "ct-rate").names))
     with table.open(newline="", encoding="utf-8") as file:
@@ -205,7 +205,7 @@ def _exported(folder: Path) -> dict[str, Any]:
 
 def _settings(stage: Path) -> dict[str, Any]:
     """`model.init_args` of a stage's resolved configuration; nothing where there is none."""
-    config = stage / "config.yaml"
+    config = stage / CONFIG_FILE
     if not config.is_file():
         return {}
     try:

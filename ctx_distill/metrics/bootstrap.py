@@ -1,11 +1,12 @@
-"""95 % intervals by resampling patients (the cluster bootstrap), for any statistic and quickly for weighted ones."""
+"""95 % intervals from resampled patients (the cluster bootstrap), for any statistic and faster for weighted ones."""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -15,32 +16,41 @@ Groups = Sequence[str] | Sequence[int] | NDArray[np.generic]
 
 @dataclass(frozen=True)
 class Interval:
-    """A statistic with its percentile interval; None where it is not defined."""
+    """A statistic with its percentile interval; None if it is undefined."""
 
     value: float | None
     low: float | None = None
     high: float | None = None
 
     def as_json(self) -> dict[str, float] | None:
-        """{"value", "low", "high"} as `metrics.json` holds it; None (null) where the value is not defined."""
+        """Return {"value", "low", "high"} as in `metrics.json`; None (null) if the value is undefined."""
         if self.value is None or self.low is None or self.high is None:
             return None
         return {"value": self.value, "low": self.low, "high": self.high}
 
 
+def show(value: Any) -> str:
+    """Return a metric of `metrics.json` as text: `0.731 [0.702, 0.760]`, `0.731`, or `-` if it is undefined."""
+    if isinstance(value, Mapping):
+        if value.get("value") is None:
+            return "-"
+        return f"{show(value['value'])} [{show(value['low'])}, {show(value['high'])}]"
+    return "-" if value is None else f"{value:.3f}"
+
+
 def resample_counts(groups: Groups, n: int = 1000, seed: int = 0) -> NDArray[np.int32]:
-    """How often each row is drawn in each replicate, when whole groups are drawn with replacement: (n, N) int32.
+    """Return how often each row is drawn in each replicate when groups are drawn with replacement, (n, N) int32.
 
     Args:
-        groups: N patient ids; the rows of one patient are drawn together, as often as the patient is.
-        n: replicates.
-        seed: of the draws; equal groups and seeds give equal draws, so intervals of one table are comparable.
+        groups: N patient ids; the rows of one patient are drawn together.
+        n: number of replicates.
+        seed: seed of the draws; equal groups and seeds give equal draws, so intervals of one table are comparable.
 
     Raises:
         ValueError: n below 1.
     """
     if n < 1:
-        raise ValueError(f"resample_counts: n is {n}, expected 1 or more replicates.")
+        raise ValueError(f"resample_counts: n is {n}; expected 1 or more replicates.")
     keys = tuple(np.asarray(groups).tolist())
     return _counts(keys, n, seed)
 
@@ -60,18 +70,18 @@ def _counts(groups: tuple[object, ...], n: int, seed: int) -> NDArray[np.int32]:
 
 
 def interval(value: float | None, replicates: ArrayLike, level: float = 0.95) -> Interval:
-    """The percentile interval of replicates around a value.
+    """Return a value with the percentile interval of its replicates.
 
     Args:
-        value: the statistic of the sample itself; None or NaN gives an Interval of None.
-        replicates: (n,), NaN where a replicate does not define the statistic; those are left out.
+        value: the statistic of the sample; None or NaN gives an Interval of None.
+        replicates: (n,); replicates that are NaN (undefined) are excluded.
         level: coverage, between 0 and 1.
 
     Raises:
         ValueError: level outside (0, 1).
     """
     if not 0 < level < 1:
-        raise ValueError(f"interval: level is {level}, expected a number between 0 and 1.")
+        raise ValueError(f"interval: level is {level}; expected a number between 0 and 1.")
     if value is None or math.isnan(value):
         return Interval(None)
     defined = np.asarray(replicates, dtype=np.float64)
@@ -89,18 +99,18 @@ def bootstrap(
     seed: int = 0,
     level: float = 0.95,
 ) -> Interval:
-    """A statistic with its interval over patients.
+    """Return a statistic with its interval over patients.
 
     Args:
-        statistic: takes row indices (rows of a patient that is drawn twice come twice) and gives a number, or None
-            or NaN where it is not defined.
-        groups: N patient ids, one a row.
-        n: replicates.
-        seed: of the draws.
+        statistic: takes row indices (twice if the patient is drawn twice) and returns a number, or None or NaN if it
+            is undefined.
+        groups: N patient ids, one per row.
+        n: number of replicates.
+        seed: seed of the draws.
         level: coverage.
 
     Returns:
-        The statistic of all rows and its percentile interval; replicates that do not define it are left out.
+        The statistic of all rows and its percentile interval; replicates in which it is undefined are excluded.
     """
     rows = np.arange(len(groups), dtype=np.intp)
     value = statistic(rows) if len(rows) else None
@@ -114,13 +124,13 @@ def bootstrap(
 
 
 def bootstrap_mean(values: ArrayLike, groups: Groups, n: int = 1000, seed: int = 0, level: float = 0.95) -> Interval:
-    """The mean of N values with its interval over patients; not defined where there is no value.
+    """Return the mean of N values with its interval over patients; undefined if N is 0.
 
     Args:
         values: (N,) numbers without NaN.
         groups: N patient ids.
-        n: replicates.
-        seed: of the draws.
+        n: number of replicates.
+        seed: seed of the draws.
         level: coverage.
     """
     numbers = np.asarray(values, dtype=np.float64)

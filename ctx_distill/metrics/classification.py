@@ -1,13 +1,15 @@
-"""Multi-label classification scores: AUROC and average precision a finding, macro means, intervals over patients.
+"""Multi-label classification scores: AUROC and average precision per finding, macro means, intervals over patients.
 
-A label is 1 or 0; -1 (uncertain) and NaN (blank) are left out. A score that lacks one of the two classes is not
-defined (None). Everything is written for weights (how often a row counts), so that all bootstrap replicates are
-computed at once; with weights of one it agrees with scikit-learn.
+A label is 1 or 0; rows with -1 (uncertain) or NaN (blank) are excluded. A score is undefined (None) unless both classes occur.
+torchmetrics computes the values. The bootstrap replicates are computed here, because its functions for curves take no
+sample weights and its `BootStrapper` resamples rows: we resample patients, and weights (how often a row is drawn) give all
+replicates at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,53 +18,36 @@ from numpy.typing import ArrayLike, NDArray
 from ctx_distill.metrics.bootstrap import Groups, Interval, interval, resample_counts
 
 Floats = NDArray[np.float64]
-_Score = Callable[[NDArray[np.bool_], Floats, Floats], Floats]
 
 
-def per_study(study_ids: Groups, values: ArrayLike) -> tuple[list[Any], Floats, NDArray[np.intp]]:
-    """The mean of predictions over the images of each study.
+@dataclass(frozen=True)
+class _Score:
+    """A score of one finding.
 
-    Args:
-        study_ids: N ids (strings or integers), one an image.
-        values: (N,) or (N, F) probabilities.
-
-    Returns:
-        (ids of S studies in order of first appearance; their means, (S,) or (S, F) float64; the row of each study's
-        first image, (S,), with which labels and patients are taken).
-
-    Raises:
-        ValueError: the two lengths differ.
+    Attributes:
+        name: of torchmetrics' function of scores and labels, both (N,).
+        weighted: the same for rows that count `weights` (R, N) times; (R,), NaN without both classes.
     """
-    array = np.asarray(values, dtype=np.float64)
-    ids = np.asarray(study_ids)
-    if len(ids) != len(array):
-        raise ValueError(f"per_study: {len(ids)} study ids and {len(array)} rows of values, expected as many.")
-    _, first, codes = np.unique(ids, return_index=True, return_inverse=True)
-    order = np.argsort(first)
-    place = np.empty_like(order)
-    place[order] = np.arange(len(order))
-    place = place[codes.reshape(-1)]
-    sums = np.zeros((len(order), *array.shape[1:]))
-    np.add.at(sums, place, array)
-    sizes = np.bincount(place, minlength=len(order)).reshape(-1, *([1] * (array.ndim - 1)))
-    return ids[first[order]].tolist(), sums / sizes, first[order]
+
+    name: str
+    weighted: Callable[[NDArray[np.bool_], Floats, Floats], Floats]
 
 
 def _known(labels: ArrayLike, scores: ArrayLike) -> tuple[NDArray[np.bool_], Floats, NDArray[np.bool_]]:
-    """(labels that are 1, scores, which rows count) of one finding, checked."""
+    """Check one finding; return which labels are 1, the scores, and which rows count."""
     y, s = np.asarray(labels, dtype=np.float64), np.asarray(scores, dtype=np.float64)
     if y.shape != s.shape or y.ndim != 1:
-        raise ValueError(f"labels have shape {y.shape} and scores {s.shape}, expected the same (N,).")
+        raise ValueError(f"labels have shape {y.shape} and scores {s.shape}, expected the same shape (N,).")
     known = (y == 0) | (y == 1)
     if not np.all(known | (y == -1) | np.isnan(y)):
-        raise ValueError("labels hold values other than 1, 0, -1 and NaN.")
+        raise ValueError("labels contain values other than 1, 0, -1 and NaN.")
     if np.isnan(s[known]).any():
-        raise ValueError("scores hold NaN: the model's output is not a number.")
+        raise ValueError("scores contain NaN for rows with a known label.")
     return y == 1, s, known
 
 
 def _tie_sums(scores: Floats, order: NDArray[np.intp], weights: Floats) -> Floats:
-    """Weights (R, N) in `order`, summed over runs of equal scores: (R, number of distinct scores)."""
+    """Return weights (R, N) in `order`, summed over runs of equal scores: (R, number of distinct scores)."""
     ordered = scores[order]
     starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
     sums: Floats = np.add.reduceat(weights[:, order], starts, axis=1)
@@ -70,7 +55,7 @@ def _tie_sums(scores: Floats, order: NDArray[np.intp], weights: Floats) -> Float
 
 
 def _weighted_auroc(positive: NDArray[np.bool_], scores: Floats, weights: Floats) -> Floats:
-    """Mann-Whitney's U over n+ n-, ties counting half; (R,) for weights (R, N), NaN without both classes."""
+    """Return Mann-Whitney's U over n+ n-, where ties count half; see `_Score.weighted`."""
     order = np.argsort(scores, kind="stable")
     up = _tie_sums(scores, order, weights * positive)
     down = _tie_sums(scores, order, weights * ~positive)
@@ -81,7 +66,7 @@ def _weighted_auroc(positive: NDArray[np.bool_], scores: Floats, weights: Floats
 
 
 def _weighted_average_precision(positive: NDArray[np.bool_], scores: Floats, weights: Floats) -> Floats:
-    """sum_k (R_k - R_{k-1}) P_k over distinct thresholds; (R,) for weights (R, N), NaN without both classes."""
+    """Return sum_k (R_k - R_{k-1}) P_k over distinct thresholds; see `_Score.weighted`."""
     order = np.argsort(-scores, kind="stable")
     up = _tie_sums(scores, order, weights * positive)
     everything = np.cumsum(_tie_sums(scores, order, weights), axis=1)
@@ -92,44 +77,59 @@ def _weighted_average_precision(positive: NDArray[np.bool_], scores: Floats, wei
         return np.where(both, (up * precision).sum(1) / total, np.nan)
 
 
-def _single(score: _Score, labels: ArrayLike, scores: ArrayLike) -> float | None:
+_AUROC = _Score("binary_auroc", _weighted_auroc)
+_AVERAGE_PRECISION = _Score("binary_average_precision", _weighted_average_precision)
+
+
+def _value(score: _Score, labels: ArrayLike, scores: ArrayLike) -> float:
+    """Return the score of one finding, NaN without both classes."""
+    import torch  # here, so that pages are written without it
+    from torchmetrics.functional import classification
+
     positive, s, known = _known(labels, scores)
-    if not known.any():
-        return None
-    value = float(score(positive[known], s[known], np.ones((1, int(known.sum()))))[0])
+    positive, s = positive[known], s[known]
+    if not positive.any() or positive.all():
+        return float("nan")
+    # Ranks: torchmetrics would pass scores outside [0, 1] through a sigmoid, which can make distinct ones equal.
+    ranks = np.unique(s, return_inverse=True)[1] / len(s)
+    function = getattr(classification, score.name)
+    return float(function(torch.from_numpy(ranks), torch.from_numpy(positive.astype(np.int64))))
+
+
+def _or_none(value: float) -> float | None:
     return None if np.isnan(value) else value
 
 
 def auroc(labels: ArrayLike, scores: ArrayLike) -> float | None:
-    """Area under the ROC curve of one finding.
+    """Return the area under the ROC curve of one finding.
 
     Args:
-        labels: (N,) of 1, 0, -1 or NaN; the last two are left out.
+        labels: (N,) of 1, 0, -1 or NaN; rows with the last two are excluded.
         scores: (N,), larger where the finding is more likely; ties count half.
 
     Returns:
         In [0, 1]; None without both classes.
 
     Raises:
-        ValueError: shapes that differ, other labels, or a NaN score where a label is known.
+        ValueError: the shapes differ, a label has another value, or a score is NaN where the label is known.
     """
-    return _single(_weighted_auroc, labels, scores)
+    return _or_none(_value(_AUROC, labels, scores))
 
 
 def average_precision(labels: ArrayLike, scores: ArrayLike) -> float | None:
-    """Average precision of one finding (not interpolated, as scikit-learn's); arguments and errors as `auroc`."""
-    return _single(_weighted_average_precision, labels, scores)
+    """Return the average precision of one finding, not interpolated; arguments and errors as for `auroc`."""
+    return _or_none(_value(_AVERAGE_PRECISION, labels, scores))
 
 
 def _columns(labels: ArrayLike, scores: ArrayLike) -> tuple[Floats, Floats]:
     y, s = np.asarray(labels, dtype=np.float64), np.asarray(scores, dtype=np.float64)
     if y.ndim != 2 or y.shape != s.shape:
-        raise ValueError(f"labels have shape {y.shape} and scores {s.shape}, expected the same (N, F).")
+        raise ValueError(f"labels have shape {y.shape} and scores {s.shape}, expected the same shape (N, F).")
     return y, s
 
 
 def macro_auroc(labels: ArrayLike, scores: ArrayLike) -> float | None:
-    """The mean AUROC over the findings of (N, F) labels that have both classes; None where none has.
+    """Return the mean AUROC over the findings of (N, F) labels that have both classes; None if there are none.
 
     Raises:
         ValueError: as `auroc`.
@@ -140,26 +140,24 @@ def macro_auroc(labels: ArrayLike, scores: ArrayLike) -> float | None:
 
 
 def _replicates(score: _Score, y: Floats, s: Floats, counts: NDArray[np.integer[Any]]) -> tuple[Floats, Floats]:
-    """(values (F,), replicates (R, F)) of a score, NaN where not defined. Replicates run in blocks to save memory."""
+    """Return a score's values (F,) and replicates (R, F), NaN where undefined; in blocks, to save memory."""
     n = len(counts)
     values, replicates = np.full(y.shape[1], np.nan), np.full((n, y.shape[1]), np.nan)
     block = max(1, 4_000_000 // max(1, len(y)))
     for f in range(y.shape[1]):
-        positive, column, known = _known(y[:, f], s[:, f])
-        if not known.any():
-            continue
-        positive, column = positive[known], column[known]
-        values[f] = score(positive, column, np.ones((1, len(column))))[0]
+        values[f] = _value(score, y[:, f], s[:, f])
         if np.isnan(values[f]):
             continue
+        positive, column, known = _known(y[:, f], s[:, f])
         for start in range(0, n, block):
             rows = slice(start, start + block)
-            replicates[rows, f] = score(positive, column, counts[rows][:, known].astype(np.float64))
+            weights = counts[rows][:, known].astype(np.float64)
+            replicates[rows, f] = score.weighted(positive[known], column[known], weights)
     return values, replicates
 
 
 def _macro_replicates(values: Floats, replicates: Floats) -> Floats:
-    """(R,) means over the defined findings of (R, F); a finding is left out of a replicate that lacks a class."""
+    """Return means (R,) over the defined findings of (R, F); replicates that lack a class exclude the finding."""
     kept = replicates[:, ~np.isnan(values)]
     present = ~np.isnan(kept)
     sizes = present.sum(1)
@@ -176,7 +174,7 @@ def _macro(values: Floats, replicates: Floats) -> Interval:
 def macro_auroc_replicates(
     labels: ArrayLike, scores: ArrayLike, counts: NDArray[np.integer[Any]]
 ) -> tuple[Floats, Floats]:
-    """AUROC a finding, and the macro AUROC under given resamplings, so that several models see the same draws.
+    """Return AUROC per finding, and replicates of the macro AUROC for given draws, which several models can share.
 
     Args:
         labels: (N, F) of 1, 0, -1 or NaN.
@@ -184,19 +182,19 @@ def macro_auroc_replicates(
         counts: (R, N), how often each row is drawn (`resample_counts`).
 
     Returns:
-        (F,) values and (R,) macro means over the findings that are defined, NaN where none is.
+        Values (F,), NaN where undefined, and macro means (R,) over the defined findings, NaN if there are none.
     """
     y, s = _columns(labels, scores)
-    values, replicates = _replicates(_weighted_auroc, y, s, counts)
+    values, replicates = _replicates(_AUROC, y, s, counts)
     return values, _macro_replicates(values, replicates)
 
 
 def macro_average_precision_replicates(
     labels: ArrayLike, scores: ArrayLike, counts: NDArray[np.integer[Any]]
 ) -> tuple[Floats, Floats]:
-    """Average precision as `macro_auroc_replicates` gives AUROC."""
+    """Return what `macro_auroc_replicates` returns, for average precision."""
     y, s = _columns(labels, scores)
-    values, replicates = _replicates(_weighted_average_precision, y, s, counts)
+    values, replicates = _replicates(_AVERAGE_PRECISION, y, s, counts)
     return values, _macro_replicates(values, replicates)
 
 
@@ -208,33 +206,33 @@ def classification_report(
     seed: int = 0,
     n: int = 1000,
 ) -> dict[str, Any]:
-    """Scores of a multi-label classifier, one row a study.
+    """Return the scores of a multi-label classifier, with one row per study.
 
     Args:
         labels: (N, F) of 1, 0, -1 or NaN.
         scores: (N, F) probabilities or any monotone scores.
         names: F findings.
         patients: N patient ids, the unit of resampling.
-        seed: of the bootstrap.
-        n: replicates.
+        seed: seed of the bootstrap.
+        n: number of replicates.
 
     Returns:
         `macro_auroc` (value, low, high, or None), `per_finding` {name: the same, or None without both classes},
         `macro_average_precision`, `per_finding_average_precision`, `positives` and `negatives` {name: count},
-        `studies`, `patients`, `findings_scored`. A replicate in which a finding lacks a class is left out of that
-        finding's interval, and the finding out of that replicate's macro mean.
+        `studies`, `patients`, `findings_scored`. If a finding lacks a class in a replicate, its interval excludes the
+        replicate, and the replicate's macro mean excludes the finding.
 
     Raises:
-        ValueError: lengths that do not fit, other labels, or NaN scores.
+        ValueError: lengths differ, a label has another value, or a score is NaN.
     """
     y, s = _columns(labels, scores)
     if len(names) != y.shape[1] or len(patients) != len(y):
         raise ValueError(
-            f"classification_report: labels are {y.shape}, but {len(names)} names and {len(patients)} patients are given."
+            f"classification_report: labels are {y.shape}, but {len(names)} names and {len(patients)} patients were given."
         )
     counts = resample_counts(patients, n, seed)
-    roc, roc_replicates = _replicates(_weighted_auroc, y, s, counts)
-    precision, precision_replicates = _replicates(_weighted_average_precision, y, s, counts)
+    roc, roc_replicates = _replicates(_AUROC, y, s, counts)
+    precision, precision_replicates = _replicates(_AVERAGE_PRECISION, y, s, counts)
 
     def each(values: Floats, replicates: Floats) -> dict[str, dict[str, float] | None]:
         return {name: interval(values[f], replicates[:, f]).as_json() for f, name in enumerate(names)}

@@ -1,4 +1,4 @@
-"""Everything that is measured of zero-shot findings, one value and interval a finding and a measure."""
+"""All scores of predicted findings: one value with its interval per finding and measure."""
 
 from __future__ import annotations
 
@@ -26,22 +26,25 @@ def findings_report(
     seed: int = 0,
     n: int = 1000,
 ) -> dict[str, Any]:
-    """`classification_report` and, under the same draws of patients, scores at thresholds and calibration.
+    """Return `classification_report` with scores at thresholds and calibration, for the same draws of patients.
 
     Args:
-        labels: (N, F), one row a study.
+        labels: (N, F), one row per study.
         scores: (N, F) probabilities.
         names: F findings.
         patients: N patient ids.
         thresholds: F, chosen on other studies.
-        seed: of the bootstrap.
-        n: replicates.
+        seed: seed of the bootstrap.
+        n: number of replicates.
 
     Returns:
-        What `classification_report` gives, and `macro` {measure: interval or None} (the mean over the findings that
-        define it), `findings` {name: {measure: the same, `threshold`, `threshold_reason`}}, `support_weighted_f1`
-        (scikit-learn's multi-label `average="weighted"`: F1 of presence weighted by a finding's positives),
-        `reliability` (see there) and `bootstrap`.
+        The keys of `classification_report`, and:
+
+        - `macro` {measure: interval or None}, the mean over the findings for which the measure is defined
+        - `findings` {name: {measure: interval or None, `threshold`, `threshold_reason`}}
+        - `support_weighted_f1`, scikit-learn's multi-label `average="weighted"`: F1 weighted by a finding's positives
+        - `reliability`, see `operating.reliability`
+        - `bootstrap`, the settings of the intervals
     """
     y, s = np.asarray(labels, dtype=np.float64), np.asarray(scores, dtype=np.float64)
     report = classification_report(y, s, names, patients, seed, n)

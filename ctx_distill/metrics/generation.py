@@ -1,9 +1,12 @@
-"""Scores of generated reports: BLEU-1 to 4 (sacrebleu), ROUGE-L (rouge-score), CIDEr, agreement of extracted findings.
+"""Scores of generated reports: BLEU-1 to 4 and ROUGE-L (torchmetrics), CIDEr, agreement of extracted findings.
 
-BLEU is the corpus score over lower-cased text in mteval-v13a tokens (sacrebleu's "13a": punctuation is a token), one
-reference, without smoothing, in [0, 1]. BLEU-n is the geometric mean of the precisions of 1 to n words. The
-COCO-caption tools, which most papers use, drop punctuation first: figures of the two are close, not equal. Theirs stand
-beside under `coco_` (`metrics.captions`).
+BLEU is the corpus score over lower-cased text in mteval-v13a tokens (sacrebleu's "13a": punctuation is a token), with one
+reference, without smoothing, in [0, 1]. BLEU-n is the geometric mean of the precisions of 1 to n words. The COCO caption
+tools, which most papers use, drop punctuation first, so their figures differ a little. They are reported beside ours
+under `coco_` (`metrics.captions`).
+
+torchmetrics counts the n-grams of each report; the counts are combined here, since the bootstrap combines them for
+every replicate.
 """
 
 from __future__ import annotations
@@ -25,28 +28,30 @@ _KEYS = tuple(f"bleu{order}" for order in range(1, _ORDER + 1))
 
 def _check(references: Sequence[str], hypotheses: Sequence[str]) -> None:
     if len(references) != len(hypotheses):
-        raise ValueError(f"{len(references)} references and {len(hypotheses)} hypotheses, expected as many.")
+        raise ValueError(f"{len(references)} references and {len(hypotheses)} hypotheses; expected equal numbers.")
 
 
 def bleu_statistics(references: Sequence[str], hypotheses: Sequence[str]) -> Floats:
-    """The counts of which corpus BLEU is made: (N, 10).
+    """Return the counts from which corpus BLEU is computed, (N, 10).
 
     Columns: matching 1- to 4-grams, all 1- to 4-grams, words of the hypothesis, words of the reference. They add up
-    over reports, so that the bootstrap needs them only once.
+    over reports, so the bootstrap computes them only once.
     """
-    from sacrebleu.metrics import BLEU
+    from torchmetrics.text import SacreBLEUScore
 
     _check(references, hypotheses)
-    scorer = BLEU(lowercase=True, tokenize="13a", smooth_method="none", effective_order=True)
+    scorer = SacreBLEUScore(n_gram=_ORDER, tokenize="13a", lowercase=True)
     rows = np.zeros((len(references), 2 * _ORDER + 2))
     for row, (reference, hypothesis) in enumerate(zip(references, hypotheses)):
-        score = scorer.sentence_score(hypothesis, [reference])
-        rows[row] = [*score.counts, *score.totals, score.sys_len, score.ref_len]
+        scorer.reset()
+        scorer.update([hypothesis.rstrip()], [[reference.rstrip()]])  # as sacrebleu, which strips the end of a line
+        lengths = scorer.preds_len, scorer.target_len
+        rows[row] = [*scorer.numerator.tolist(), *scorer.denominator.tolist(), *map(float, lengths)]
     return rows
 
 
 def _bleu(statistics: Floats) -> Floats:
-    """BLEU-1 to 4 of summed statistics: (..., 10) -> (..., 4), 0 where a precision is 0."""
+    """Return BLEU-1 to 4 (..., 4) of summed statistics (..., 10); 0 where a precision is 0."""
     matches, totals = statistics[..., :_ORDER], statistics[..., _ORDER : 2 * _ORDER]
     length, reference = statistics[..., 2 * _ORDER, None], statistics[..., 2 * _ORDER + 1, None]
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -57,7 +62,7 @@ def _bleu(statistics: Floats) -> Floats:
 
 
 def bleu(references: Sequence[str], hypotheses: Sequence[str]) -> dict[str, float | None]:
-    """Corpus BLEU-1 to 4 in [0, 1] (see the module's head for tokens and smoothing).
+    """Return corpus BLEU-1 to 4 in [0, 1]; the module docstring describes tokens and smoothing.
 
     Args:
         references: N true reports.
@@ -67,7 +72,7 @@ def bleu(references: Sequence[str], hypotheses: Sequence[str]) -> dict[str, floa
         `bleu1` to `bleu4`; None for an empty corpus, 0 where no n-gram matches.
 
     Raises:
-        ValueError: as many references as hypotheses are not given.
+        ValueError: the numbers of references and hypotheses differ.
     """
     statistics = bleu_statistics(references, hypotheses)
     if not len(statistics):
@@ -76,19 +81,18 @@ def bleu(references: Sequence[str], hypotheses: Sequence[str]) -> dict[str, floa
 
 
 def rouge_l(references: Sequence[str], hypotheses: Sequence[str]) -> float | None:
-    """Mean F of ROUGE-L (rouge-score, no stemming) over N reports; None for an empty corpus.
+    """Return the mean F of ROUGE-L (without stemming) over N reports; None for an empty corpus.
 
     Raises:
-        ValueError: as many references as hypotheses are not given.
+        ValueError: the numbers of references and hypotheses differ.
     """
-    from rouge_score.rouge_scorer import RougeScorer
+    from torchmetrics.functional.text import rouge_score
 
     _check(references, hypotheses)
     if not references:
         return None
-    scorer = RougeScorer(["rougeL"], use_stemmer=False)
-    pairs = zip(references, hypotheses)
-    return float(np.mean([scorer.score(true, said)["rougeL"].fmeasure for true, said in pairs]))
+    scores = rouge_score(list(hypotheses), [[reference] for reference in references], rouge_keys="rougeL")
+    return float(scores["rougeL_fmeasure"])
 
 
 def _ratio(numerator: Floats, denominator: Floats) -> Floats:
@@ -100,7 +104,7 @@ def _number(value: Any) -> float | None:
 
 
 def _findings_counts(references: Sequence[str], hypotheses: Sequence[str], vocabulary: Vocabulary) -> Floats:
-    """True positives, false positives, false negatives of present findings: (3, N, F)."""
+    """Return true positives, false positives and false negatives of present findings, (3, N, F)."""
     _check(references, hypotheses)
     true, said = extract_many(references, vocabulary) == 1, extract_many(hypotheses, vocabulary) == 1
     return np.stack([true & said, ~true & said, true & ~said]).astype(np.float64)
@@ -125,9 +129,9 @@ def _scores(counts: Floats) -> dict[str, float | None]:
 def findings_scores(
     references: Sequence[str], hypotheses: Sequence[str], vocabulary: Vocabulary
 ) -> dict[str, float | None]:
-    """Clinical agreement: the findings that generated reports assert against those that true reports assert.
+    """Return the clinical agreement: findings asserted by generated reports against those asserted by true reports.
 
-    Both sides go through `ctx_distill.text.extractor.extract_many`; what is uncertain or absent is not asserted.
+    Both are extracted with `ctx_distill.text.extractor.extract_many`; uncertain and absent findings are not asserted.
 
     Args:
         references: N true reports.
@@ -136,17 +140,17 @@ def findings_scores(
 
     Returns:
         `precision`, `recall`, `f1` over all pairs of report and finding (micro), and `macro_precision`, `macro_recall`,
-        `macro_f1`, means over the findings that a reference asserts (precision 0 for one that no generated report
-        asserts, as scikit-learn's zero_division=0). None where the denominator is 0 (no finding asserted).
+        `macro_f1`, means over the findings that a reference asserts. Precision is 0 for a finding that no generated
+        report asserts, as with scikit-learn's zero_division=0. None if the denominator is 0 (no finding asserted).
 
     Raises:
-        ValueError: as many references as hypotheses are not given.
+        ValueError: the numbers of references and hypotheses differ.
     """
     return _scores(_findings_counts(references, hypotheses, vocabulary))
 
 
 HEADLINES = ("findings_f1", "bleu4", "cider")
-"""Scores that come with an interval, and in which a decoder is set against the baselines."""
+"""Scores with an interval, in which a decoder is compared with the baselines."""
 
 
 def generation_report(
@@ -157,29 +161,30 @@ def generation_report(
     seed: int = 0,
     n: int = 1000,
 ) -> tuple[dict[str, Any], dict[str, Floats]]:
-    """All scores of generated reports.
+    """Return all scores of generated reports.
 
     Args:
         references: N true reports.
         hypotheses: N generated reports.
         patients: N patient ids, the unit of resampling.
-        vocabulary: for the findings.
-        seed: of the bootstrap.
-        n: replicates.
+        vocabulary: vocabulary of the findings.
+        seed: seed of the bootstrap.
+        n: number of replicates.
 
     Returns:
-        `bleu1` to `bleu4`, `rouge_l`, those of `captions.caption_scores`, `findings_precision`, `findings_recall`,
-        `findings_f1` (micro), `findings_macro_precision`, `findings_macro_recall`, `findings_macro_f1`, `reports`,
-        `empty` (how many generated reports are empty). `HEADLINES` come with intervals (value, low, high). None where a
-        score is not defined, as all are for an empty corpus. And the (n,) replicates of each headline that is defined:
-        equal patients and seeds draw equal replicates, so that differences of two systems are paired.
+        The scores, and the replicates (n,) of each defined headline. Equal patients and seeds draw equal replicates, so
+        differences of two systems are paired. The scores are `bleu1` to `bleu4`, `rouge_l`, those of
+        `captions.caption_scores`, `findings_precision`, `findings_recall`, `findings_f1` (micro),
+        `findings_macro_precision`, `findings_macro_recall`, `findings_macro_f1`, `reports` and `empty` (the number of
+        empty generated reports). `HEADLINES` have intervals (value, low, high). Undefined scores are None, as all are for
+        an empty corpus.
 
     Raises:
-        ValueError: lengths that differ.
+        ValueError: lengths differ.
     """
     _check(references, hypotheses)
     if len(patients) != len(references):
-        raise ValueError(f"{len(references)} references and {len(patients)} patients, expected as many.")
+        raise ValueError(f"{len(references)} references and {len(patients)} patients; expected equal numbers.")
     counts = _findings_counts(references, hypotheses, vocabulary)
     findings = _scores(counts)
     captions, ciders = caption_scores(references, hypotheses)

@@ -1,8 +1,12 @@
-"""Scores at a threshold and calibration of a multi-label classifier, for the sample and all bootstrap replicates at once.
+"""Scores at a threshold and calibration of a multi-label classifier, with all bootstrap replicates.
 
-Thresholds are chosen on `val` by the rule of CT-CLIP's and fVLM's evaluation, the ROC point nearest to (0, 1), which those
-apply to the evaluation set itself. A finding is called present where its probability is at or above the threshold.
-Labels are 1 or 0; -1 (uncertain) and NaN (blank) are left out.
+Thresholds are chosen on `val` by the rule that CT-CLIP and fVLM apply to the evaluation set itself: the ROC point nearest to
+(0, 1). A finding is called present if its probability is at or above the threshold. Labels are 1 or 0; rows with -1
+(uncertain) or NaN (blank) are excluded.
+
+torchmetrics computes the values at thresholds. The replicates over patients are weighted counts, which it has no
+function for. The calibration error stays here too: `BinaryCalibrationError` puts a probability on the edge of two bins
+into the upper one, scikit-learn and the figures published so far into the lower one.
 """
 
 from __future__ import annotations
@@ -18,6 +22,14 @@ Floats = NDArray[np.float64]
 Scores = dict[str, tuple[Floats, Floats]]
 """Measure -> (values (F,), replicates (R, F)), NaN where not defined."""
 BINS = 10
+_AT_THRESHOLD: dict[str, tuple[str, dict[str, Any]]] = {
+    "f1": ("binary_f1_score", {}),
+    "weighted_f1": ("multiclass_f1_score", {"num_classes": 2, "average": "weighted"}),
+    "accuracy": ("binary_accuracy", {}),
+    "sensitivity": ("binary_recall", {}),
+    "specificity": ("binary_specificity", {}),
+}
+"""Measure -> torchmetrics' function and its settings."""
 THRESHOLD_RULE = (
     "the val probability whose ROC point is nearest to (0, 1), present at or above it; chosen on val alone, never on the "
     "studies that are scored"
@@ -26,21 +38,21 @@ THRESHOLD_RULE = (
 
 @dataclass(frozen=True)
 class Threshold:
-    """A finding's threshold, or None with the reason."""
+    """The threshold of a finding, or None with the reason."""
 
     value: float | None
     reason: str | None = None
 
 
 def choose_thresholds(labels: ArrayLike, scores: ArrayLike) -> list[Threshold]:
-    """The score of each finding whose ROC point lies nearest to (0, 1); of equally near ones the largest.
+    """Return, per finding, the score whose ROC point is nearest to (0, 1); the largest score of equally near ones.
 
     Args:
-        labels: (N, F) of the validation studies.
+        labels: (N, F) labels of the validation studies.
         scores: (N, F) probabilities.
 
     Returns:
-        F thresholds; None where a class is missing.
+        F thresholds; None if a class is missing.
     """
     y, s = np.asarray(labels, dtype=np.float64), np.asarray(scores, dtype=np.float64)
     return [_nearest_to_corner(y[:, f], s[:, f]) for f in range(y.shape[1])]
@@ -49,9 +61,7 @@ def choose_thresholds(labels: ArrayLike, scores: ArrayLike) -> list[Threshold]:
 def _nearest_to_corner(y: Floats, s: Floats) -> Threshold:
     positives, negatives = int((y == 1).sum()), int((y == 0).sum())
     if not positives or not negatives:
-        return Threshold(
-            None, f"val has {positives} studies with and {negatives} without the finding; both kinds are needed"
-        )
+        return Threshold(None, f"val has {positives} studies with and {negatives} without the finding; both are needed")
     candidates = np.unique(s[(y == 1) | (y == 0)])[::-1]
     sensitivity = np.array([(s[y == 1] >= t).sum() for t in candidates]) / positives
     false_positive = np.array([(s[y == 0] >= t).sum() for t in candidates]) / negatives
@@ -60,7 +70,7 @@ def _nearest_to_corner(y: Floats, s: Floats) -> Threshold:
 
 
 def _weights(counts: NDArray[np.integer[Any]], rows: int) -> Floats:
-    """(1 + R, N): the sample itself, then its replicates."""
+    """Return (1 + R, N) weights: those of the sample, then those of its replicates."""
     return np.concatenate([np.ones((1, rows)), counts.astype(np.float64)])
 
 
@@ -73,11 +83,11 @@ def _ratio(numerator: Floats, denominator: Floats) -> Floats:
 def operating_scores(
     labels: ArrayLike, scores: ArrayLike, thresholds: Sequence[float | None], counts: NDArray[np.integer[Any]]
 ) -> Scores:
-    """`f1`, `weighted_f1`, `accuracy`, `sensitivity` and `specificity` at given thresholds.
+    """Return `f1`, `weighted_f1`, `accuracy`, `sensitivity` and `specificity` at given thresholds.
 
-    `weighted_f1` is fVLM's: the F1 of presence and that of absence, weighted by how many studies have each (scikit-learn's
-    `average="weighted"` of one finding). A measure is NaN without threshold, F1 and sensitivity also without a positive
-    study, specificity without a negative one.
+    `weighted_f1` is fVLM's: the F1 of presence and the F1 of absence, weighted by how many studies have each (scikit-learn's
+    `average="weighted"` for one finding). A measure is NaN without a threshold. F1 and sensitivity are also NaN without a
+    positive study, and specificity without a negative one.
 
     Args:
         labels: (N, F).
@@ -102,14 +112,28 @@ def operating_scores(
     }
     for values in found.values():
         values[:, np.isnan(at)] = np.nan
-    return {name: (values[0], values[1:]) for name, values in found.items()}
+    return {name: (_of_sample(name, y, called, values[0]), values[1:]) for name, values in found.items()}
+
+
+def _of_sample(name: str, y: Floats, called: NDArray[np.bool_], counted: Floats) -> Floats:
+    """Return torchmetrics' value per finding (F,) where `counted` is defined, else NaN."""
+    import torch  # here, so that pages are written without it
+    from torchmetrics.functional import classification
+
+    function, settings = _AT_THRESHOLD[name]
+    values = np.full_like(counted, np.nan)
+    for f in np.flatnonzero(~np.isnan(counted)):
+        known = (y[:, f] == 0) | (y[:, f] == 1)
+        predicted, true = (torch.from_numpy(part[known, f].astype(np.int64)) for part in (called, y))
+        values[f] = float(getattr(classification, function)(predicted, true, **settings))
+    return values
 
 
 def calibration_scores(labels: ArrayLike, scores: ArrayLike, counts: NDArray[np.integer[Any]]) -> Scores:
-    """`brier` and `ece` of probabilities of presence.
+    """Return `brier` and `ece`, the Brier score and the expected calibration error of probabilities of presence.
 
-    The expected calibration error is sum_b n_b / n |mean probability - share present| over ten equal bins of [0, 1], a
-    value on an edge in the lower one (scikit-learn's `calibration_curve`).
+    The latter is sum_b n_b / n |mean probability - share present| over ten equal bins of [0, 1]. A value on an edge is in
+    the lower bin, as in scikit-learn's `calibration_curve`.
 
     Args:
         labels: (N, F).
@@ -135,7 +159,7 @@ def _bins(scores: Floats) -> NDArray[np.intp]:
 
 
 def reliability(labels: ArrayLike, scores: ArrayLike) -> list[dict[str, float | int]]:
-    """The reliability curve over all findings together: `probability`, `frequency` and `count` of each bin that is not empty."""
+    """Return `probability`, `frequency` and `count` of each non-empty bin, over all findings together."""
     y, s = np.asarray(labels, dtype=np.float64).ravel(), np.asarray(scores, dtype=np.float64).ravel()
     known = (y == 0) | (y == 1)
     y, s = y[known], s[known]

@@ -4,20 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from ctx_distill.metrics.bootstrap import show
 from ctx_distill.metrics.findings_report import MEASURES
 from ctx_distill.metrics.protocols import CT_RATE_ROWS, RETRIEVAL_ROWS, cited, comparability
 from ctx_distill.metrics.report_retrieval import DIRECTIONS, RANKS
 
 Lines = list[tuple[str, ...]]
-
-
-def show(value: Any) -> str:
-    """A metric as a person reads it: `.731 [.702, .760]`, or a dash where it is not defined."""
-    if isinstance(value, dict):
-        if value.get("value") is None:
-            return "-"
-        return f"{show(value['value'])} [{show(value['low'])}, {show(value['high'])}]"
-    return "-" if value is None else f"{value:.3f}"
 
 
 def zero_shot_tables(metrics: dict[str, Any]) -> list[tuple[str, Lines]]:

@@ -12,19 +12,18 @@ import csv
 import io
 import json
 import multiprocessing
-import multiprocessing.connection
 import os
-import threading
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ctx_distill.files import write_bytes
+from ctx_distill.parallel import end_with_parent
 from ctx_distill.phantom.items import Modality, PhantomStudy, make_images, plan_study
 from ctx_distill.phantom.planted_findings import FINDINGS
+from ctx_distill.progress import progress_bar
 from ctx_distill.types import InputError
 
 GENERATOR = 1
@@ -131,8 +130,7 @@ def _make_all(out: Path, seed: int, ct: int, xray: int, workers: int | None) -> 
     counts: tuple[tuple[Modality, int], ...] = (("ct", ct), ("xray", xray))
     for modality, count in counts:
         tasks += [(modality, list(range(at, min(at + _CHUNK, count)))) for at in range(0, count, _CHUNK)]
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns) as progress:
+    with progress_bar() as progress:
         bar = progress.add_task("phantom cohort", total=ct + xray)
         processes = min(workers or len(os.sched_getaffinity(0)), len(tasks))
         if processes == 1 or (workers is None and ct + xray <= _ALONE):
@@ -141,7 +139,7 @@ def _make_all(out: Path, seed: int, ct: int, xray: int, workers: int | None) -> 
             return
         # spawn: the parent may hold torch's threads, which a fork does not survive
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(processes, mp_context=context, initializer=_die_with_parent) as pool:
+        with ProcessPoolExecutor(processes, mp_context=context, initializer=end_with_parent) as pool:
             pending: set[Future[int]] = {pool.submit(make_images, out, seed, *task) for task in tasks}
             try:
                 while pending:
@@ -151,20 +149,6 @@ def _make_all(out: Path, seed: int, ct: int, xray: int, workers: int | None) -> 
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
-
-
-def _die_with_parent() -> None:
-    """Ends this worker when its parent is gone: a killed parent leaves nobody waiting for tasks for ever."""
-    parent = multiprocessing.parent_process()
-    if parent is None:
-        return
-    sentinel = parent.sentinel
-
-    def watch() -> None:
-        multiprocessing.connection.wait([sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _manifest(studies: list[PhantomStudy]) -> bytes:

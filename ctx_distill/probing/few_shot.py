@@ -18,8 +18,9 @@ from ctx_distill.files import write_text
 from ctx_distill.metrics.bootstrap import interval, resample_counts
 from ctx_distill.metrics.classification import macro_auroc_replicates
 from ctx_distill.probing.logistic import Fit, Floats, draw_shots, fit_probes
-from ctx_distill.reporting.few_shot_section import COLUMNS, CURVE, curve_plot
+from ctx_distill.reporting.few_shot_section import COLUMNS, curve_plot
 from ctx_distill.reporting.run_page import TEMPLATES
+from ctx_distill.run_files import FEW_SHOT_CURVE
 from ctx_distill.training.predictions import study_means
 
 Data = tuple[Floats, Floats]
@@ -146,7 +147,7 @@ def _scored(data: dict[str, Data], test: Manifest, drawn: list[Rows]) -> tuple[l
 
 def write_curve(table: pd.DataFrame, out: Path) -> None:
     """Write `few_shot.csv` and `few_shot.svg` into a folder."""
-    write_text(out / CURVE, table.to_csv(index=False, lineterminator="\n"))
+    write_text(out / FEW_SHOT_CURVE, table.to_csv(index=False, lineterminator="\n"))
     write_text(out / "few_shot.svg", curve_picture(table))
 
 

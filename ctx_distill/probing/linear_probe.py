@@ -15,12 +15,14 @@ from ctx_distill.data.manifests.manifest import Manifest, read_manifest
 from ctx_distill.errors import InputError
 from ctx_distill.files import write_json, write_text
 from ctx_distill.inference.model import CTModel
-from ctx_distill.inference.parts import ARTEFACT, open_parts
+from ctx_distill.inference.parts import open_parts
 from ctx_distill.inference.scans import shown
+from ctx_distill.metrics.bootstrap import show
 from ctx_distill.metrics.classification import classification_report
 from ctx_distill.models.heads import FindingsHead
 from ctx_distill.probing.few_shot import few_shot_curve, read_shots, write_curve
 from ctx_distill.probing.logistic import Fit, Floats, fit_probes
+from ctx_distill.run_files import ARTEFACT, METRICS_FILE, PREDICTIONS
 from ctx_distill.training.pooled_features import features_key, read_features, write_features
 from ctx_distill.training.predictions import study_means, write_predictions
 
@@ -70,17 +72,13 @@ def probe(
     lost = pd.DataFrame([[manifest.frame.at[r, "image_id"], why] for r, why in unreadable.items()], columns=["scan", "reason"])  # fmt: skip
     write_text(out / "unreadable.csv", lost.to_csv(index=False, lineterminator="\n"))
     _write_head(model, fit, manifest.finding_names, out)
-    told = [f"linear probe, test macro AUROC {_told(metrics['macro_auroc'])}, C = {fit.strength:g}, chosen on val"]
+    told = [f"linear probe, test macro AUROC {show(metrics['macro_auroc'])}, C = {fit.strength:g}, chosen on val"]
     if asked:
         table = few_shot_curve(data, parts["train"], parts["test"], asked, seeds)
         write_curve(table, out)
         told.append(table.to_string(index=False, float_format=lambda x: f"{x:.3f}"))
-    write_json(out / "metrics.json", metrics)
+    write_json(out / METRICS_FILE, metrics)
     return "\n".join([*told, f"{len(unreadable)} scans unreadable", str(out)])
-
-
-def _told(value: dict[str, float] | None) -> str:
-    return "not defined" if value is None else f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
 
 
 def _features(model: CTModel, manifest: Manifest, out: Path) -> tuple[Floats, dict[int, str]]:
@@ -114,7 +112,7 @@ def _score(fit: Fit, test: Manifest, data: tuple[Floats, Floats], out: Path) -> 
     kept = np.flatnonzero(fit.fitted).tolist()
     names = [test.finding_names[f] for f in kept]
     studies, means = study_means(test, fit.probabilities(data[0])[:, kept])
-    write_predictions(out / "predictions.csv", studies, {name: means[:, i] for i, name in enumerate(names)})
+    write_predictions(out / PREDICTIONS, studies, {name: means[:, i] for i, name in enumerate(names)})
     labels = studies[[f"label:{name}" for name in names]].to_numpy()
     report = classification_report(labels, means, names, studies["patient_id"].tolist())
     return report | {"left_out": [name for name in test.finding_names if name not in names]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +45,40 @@ class Fit:
         return ~np.isnan(self.bias)
 
 
+@dataclass(frozen=True)
+class Scale:
+    """Mean and standard deviation of features, both (D,); the deviation of a constant feature is 1."""
+
+    mean: Floats
+    deviation: Floats
+
+    @classmethod
+    def of(cls, features: NDArray[np.floating[Any]]) -> Scale:
+        """Return those of features (N, D)."""
+        mean, deviation = features.mean(axis=0, dtype=np.float64), features.std(axis=0, dtype=np.float64)
+        return cls(mean, np.where(deviation > 1e-8 * (1 + np.abs(mean)), deviation, 1.0))
+
+
+def fit_probe(
+    features: NDArray[np.floating[Any]], target: NDArray[Any], scale: Scale, **settings: Any
+) -> tuple[Floats, float]:
+    """Fit a logistic regression of one finding on standardised features.
+
+    Args:
+        features: (N, D), before they are standardised.
+        target: (N,), of two values.
+        scale: how features are standardised.
+        settings: settings of scikit-learn's `LogisticRegression`.
+
+    Returns:
+        Weight (D,) and bias, for features that are not standardised.
+    """
+    scaled = ((features - scale.mean) / scale.deviation).astype(features.dtype)
+    model = LogisticRegression(**settings).fit(scaled, target)
+    weight: Floats = model.coef_[0] / scale.deviation
+    return weight, float(model.intercept_[0] - weight @ scale.mean)
+
+
 def fit_probes(
     train: tuple[Floats, Floats],
     val: tuple[Floats, Floats],
@@ -64,22 +99,19 @@ def fit_probes(
         InputError: no finding has both classes in `train` and in `val`.
     """
     x, y = train
-    mean, deviation = x.mean(axis=0), x.std(axis=0)
-    deviation = np.where(deviation > 1e-8 * (1 + np.abs(mean)), deviation, 1.0)
-    scaled = (x - mean) / deviation
+    scale = Scale.of(x)
     best: Fit | None = None
     for strength in strengths:
         weight, bias = np.full((y.shape[1], x.shape[1]), np.nan), np.full(y.shape[1], np.nan)
         for f in range(y.shape[1]):
             own = np.flatnonzero((y[:, f] == 0) | (y[:, f] == 1)) if rows is None else rows[f]
             if len(np.unique(y[own, f])) == 2:
-                model = LogisticRegression(C=strength, max_iter=2000).fit(scaled[own], y[own, f])
-                weight[f] = model.coef_[0] / deviation
-                bias[f] = model.intercept_[0] - weight[f] @ mean
+                weight[f], bias[f] = fit_probe(x[own], y[own, f], scale, C=strength, max_iter=2000)
         fit = Fit(weight, bias, strength, float("nan"))
         kept = fit.fitted
         reached = macro_auroc(val[1][:, kept], fit.probabilities(val[0])[:, kept]) if kept.any() else None
-        if reached is not None and (best is None or reached > best.val_macro_auroc):
+        # Values that differ by the rounding of single precision are equal.
+        if reached is not None and (best is None or reached > best.val_macro_auroc + 1e-6):
             best = Fit(weight, bias, strength, reached)
     if best is None:
         raise InputError(

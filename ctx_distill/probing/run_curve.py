@@ -6,10 +6,10 @@ from pathlib import Path
 
 from ctx_distill.errors import InputError
 from ctx_distill.files import hash_json, write_json
-from ctx_distill.reporting.few_shot_section import CURVE, FOLDER
+from ctx_distill.reporting.few_shot_section import FOLDER
+from ctx_distill.run_files import ARTEFACT, FEW_SHOT_CURVE
 from ctx_distill.runs.run_folder import read_json
 from ctx_distill.runs.run_reader import gather
-from ctx_distill.runs.stage_table import ARTEFACT
 
 SHOTS = ("1", "5", "20", "10%", "50%", "100%")
 SEEDS = 5
@@ -36,7 +36,7 @@ def write_few_labels(run: Path) -> bool:
         key = features_key(read_artefact(run / "align" / ARTEFACT, "dual-encoder").fingerprint, ct.fingerprint)
         asked = hash_json([key, SHOTS, SEEDS])
         out = run / FOLDER
-        if (read_json(out / RECORD) or {}).get("asked") == asked and (out / CURVE).is_file():
+        if (read_json(out / RECORD) or {}).get("asked") == asked and (out / FEW_SHOT_CURVE).is_file():
             return False
         if read_features(run / "classifier", key) is None:
             return False

@@ -9,6 +9,7 @@ from markupsafe import Markup
 
 from ctx_distill.files import write_text
 from ctx_distill.reporting.run_page import TEMPLATES
+from ctx_distill.run_files import PAGE
 
 Table = tuple[str, str, Sequence[Sequence[str]]]
 
@@ -32,6 +33,6 @@ def build_ablation_page(run: Path, facts: Mapping[str, str], tables: Sequence[Ta
     )  # fmt: skip
     style = Markup((TEMPLATES / "style.css").read_text(encoding="utf-8"))
     sections = [(title, Markup(picture), rows) for title, picture, rows in tables]
-    path = run / "index.html"
+    path = run / PAGE
     write_text(path, environment.get_template("ablation.html.j2").render(style=style, facts=facts, tables=sections))
     return path

@@ -18,6 +18,7 @@ from ctx_distill.data.quality.scan import HISTOGRAM
 from ctx_distill.files import write_text
 from ctx_distill.reporting.run_page import TEMPLATES
 from ctx_distill.reporting.svg import Scale
+from ctx_distill.run_files import PAGE
 
 SHOWN = 24
 """Images of each kind of fault on the page; the table has all."""
@@ -113,7 +114,7 @@ def build_check_page(out: Path, page: CheckPage) -> Path:
         style=Markup((TEMPLATES / "style.css").read_text(encoding="utf-8")), page=page, sections=sections,
         histogram=Markup(_histogram(page)) if page.scans else "", geometry=_geometry(page),
     )  # fmt: skip
-    path = out / "index.html"
+    path = out / PAGE
     write_text(path, text)
     return path
 

@@ -17,15 +17,15 @@ from ctx_distill.metrics.bootstrap import Interval
 from ctx_distill.reporting import plots
 from ctx_distill.reporting.paired import Source, difference, sources
 from ctx_distill.reporting.pictures import CTPictures
-from ctx_distill.reporting.results_section import CATALOGUE, missing_parts, per_finding
+from ctx_distill.reporting.results_section import missing_parts, per_finding
 from ctx_distill.reporting.run_page import CURVE_STAGES, SHOWN_CURVES, environment, page_style
 from ctx_distill.reporting.settings_section import data_warnings, setting_rows
 from ctx_distill.reporting.studies_section import label_table, read_ct
+from ctx_distill.runs.metric_catalogue import CATALOGUE
 from ctx_distill.runs.run_reader import STAGES, Metric, Run, gather, mapping
 
 LARGEST = len(plots.SHAPES)
 DISAGREEMENTS, SHOWN_FINDINGS = 4, 4
-LOWER_IS_BETTER = ("zero_shot.macro.ece", "classifier.macro.ece")
 
 
 @dataclass(frozen=True)
@@ -139,11 +139,12 @@ def _facts(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
 def _rows(runs: Sequence[Run], held: Sequence[list[Source]]) -> list[ComparedRow]:
     titles = {key: title for _, key, title in STAGES}
     rows = []
-    for key, (name, meaning, _) in CATALOGUE.items():
+    for key, listed in CATALOGUE.items():
         values = tuple(run.metric(key) for run in runs)
         if all(value is None or value.value is None for value in values):
             continue
-        rows.append(ComparedRow(titles[key.partition(".")[0]], name, meaning, values, _differences(key, runs, held)))
+        stage = titles[key.partition(".")[0]]
+        rows.append(ComparedRow(stage, listed.name, listed.meaning, values, _differences(key, runs, held)))
     return rows
 
 
@@ -153,7 +154,8 @@ def _differences(key: str, runs: Sequence[Run], held: Sequence[list[Source]]) ->
         if (run.metric(key) or Metric(None)).value is None or (runs[0].metric(key) or Metric(None)).value is None:
             told.append(ShownDifference("–", "not in both", False))
             continue
-        told.append(difference_words(difference(key, own, held[0], run, runs[0]), key in LOWER_IS_BETTER))
+        lower_is_better = key in CATALOGUE and CATALOGUE[key].lower_is_better
+        told.append(difference_words(difference(key, own, held[0], run, runs[0]), lower_is_better))
     return tuple(told)
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from ctx_distill.run_files import CHECKPOINTS, TRAINING_FILE
 from ctx_distill.runs.run_reader import STAGES, Run, mapping, to_number
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def _broken_off(run: Run, folder: str) -> Iterator[Told]:
         details.append("last line of its log: " + ", ".join([*reached, *values]))
     else:
         details.append("it logged nothing")
-    checkpoint = run.folder / folder / "checkpoints" / "last.ckpt"
+    checkpoint = run.folder / folder / CHECKPOINTS / "last.ckpt"
     details.append(
         "the same command goes on from its last checkpoint" if checkpoint.is_file() else "no checkpoint: it begins anew"
     )
@@ -87,7 +88,7 @@ def _broken_off(run: Run, folder: str) -> Iterator[Told]:
 
 def _bad_losses(place: Path) -> Iterator[Told]:
     """Steps left out for their loss or gradient, and the dumps of a run that gave up."""
-    training = mapping(_json(place / "training.json"))
+    training = mapping(_json(place / TRAINING_FILE))
     skipped, steps = to_number(training.get("skipped_steps")), to_number(training.get("steps"))
     if skipped:
         of = f" of {int(steps):,}" if steps else ""

@@ -8,10 +8,10 @@ import pandas as pd
 from markupsafe import Markup
 
 from ctx_distill.reporting import svg
+from ctx_distill.run_files import FEW_SHOT_CURVE
 from ctx_distill.runs.run_reader import Run
 
 FOLDER = "probe"
-CURVE = "few_shot.csv"
 COLUMNS = (
     "shots", "findings", "patients", "seeds", "macro_auroc", "low", "high", "seeds_low", "seeds_high", "lowest_seed",
     "highest_seed",
@@ -20,7 +20,7 @@ COLUMNS = (
 
 def few_shot_part(run: Run) -> dict[str, Any] | None:
     """What the template shows: `plot` and `rows`; None where the run has no curve, or one of another form."""
-    path = run.folder / FOLDER / CURVE
+    path = run.folder / FOLDER / FEW_SHOT_CURVE
     try:
         table = pd.read_csv(path, dtype={"shots": str})
     except (OSError, ValueError):

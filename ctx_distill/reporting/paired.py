@@ -18,6 +18,7 @@ from ctx_distill.metrics.generation import generation_report, rouge_l
 from ctx_distill.metrics.operating import calibration_scores, operating_scores
 from ctx_distill.metrics.retrieval import common_labels, findings_jaccard
 from ctx_distill.reporting.studies_section import label_table
+from ctx_distill.run_files import CONFIG_FILE, RETRIEVAL
 from ctx_distill.runs.run_reader import Run, mapping, to_number
 from ctx_distill.text.extractor import Vocabulary, load_vocabulary, vocabulary_for
 
@@ -164,7 +165,7 @@ def _vocabulary(run: Run) -> Vocabulary:
     """The one that the run's own reports were scored by."""
     if run.ct is not None and run.ct.finding_names:
         return vocabulary_for(run.ct.finding_names)
-    path = run.folder / "report" / "config.yaml"
+    path = run.folder / "report" / CONFIG_FILE
     try:
         told = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
         name = mapping(mapping(mapping(told).get("model")).get("init_args")).get("vocabulary") or "ct-rate"
@@ -214,7 +215,7 @@ def _retrieval(run: Run) -> Source | None:
 
 def _ranks(run: Run) -> list[Source]:
     """Report to volume and back, from `zero_shot/retrieval.csv`."""
-    path = run.folder / "zero_shot" / "retrieval.csv"
+    path = run.folder / "zero_shot" / RETRIEVAL
     if run.ct is None or not path.is_file():
         return []
     try:

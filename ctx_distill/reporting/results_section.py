@@ -6,84 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ctx_distill.runs.metric_catalogue import BASELINE_NAMES, CATALOGUE, REPORT_SCORES
 from ctx_distill.runs.run_reader import STAGES, Metric, Run, to_metric
-
-_AUROC = "share of (with, without) pairs of studies in the right order, mean over the findings"
-
-
-def _at_thresholds(stage: str) -> dict[str, tuple[str, str, float | str | None]]:
-    return {
-        f"{stage}.macro.average_precision": ("Average precision", "mean over the findings", None),
-        f"{stage}.macro.f1": ("F1", "mean over the findings, at thresholds chosen on val", None),
-        f"{stage}.macro.ece": ("Calibration error", "how far probabilities are from the shares seen, 0 is best", None),
-    }
-
-
-# Key of a metric -> its name, what it means, its level by chance: a number, or the key of a metric, or None.
-CATALOGUE: dict[str, tuple[str, str, float | str | None]] = {
-    "expert.macro_auroc": ("Macro AUROC", f"zero-shot on held-out X-rays: {_AUROC}", 0.5),
-    "expert.recall_at_5": ("Recall@5", "the right report among the 5 nearest to an X-ray", "expert.recall_at_5_random"),
-    "retrieval.jaccard_at_1": (
-        "Findings Jaccard@1",
-        "findings that a CT and its first retrieved X-ray share, of those that either has",
-        "retrieval.jaccard_random",
-    ),
-    "retrieval.jaccard_at_1_without_normals": (
-        "… without normal studies",
-        "the same over CTs with at least one finding",
-        "retrieval.jaccard_random_without_normals",
-    ),
-    # Both spellings: a run has one of them.
-    **{
-        f"retrieval.{spelling}_at_{k}": (
-            f"Same-set recall@{k}",
-            f"{'the first retrieved X-ray' if k == 1 else f'one of the first {k}'} has exactly the CT's findings",
-            f"retrieval.{spelling}_at_{k}_random",
-        )
-        for spelling in ("same_set_recall", "recall")
-        for k in (1, 5, 10)
-    },
-    "distillation.macro_auroc": ("Macro AUROC", f"the student asked by the expert's text tower: {_AUROC}", 0.5),
-    "alignment.recall_at_1": ("Recall@1", "the right CT is nearest to a report", "alignment.recall_at_1_random"),
-    "alignment.recall_at_5": (
-        "Recall@5",
-        "the right CT is among the 5 nearest to a report",
-        "alignment.recall_at_5_random",
-    ),
-    "alignment.recall_at_10": (
-        "Recall@10",
-        "the right CT is among the 10 nearest to a report",
-        "alignment.recall_at_10_random",
-    ),
-    "zero_shot.macro_auroc": ("Macro AUROC", f"by prompts alone, no label seen: {_AUROC}", 0.5),
-    **_at_thresholds("zero_shot"),
-    "zero_shot.retrieval.report_to_volume.recall_at_5": (
-        "Report to volume, recall@5",
-        "the right CT is among the 5 nearest to a report, test",
-        "zero_shot.retrieval.report_to_volume.recall_at_5_random",
-    ),
-    "zero_shot.retrieval.volume_to_report.recall_at_5": (
-        "Volume to report, recall@5",
-        "the right report is among the 5 nearest to a CT, test",
-        "zero_shot.retrieval.volume_to_report.recall_at_5_random",
-    ),
-    "classifier.macro_auroc": ("Macro AUROC", f"with a head trained on labels: {_AUROC}", 0.5),
-    **_at_thresholds("classifier"),
-    "report.findings_f1": ("Findings F1", "findings of the generated report against those of the true one", None),
-    "report.bleu4": ("BLEU-4", "word sequences of up to 4 shared with the true report", None),
-    "report.rouge_l": ("ROUGE-L", "longest common word sequence with the true report", None),
-}
-
-REPORT_SCORES = {
-    "Findings F1": "findings_f1",
-    "Findings F1, mean over findings": "findings_macro_f1",
-    "BLEU-1": "bleu1",
-    "BLEU-4": "bleu4",
-    "ROUGE-L": "rouge_l",
-    "CIDEr": "cider",
-    "METEOR": "meteor",
-}
-BASELINE_NAMES = {"nearest": "Nearest training report", "frequent": "Most frequent training report"}
 
 
 @dataclass(frozen=True)
@@ -110,12 +34,12 @@ def result_rows(run: Run) -> list[MetricRow]:
     """The results table: the metrics of the catalogue that the run has, in the order of the stages."""
     names = {key: name for _, key, name in STAGES}
     rows = []
-    for key, (name, meaning, chance) in CATALOGUE.items():
-        metric = run.metric(key)
+    for key, listed in CATALOGUE.items():
+        metric, chance = run.metric(key), listed.chance
         if metric is None or (metric.value is None and has_labels(run) is False):
             continue
         level = run.metric(chance) if isinstance(chance, str) else Metric(chance) if chance is not None else None
-        rows.append(MetricRow(names[key.partition(".")[0]], name, metric, meaning, level))
+        rows.append(MetricRow(names[key.partition(".")[0]], listed.name, metric, listed.meaning, level))
     return rows
 
 
@@ -200,7 +124,7 @@ def report_baselines(run: Run) -> Beside | None:
         return None
     columns = [report, *baselines.values()]
     rows = []
-    for title, key in REPORT_SCORES.items():
+    for key, title in REPORT_SCORES.items():
         found = [to_metric(column.get(key)) if isinstance(column, Mapping) else None for column in columns]
         if any(metric is not None and metric.value is not None for metric in found):
             rows.append((title, found))

@@ -31,6 +31,7 @@ from ctx_distill.reporting.stages_section import SECTIONS, STUDY_PARTS_OF, of_st
 from ctx_distill.reporting.studies_section import label_table, studies
 from ctx_distill.reporting.wanted_maps import study_maps
 from ctx_distill.reporting.zero_shot_section import zero_shot_part
+from ctx_distill.run_files import PAGE
 from ctx_distill.runs.run_reader import STAGES, Metric, Run, gather, to_number
 
 if TYPE_CHECKING:
@@ -61,12 +62,12 @@ def build_page(run: Path) -> Path:
         InputError: where the run folder does not exist.
     """
     run = Path(run)
-    path = run / "index.html"
+    path = run / PAGE
     gathered = gather(run)
     told = contents(gathered)
     for folder, _, _ in STAGES:
         if (run / folder).is_dir():
-            write_text(run / folder / "index.html", render(told | stage_contents(gathered, folder, told)))
+            write_text(run / folder / PAGE, render(told | stage_contents(gathered, folder, told)))
     write_text(path, render(told))
     return path
 

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from ctx_distill.reporting.studies_section import label_table
+from ctx_distill.run_files import CONFIG_FILE
 from ctx_distill.runs.run_reader import STAGES, Run, mapping
 
 _OWN = ("trainer.default_root_dir", "trainer.logger")
@@ -32,7 +33,7 @@ def setting_rows(runs: Sequence[Run]) -> list[tuple[str, str, list[str]]]:
 
 def _settings(run: Path, folder: str) -> dict[str, str] | None:
     """A stage's settings by dotted key, the run's own folder written as RUN; None where it was not run."""
-    path = run / folder / "config.yaml"
+    path = run / folder / CONFIG_FILE
     if not path.is_file():
         return None
     try:

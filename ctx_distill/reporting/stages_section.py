@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass, replace
 
 from ctx_distill.reporting.results_section import stage_states
+from ctx_distill.run_files import CONFIG_FILE, REQUEST_FILE
 from ctx_distill.runs.run_reader import STAGES, Run, mapping
 
 LEADS = {
@@ -55,11 +56,11 @@ def stage_facts(run: Run, folder: str, name: str) -> StageFacts:
     """Read the stage's `request.json`, `config.yaml` and what run.json says of it; what is not there is left out."""
     place = run.folder / folder
     try:
-        request = mapping(json.loads((place / "request.json").read_text(encoding="utf-8")))
+        request = mapping(json.loads((place / REQUEST_FILE).read_text(encoding="utf-8")))
     except (OSError, ValueError):
         request = {}
     try:
-        config = (place / "config.yaml").read_text(encoding="utf-8")
+        config = (place / CONFIG_FILE).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         config = ""
     recorded = mapping(mapping(run.info.get("stages")).get(folder))

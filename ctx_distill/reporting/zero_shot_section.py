@@ -6,17 +6,10 @@ from typing import Any
 
 from markupsafe import Markup
 
+from ctx_distill.metrics.report_retrieval import RANKS
 from ctx_distill.reporting import svg
+from ctx_distill.runs.metric_catalogue import FINDING_MEASURES
 from ctx_distill.runs.run_reader import Metric, Run, mapping, to_metric, to_number
-
-MEASURES = (
-    ("average_precision", "Average precision"),
-    ("f1", "F1"),
-    ("sensitivity", "Sensitivity"),
-    ("specificity", "Specificity"),
-    ("ece", "Calibration error"),
-)
-RANKS = (1, 5, 10, 50, 100)
 
 
 def zero_shot_part(run: Run) -> dict[str, Any] | None:
@@ -24,12 +17,12 @@ def zero_shot_part(run: Run) -> dict[str, Any] | None:
     metrics = mapping(run.metrics.get("zero_shot"))
     findings = {name: mapping(own) for name, own in mapping(metrics.get("findings")).items()}
     rows = [
-        (name, own.get("threshold"), own.get("threshold_reason"), [to_metric(own.get(key)) for key, _ in MEASURES])
+        (name, own.get("threshold"), own.get("threshold_reason"), [to_metric(own.get(key)) for key in FINDING_MEASURES])
         for name, own in sorted(findings.items())
     ]
     macro = mapping(metrics.get("macro"))
     if macro:
-        rows.append(("Macro mean", None, None, [to_metric(macro.get(key)) for key, _ in MEASURES]))
+        rows.append(("Macro mean", None, None, [to_metric(macro.get(key)) for key in FINDING_MEASURES]))
     retrieval = mapping(metrics.get("retrieval"))
     directions = [
         (words, _recalls(mapping(retrieval.get(key))), to_metric(mapping(retrieval.get(key)).get("median_rank")))
@@ -39,7 +32,7 @@ def zero_shot_part(run: Run) -> dict[str, Any] | None:
     if not rows and not directions:
         return None
     return {
-        "columns": [title for _, title in MEASURES],
+        "columns": list(FINDING_MEASURES.values()),
         "rows": rows,
         "rule": metrics.get("threshold_rule"),
         "ranks": RANKS,

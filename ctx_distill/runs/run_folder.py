@@ -17,13 +17,20 @@ from filelock import FileLock, Timeout
 from ctx_distill import __version__
 from ctx_distill.errors import InputError
 from ctx_distill.files import write_json
+from ctx_distill.run_files import (
+    CHECKPOINTS,
+    METRICS_FILE,
+    PREDICTIONS,
+    REPORTS,
+    REQUEST_FILE,
+    RUN_FILE,
+    ZERO_SHOT_PREDICTIONS,
+)
 from ctx_distill.runs.stage_table import STAGES, Stage
 
-REQUEST_FILE = "request.json"
-METRICS_FILE = "metrics.json"
 PUBLISHED = {
-    "zero-shot": ("predictions.csv", "zero_shot_predictions.csv"),
-    "report": ("reports.csv", "reports.csv"),
+    "zero-shot": (PREDICTIONS, ZERO_SHOT_PREDICTIONS),
+    "report": (REPORTS, REPORTS),
 }
 _HELD = "CTX_DISTILL_LOCK_HELD"
 
@@ -113,7 +120,7 @@ def open_stage(folder: Path, key: str, request: dict[str, Any]) -> Path | None:
 
 def put_back(folder: Path, aside: Path | None) -> None:
     """After a request that was refused before it began: the result that stood there stands there again."""
-    if aside is not None and not (folder / "checkpoints").exists() and not (folder / METRICS_FILE).exists():
+    if aside is not None and not (folder / CHECKPOINTS).exists() and not (folder / METRICS_FILE).exists():
         shutil.rmtree(folder)
         aside.rename(folder)
         print(f"{folder}: put back as it was")
@@ -131,7 +138,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 def join_metrics(run: Path) -> dict[str, Any]:
     """Join the metrics of the finished stages in `RUN/metrics.json`, and lay their tables at the top."""
     joined: dict[str, Any] = {}
-    made = (read_json(run / "run.json") or {}).get("stages", {})
+    made = (read_json(run / RUN_FILE) or {}).get("stages", {})
     for stage in STAGES.values():
         folder = run / stage.folder
         metrics = read_json(folder / METRICS_FILE)
@@ -161,13 +168,13 @@ def _is_current(run: Path, stage: Stage, made: dict[str, Any]) -> bool:
 
 def note_stage(run: Path, stage: Stage, **facts: Any) -> None:
     """Add facts of a stage (seconds, fingerprint) to `RUN/run.json`."""
-    record = read_json(run / "run.json") or {"created": time.strftime("%Y-%m-%d %H:%M:%S"), "stages": {}}
+    record = read_json(run / RUN_FILE) or {"created": time.strftime("%Y-%m-%d %H:%M:%S"), "stages": {}}
     record["stages"].setdefault(stage.folder, {}).update(facts)
-    write_json(run / "run.json", record)
+    write_json(run / RUN_FILE, record)
 
 
 def note_run(run: Path, **facts: Any) -> None:
     """Add facts of the run (preset, data, expert, volume spec) to `RUN/run.json`."""
-    record = read_json(run / "run.json") or {"created": time.strftime("%Y-%m-%d %H:%M:%S"), "stages": {}}
+    record = read_json(run / RUN_FILE) or {"created": time.strftime("%Y-%m-%d %H:%M:%S"), "stages": {}}
     record.update({name: value for name, value in facts.items() if value is not None})
-    write_json(run / "run.json", record)
+    write_json(run / RUN_FILE, record)

@@ -17,6 +17,16 @@ import pandas as pd
 
 from ctx_distill.data.manifests.manifest import read_manifest
 from ctx_distill.errors import InputError
+from ctx_distill.run_files import (
+    CORRECTED,
+    LOG,
+    METRICS_FILE,
+    PREDICTIONS,
+    REPORTS,
+    RETRIEVAL,
+    RUN_FILE,
+    ZERO_SHOT_PREDICTIONS,
+)
 
 if TYPE_CHECKING:
     from ctx_distill.data.manifests.manifest import Manifest
@@ -35,8 +45,10 @@ STAGES: tuple[tuple[str, str, str], ...] = (
 )
 
 
-CORRECTED = ("study_id", "other_study_id", "kept_as", "evidence", "strength", "suspected_batches", "corrected_batches",
-             "corrected_epochs", "first_epoch", "last_epoch", "labels_known", "labels_differ")  # fmt: skip
+CORRECTED_COLUMNS = (
+    "study_id", "other_study_id", "kept_as", "evidence", "strength", "suspected_batches", "corrected_batches",
+    "corrected_epochs", "first_epoch", "last_epoch", "labels_known", "labels_differ",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -132,22 +144,22 @@ def gather(folder: Path) -> Run:
     if not folder.is_dir():
         raise InputError(f"{folder}: no such run folder; name the folder given as RUN to `make all`")
     notes: list[str] = []
-    info = mapping(_read_json(folder / "run.json", notes))
-    joined = mapping(_read_json(folder / "metrics.json", notes))
+    info = mapping(_read_json(folder / RUN_FILE, notes))
+    joined = mapping(_read_json(folder / METRICS_FILE, notes))
     metrics = {key: mapping(value) for key, value in joined.items()}
     logs: dict[str, pd.DataFrame] = {}
     states: dict[str, State] = {}
     for name, key, _ in STAGES:
         stage = folder / name
         if not metrics.get(key):
-            own = mapping(_read_json(stage / "metrics.json", notes))
+            own = mapping(_read_json(stage / METRICS_FILE, notes))
             metrics[key] = mapping(own[key]) if set(own) == {key} else own
-        log = _read_table(stage / "logs" / "metrics.csv", (), notes)
+        log = _read_table(stage / LOG, (), notes)
         if log is not None:
             logs[name] = log
         states[name] = "done" if metrics[key] else "under way" if stage.is_dir() else "not run"
-    zero_shot = folder / "zero_shot_predictions.csv"
-    reports = folder / "reports.csv"
+    zero_shot = folder / ZERO_SHOT_PREDICTIONS
+    reports = folder / REPORTS
     return Run(
         folder=folder,
         info=info,
@@ -155,16 +167,14 @@ def gather(folder: Path) -> Run:
         ct=_read_manifest(folder, info, "ct", notes),
         xray=_read_manifest(folder, info, "xray", notes),
         zero_shot=_read_predictions(zero_shot if zero_shot.is_file() else folder / "zero_shot/predictions.csv", notes),
-        classifier=_read_predictions(folder / "classifier" / "predictions.csv", notes),
-        retrieval=_read_table(
-            folder / "index" / "retrieval.csv", ("study_id", "rank", "xray_image_id", "similarity"), notes
-        ),
+        classifier=_read_predictions(folder / "classifier" / PREDICTIONS, notes),
+        retrieval=_read_table(folder / "index" / RETRIEVAL, ("study_id", "rank", "xray_image_id", "similarity"), notes),
         reports=_read_table(
-            reports if reports.is_file() else folder / "report" / "reports.csv",
+            reports if reports.is_file() else folder / "report" / REPORTS,
             ("study_id", "reference", "generated"),
             notes,
         ),
-        corrected=_read_table(folder / "align" / "corrected.csv", CORRECTED, notes),
+        corrected=_read_table(folder / "align" / CORRECTED, CORRECTED_COLUMNS, notes),
         logs=logs,
         states=states,
         notes=tuple(notes),

@@ -10,9 +10,8 @@ from typing import Any
 from ctx_distill import __version__, signals
 from ctx_distill.errors import InputError
 from ctx_distill.files import hash_file, write_json, write_text
+from ctx_distill.run_files import ARTEFACT, CONFIG_FILE, LAYERS_FILE, METRICS_FILE, REQUEST_FILE
 from ctx_distill.runs.run_folder import (
-    METRICS_FILE,
-    REQUEST_FILE,
     is_complete,
     is_first_process,
     join_metrics,
@@ -22,15 +21,7 @@ from ctx_distill.runs.run_folder import (
     put_back,
     read_json,
 )
-from ctx_distill.runs.stage_table import (
-    ARTEFACT,
-    STAGES,
-    Stage,
-    override_for,
-    request_key,
-    source_fingerprint,
-    stage_config,
-)
+from ctx_distill.runs.stage_table import STAGES, Stage, override_for, request_key, source_fingerprint, stage_config
 from ctx_distill.runs.topology import TrainerSettings, trainer_settings
 
 MANIFEST_SUFFIXES = (".csv", ".parquet")
@@ -168,7 +159,7 @@ def write_config(request: StageRequest) -> Path:
     """Write the merged layers, with paths filled in, where LightningCLI reads them and a person can too."""
     import yaml
 
-    path = request.folder / "layers.yaml"
+    path = request.folder / LAYERS_FILE
     write_text(path, yaml.safe_dump(request.filled_config(), sort_keys=False))
     return path
 
@@ -187,9 +178,9 @@ def _execute(request: StageRequest, job: TrainerSettings) -> tuple[dict[str, Any
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from ctx_distill.runs.lightning_cli import build, run_task
 
-    cli = build(["--config", str(request.folder / "layers.yaml"), *job.before, *request.overrides, *job.after])
+    cli = build(["--config", str(request.folder / LAYERS_FILE), *job.before, *request.overrides, *job.after])
     if is_first_process():
-        cli.parser.save(cli.config, request.folder / "config.yaml", overwrite=True, skip_check=True)
+        cli.parser.save(cli.config, request.folder / CONFIG_FILE, overwrite=True, skip_check=True)
     metrics = run_task(cli, request.folder)
     aside = cli.datamodule.set_aside
     if aside is not None and aside.reasons:

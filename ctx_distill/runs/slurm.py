@@ -20,6 +20,7 @@ from pathlib import Path
 
 from ctx_distill.errors import InputError
 from ctx_distill.files import write_text
+from ctx_distill.run_files import CHECKPOINTS
 from ctx_distill.runs.run_options import RunOptions
 from ctx_distill.runs.runner import find_manifest
 from ctx_distill.runs.stage_table import HEADS, STAGES, Stage, load_preset, stages_folder
@@ -160,7 +161,7 @@ def script_text(job: SlurmJob, run: RunOptions, options: JobOptions) -> str:
         "SCRIPT": shlex.quote(str(folder / "slurm" / f"{job.name}.sbatch")),
         "NAME": shlex.quote(job.name),
         "RUN": shlex.quote(str(folder)),
-        "CHECKPOINTS": shlex.join(str(folder / stage.folder / "checkpoints") for stage in job.stages),
+        "CHECKPOINTS": shlex.join(str(folder / stage.folder / CHECKPOINTS) for stage in job.stages),
         "PYTHON": shlex.quote(sys.executable),
         "DEVICES": "" if options.gpus and job.array is None else "export CUDA_VISIBLE_DEVICES=",
         "SETUP": options.setup,

@@ -84,7 +84,6 @@ STAGES: dict[str, Stage] = {
 }  # fmt: skip
 HEADS = ("zero-shot", "classifier", "report")
 """The stages of stage 4, `ctx-distill heads`."""
-ARTEFACT = "artefact"
 
 
 def stages_folder() -> Path:

@@ -12,10 +12,11 @@ import yaml
 from ctx_distill.errors import InputError
 from ctx_distill.files import write_json, write_text
 from ctx_distill.metrics.zero_shot_table import zero_shot_notes, zero_shot_tables
+from ctx_distill.run_files import ARTEFACT, ARTEFACT_FILE, LAYERS_FILE, METRICS_FILE, REQUEST_FILE
 from ctx_distill.runs.result_table import aligned
-from ctx_distill.runs.run_folder import METRICS_FILE, REQUEST_FILE, is_first_process
+from ctx_distill.runs.run_folder import is_first_process
 from ctx_distill.runs.runner import fill
-from ctx_distill.runs.stage_table import ARTEFACT, STAGES, merge, read_layer, stages_folder
+from ctx_distill.runs.stage_table import STAGES, merge, read_layer, stages_folder
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def find_artefact(checkpoint: Path) -> Path:
     """
     places = (checkpoint, checkpoint / ARTEFACT, checkpoint / STAGES["align"].folder / ARTEFACT)
     for place in places:
-        if (place / "artefact.json").is_file():
+        if (place / ARTEFACT_FILE).is_file():
             return place
     raise InputError(
         f"{checkpoint}: holds no stage-3 artefact (looked for {', '.join(str(place / 'artefact.json') for place in places)});"
@@ -85,9 +86,9 @@ def evaluate_zero_shot(query: Query, overrides: list[str]) -> str:
     paths = {"{model}": str(artefact), "{ct}": str(query.manifest), "{folder}": str(out)}
     filled = yaml.safe_dump(fill(merge(config, own), paths), sort_keys=False)
     if is_first_process():
-        write_text(out / "layers.yaml", filled)
+        write_text(out / LAYERS_FILE, filled)
     with tempfile.TemporaryDirectory() as scratch:  # each rank reads its own file: none has to wait for another's
-        layers = Path(scratch) / "layers.yaml"
+        layers = Path(scratch) / LAYERS_FILE
         layers.write_text(filled, encoding="utf-8")
         cli = build(["--config", str(layers), *overrides])
     metrics = run_task(cli, out)

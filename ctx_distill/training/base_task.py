@@ -32,6 +32,7 @@ from ctx_distill.errors import InputError
 from ctx_distill.files import write_json
 from ctx_distill.models.compute import ComputeSettings, check_compiler
 from ctx_distill.models.ct_encoder import CTEncoder
+from ctx_distill.run_files import CHECKPOINTS, LOG, REQUEST_FILE, TRAINING_FILE
 from ctx_distill.seeds import seed_of
 from ctx_distill.training.callbacks.checkpoint_files import BEST, standing
 from ctx_distill.training.callbacks.checkpoints import Checkpoints
@@ -115,10 +116,10 @@ class TrainedTask(StageTask):
 
     def run(self, trainer: L.Trainer, datamodule: L.LightningDataModule, folder: Path) -> dict[str, Any]:
         """Train, from the last checkpoint where there is one, then finish."""
-        found = standing(folder / "checkpoints", self._identity(folder))
+        found = standing(folder / CHECKPOINTS, self._identity(folder))
         if found is not None and trainer.is_global_zero:
             print(f"resuming from {found.path}, step {found.step}")
-        history = cut_logs(trainer, folder / "logs" / "metrics.csv", found.step if found else 0)
+        history = cut_logs(trainer, folder / LOG, found.step if found else 0)
         self.train()
         try:
             trainer.fit(self, datamodule=datamodule, ckpt_path=str(found.path) if found else None, weights_only=True)
@@ -127,7 +128,7 @@ class TrainedTask(StageTask):
                 raise KeyboardInterrupt from None
             raise
         if rank() == 0:
-            join_history(history, folder / "logs" / "metrics.csv")
+            join_history(history, folder / LOG)
         if self.shards is not None:
             self.shards.gather()
         facts = {"steps": trainer.global_step, "data_order": hash_json(gather_objects([self._order]))}
@@ -138,12 +139,12 @@ class TrainedTask(StageTask):
         self.eval()
         metrics = self.finish(trainer, datamodule, folder)
         if rank() == 0:
-            write_json(folder / "training.json", facts)
+            write_json(folder / TRAINING_FILE, facts)
         return metrics
 
     def _identity(self, folder: Path) -> dict[str, str | None]:
         """What a checkpoint of this run says of itself: its stage, and the key of what was asked of it."""
-        request = folder / "request.json"
+        request = folder / REQUEST_FILE
         key = json.loads(request.read_text()).get("key") if request.is_file() else None
         return {"stage": type(self).__name__, "request": key}
 
@@ -151,7 +152,7 @@ class TrainedTask(StageTask):
         """Take the chosen weights; collective. Rank 0 wrote the file: others may still see none, or the one before."""
 
         def load() -> None:
-            path = folder / "checkpoints" / BEST
+            path = folder / CHECKPOINTS / BEST
             if path.is_file():
                 state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
                 self.load_state_dict(state, strict=False)
@@ -181,7 +182,7 @@ class TrainedTask(StageTask):
         datamodule = getattr(self.trainer, "datamodule", None)
         selects = self.select == "best" and datamodule is not None and len(datamodule.validation_rows()) > 0
         self.checkpoints = Checkpoints(
-            folder / "checkpoints",
+            folder / CHECKPOINTS,
             self.survival.checkpoint_minutes,
             self._identity(folder),
             "val/loss" if selects else None,

@@ -1,4 +1,4 @@
-"""BLEU against sacrebleu, ROUGE-L by hand, findings against scikit-learn."""
+"""BLEU against sacrebleu and torchmetrics, ROUGE-L by hand, findings against scikit-learn."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from sacrebleu.metrics import BLEU
 from sklearn.metrics import f1_score, precision_score, recall_score
+from torchmetrics.text import SacreBLEUScore
 
 from ctx_distill.metrics.bootstrap import bootstrap
 from ctx_distill.metrics.generation import bleu, findings_scores, generation_report, rouge_l
@@ -35,6 +36,17 @@ def test_bleu_is_that_of_sacrebleu(order: int) -> None:
     expected = reference.corpus_score(HYPOTHESES, [REFERENCES]).score / 100
     assert 0.1 < expected < 1
     assert bleu(REFERENCES, HYPOTHESES)[f"bleu{order}"] == pytest.approx(expected, abs=1e-9)
+    scorer = SacreBLEUScore(n_gram=order, tokenize="13a", lowercase=True)
+    assert float(scorer(HYPOTHESES, [[text] for text in REFERENCES])) == pytest.approx(expected, abs=1e-6)
+
+
+def test_bleu_of_lines_that_end_in_a_hyphen_is_that_of_sacrebleu() -> None:
+    references, hypotheses = (
+        ["A left-\nsided mass. -\n", "No mass &amp; no nodule."],
+        ["A left-sided mass -\n", "no mass"],
+    )
+    expected = BLEU(lowercase=True, smooth_method="none", max_ngram_order=2).corpus_score(hypotheses, [references])
+    assert bleu(references, hypotheses)["bleu2"] == pytest.approx(expected.score / 100, abs=1e-9)
 
 
 def test_bleu_by_hand_and_edges() -> None:

@@ -14,12 +14,13 @@ from torch import Tensor
 from ctx_distill.checkpoint import hash_json, require_same
 from ctx_distill.data.loading.datamodules import CTDataModule
 from ctx_distill.data.transforms.augment import Augmentation
-from ctx_distill.distributed import gather_with_gradient, rank, run_on_rank_zero, world_size
+from ctx_distill.distributed import gather_with_gradient, own_first_rows, rank, run_on_rank_zero, world_size
 from ctx_distill.errors import InputError
 from ctx_distill.losses.contrastive import contrastive_loss
 from ctx_distill.losses.distillation import pair_loss
 from ctx_distill.losses.siglip import INIT_LOGIT_BIAS, INIT_LOGIT_SCALE, siglip_loss
 from ctx_distill.losses.soft_targets import soft_target_loss
+from ctx_distill.metrics.gathered import ReportRecall
 from ctx_distill.metrics.retrieval import recall_at_k
 from ctx_distill.models.compute import ComputeSettings
 from ctx_distill.models.ct_encoder import CTEncoder
@@ -27,6 +28,7 @@ from ctx_distill.models.dual_encoder import DualEncoder, load_ct_encoder
 from ctx_distill.models.heads import ProjectionHead
 from ctx_distill.models.weights import resolve_source
 from ctx_distill.retrieval.lookup import NeighbourLookup
+from ctx_distill.run_files import ARTEFACT, CORRECTED
 from ctx_distill.stages.align.distillation_regulariser import KeepSettings, KeepTargets
 from ctx_distill.stages.align.entity_masking import EntityMasking, MaskingSettings
 from ctx_distill.stages.align.evidence import FalseNegatives, RobustSettings
@@ -149,6 +151,7 @@ class AlignmentTask(TrainedTask):
         self.keep_targets: KeepTargets | None = None
         self.prior_settings = prior
         self.prior: ProjectionPrior | None = None
+        self.report_recall = ReportRecall(5)
 
     def _take_student(self, student: str) -> tuple[CTEncoder, ProjectionHead]:
         """Encoder and projection of a stage-2 artefact, after checking what it was made from."""
@@ -350,10 +353,13 @@ class AlignmentTask(TrainedTask):
             self.moving_average.update_parameters(self.dual)
 
     def validation_step(self, batch: CTBatch, batch_idx: int) -> None:
-        """Plain InfoNCE, or the sigmoid loss, on whole reports, without augmentation and corrections."""
+        """Plain InfoNCE, or the sigmoid loss, on whole reports, without augmentation and corrections; recall of the epoch."""
         del batch_idx
         image, _ = self.dual.encode_alone(batch.volume)
         text = self.dual.encode_text(batch.report)
+        first = own_first_rows(batch.row)
+        self.report_recall.update(image[first], text[first], batch.study[first])
+        self.log("val/recall_at_5", self.report_recall, on_epoch=True)
         image, text, study = self.gather_once(batch.row, image, text, batch.study)
         terms = self._plain_terms(image, text, study)
         self.log_terms({"loss": terms["total"]}, "val", len(study))
@@ -386,13 +392,13 @@ class AlignmentTask(TrainedTask):
     def finish(self, trainer: L.Trainer, datamodule: L.LightningDataModule, folder: Path) -> dict[str, Any]:
         """Write the dual encoder and the corrected pairs; report-to-volume recall on CT `val`."""
         assert isinstance(datamodule, CTDataModule)
-        run_on_rank_zero(lambda: self._save(folder / "artefact", datamodule))
+        run_on_rank_zero(lambda: self._save(folder / ARTEFACT, datamodule))
         metrics = last_values(self)
         if self.false_negatives is not None:
             fixed = self.false_negatives.all_thresholds()
             metrics["thresholds"] = {kind: x if math.isfinite(x) else None for kind, x in fixed.items()}
             metrics["pairs"] = dict(self.false_negatives.pairs.totals)
-            run_on_rank_zero(lambda: self._write_pairs(folder / "corrected.csv", datamodule))
+            run_on_rank_zero(lambda: self._write_pairs(folder / CORRECTED, datamodule))
         val = datamodule.with_text(datamodule.manifest.split("val"))
         if len(val) > 1:
             found = predict_rows(trainer, self, datamodule.loader(val), list(val.frame.index))

@@ -19,10 +19,12 @@ from ctx_distill.data.transforms.augment import Augmentation
 from ctx_distill.distributed import global_ratio, own_first_rows, rank, run_on_rank_zero
 from ctx_distill.errors import InputError
 from ctx_distill.metrics.findings_report import findings_report
+from ctx_distill.metrics.gathered import MacroAUROC
 from ctx_distill.metrics.operating import THRESHOLD_RULE, choose_thresholds
 from ctx_distill.models.ct_encoder import CTEncoder
 from ctx_distill.models.dual_encoder import DualEncoder
 from ctx_distill.models.heads import FindingsHead
+from ctx_distill.run_files import ARTEFACT, PREDICTIONS
 from ctx_distill.seeds import run_seed
 from ctx_distill.stages.classifier.loss import LossSettings, findings_terms, mixup
 from ctx_distill.training.base_task import TrainedTask, adamw, check_volume_spec, decay_groups, last_values
@@ -97,6 +99,7 @@ class ClassifierTask(TrainedTask):
         self.head: FindingsHead | None = None
         self.positive_weight: Tensor | None = None
         self._features = RowFeatures(cache)
+        self.macro_auroc = MacroAUROC()
 
     def setup(self, stage: str) -> None:
         """Size the head by the manifest's labels, and weigh positives by their rarity in `train`."""
@@ -175,27 +178,33 @@ class ClassifierTask(TrainedTask):
             volume, labels = mixup(volume, labels, self.loss.mixup, seeds)
         return replace(batch, volume=volume, labels=labels)
 
-    def _loss(self, batch: CTBatch) -> Tensor:
+    def _loss(self, batch: CTBatch, logits: Tensor) -> Tensor:
         """Mean over the known labels of the global batch, with the gradient of one process."""
         assert batch.labels is not None
         assert self.positive_weight is not None
         known = (batch.labels >= 0) & (batch.labels <= 1)
         target = torch.where(known, batch.labels, 0.0)
-        loss = findings_terms(self._logits(batch), target, self.loss, self.positive_weight.to(self.device))
+        loss = findings_terms(logits, target, self.loss, self.positive_weight.to(self.device))
         known = known & own_first_rows(batch.row)[:, None]
         return global_ratio((loss * known).sum(dim=1), known.sum(dim=1).to(loss.dtype))
 
     def training_step(self, batch: CTBatch, batch_idx: int) -> Tensor:
         """The loss of augmented volumes."""
         del batch_idx
-        loss = self._loss(self._augmented(batch))
+        augmented = self._augmented(batch)
+        loss = self._loss(augmented, self._logits(augmented))
         self.log_terms({"loss": loss}, "train", self.global_rows(batch.row))
         return loss
 
     def validation_step(self, batch: CTBatch, batch_idx: int) -> None:
-        """The same without augmentation."""
+        """The same without augmentation, and the macro AUROC of the epoch's images."""
         del batch_idx
-        self.log_terms({"loss": self._loss(batch)}, "val", self.global_rows(batch.row))
+        assert batch.labels is not None
+        logits = self._logits(batch)
+        self.log_terms({"loss": self._loss(batch, logits)}, "val", self.global_rows(batch.row))
+        first = own_first_rows(batch.row)
+        self.macro_auroc.update(logits[first].sigmoid(), batch.labels[first])
+        self.log("val/macro_auroc", self.macro_auroc, on_epoch=True)
 
     def predict_step(self, batch: CTBatch, batch_idx: int) -> dict[str, Tensor]:
         """Probabilities (B, F), and the pooled features (B, D_c) that they were made of."""
@@ -237,7 +246,7 @@ class ClassifierTask(TrainedTask):
         assert self.head is not None
         names = list(datamodule.manifest.finding_names)
         metrics = last_values(self)
-        run_on_rank_zero(lambda: self._save(folder / "artefact", datamodule))
+        run_on_rank_zero(lambda: self._save(folder / ARTEFACT, datamodule))
         self._keep_features(trainer, datamodule, folder)
         test = datamodule.manifest.split("test")
         if not len(test):
@@ -246,7 +255,7 @@ class ClassifierTask(TrainedTask):
         studies, means = study_means(test, found["probability"].numpy())
         if rank() == 0:
             columns = {name: means[:, column] for column, name in enumerate(names)}
-            write_predictions(folder / "predictions.csv", studies, columns)
+            write_predictions(folder / PREDICTIONS, studies, columns)
         labelled = [f"label:{name}" for name in names]
         val = datamodule.manifest.split("val")
         own = np.zeros((0, len(names)))

@@ -25,6 +25,7 @@ from ctx_distill.models.ct_encoder import CTEncoder
 from ctx_distill.models.dual_encoder import save_ct_encoder
 from ctx_distill.models.heads import ProjectionHead
 from ctx_distill.models.xray_expert import XrayExpert
+from ctx_distill.run_files import ARTEFACT
 from ctx_distill.stages.distill.anchors import AnchorKind, Anchors
 from ctx_distill.stages.distill.lookup_cost import LookupClock
 from ctx_distill.stages.distill.targets import (
@@ -328,7 +329,7 @@ class DistillationTask(TrainedTask):
         """Write the student; ask it with the expert's prompts on CT `val`, where there are labels."""
         assert isinstance(datamodule, CTDataModule)
         upstream, spec = self._upstream(), datamodule.volume.to_config()
-        run_on_rank_zero(lambda: save_ct_encoder(folder / "artefact", self.encoder, self.projection, upstream, spec))
+        run_on_rank_zero(lambda: save_ct_encoder(folder / ARTEFACT, self.encoder, self.projection, upstream, spec))
         metrics: dict[str, Any] = last_values(self)
         metrics["tau"] = self.tau
         val = datamodule.manifest.split("val")

@@ -24,6 +24,7 @@ from ctx_distill.losses.contrastive import contrastive_loss
 from ctx_distill.metrics.classification import classification_report
 from ctx_distill.models.experts.open_clip_expert import expert_preprocessing, make_expert_folder, save_expert_folder
 from ctx_distill.models.opening import open_expert
+from ctx_distill.run_files import ARTEFACT
 from ctx_distill.seeds import run_seed, seed_of
 from ctx_distill.stages.shared.prompt_scores import pair_probabilities, prompt_features
 from ctx_distill.stages.shared.report_views import report_views
@@ -214,7 +215,7 @@ class ExpertTask(TrainedTask):
     def finish(self, trainer: L.Trainer, datamodule: L.LightningDataModule, folder: Path) -> dict[str, Any]:
         """Write the expert; ask it about the X-ray `test` studies, where there are labels."""
         assert isinstance(datamodule, XrayDataModule)
-        target = folder / "artefact"
+        target = folder / ARTEFACT
         run_on_rank_zero(lambda: self._save(target))
         metrics = last_values(self) | {"macro_auroc": None, "left_out": self._excluded}
         test = datamodule.manifest.split("test")

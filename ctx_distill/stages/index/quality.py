@@ -16,6 +16,7 @@ from ctx_distill.metrics.retrieval import common_labels, retrieval_quality
 from ctx_distill.metrics.tfidf import tfidf_nearest
 from ctx_distill.retrieval.lookup import NeighbourLookup
 from ctx_distill.retrieval.store import XrayIndexArtefact
+from ctx_distill.run_files import RETRIEVAL
 from ctx_distill.stages.shared.report_findings import FindingsReader
 from ctx_distill.text.extractor import Vocabulary
 
@@ -59,7 +60,7 @@ def measure_retrieval(
     """
     k = min(neighbours, len(pool))
     similarity, positions = store.search(queries, k)
-    write_neighbours(store.folder.parent / "retrieval.csv", held_out, pool, similarity.numpy(), positions.numpy())
+    write_neighbours(store.folder.parent / RETRIEVAL, held_out, pool, similarity.numpy(), positions.numpy())
     names, asked, known = common_labels(held_out.finding_names, held_out.labels(), pool.finding_names, pool.labels())
     metrics: dict[str, Any] = {"queries": len(held_out), "findings_compared": names}
     if not names:

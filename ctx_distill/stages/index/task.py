@@ -24,6 +24,7 @@ from ctx_distill.retrieval.index import IndexKind
 from ctx_distill.retrieval.keys import KeyKind, make_keys, share_keys
 from ctx_distill.retrieval.shards import kept_rows, merge_shards, open_shards, standing_blocks, write_shard
 from ctx_distill.retrieval.store import ReportSource, XrayIndexArtefact, write_index_artefact
+from ctx_distill.run_files import ARTEFACT
 from ctx_distill.stages.index.quality import held_out_studies, measure_retrieval
 from ctx_distill.stages.shared.report_findings import FindingsReader
 from ctx_distill.stages.shared.shared_extraction import extract_shared
@@ -143,7 +144,7 @@ class IndexTask(StageTask):
         def build() -> dict[str, Any]:
             self.to(trainer.strategy.root_device)
             table = merge_shards(shards, [int(row) for row in pool.frame.index], first_block)
-            store = self._write(folder / "artefact", table, pool, datamodule, left_out, findings)
+            store = self._write(folder / ARTEFACT, table, pool, datamodule, left_out, findings)
             shutil.rmtree(shards)
             metrics = {"pool": len(pool), "left_out": left_out, "key_dim": store.key_dim, "value_dim": store.value_dim}
             if datamodule.ct is None:

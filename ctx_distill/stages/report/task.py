@@ -26,6 +26,7 @@ from ctx_distill.models.dual_encoder import DualEncoder
 from ctx_distill.models.lora import LoraSettings
 from ctx_distill.models.report_decoder import ReportDecoder
 from ctx_distill.models.sampling import SamplingSettings
+from ctx_distill.run_files import ARTEFACT, REPORTS
 from ctx_distill.stages.report.loss import IGNORE, report_loss
 from ctx_distill.text.extractor import load_vocabulary, vocabulary_for
 from ctx_distill.training.base_task import TrainedTask, adamw, check_volume_spec, last_values
@@ -228,7 +229,7 @@ class ReportTask(TrainedTask):
         assert isinstance(datamodule, CTDataModule)
         assert self.decoder is not None
         decoder, upstream = self.decoder, {"dual-encoder": self.artefact.fingerprint}
-        run_on_rank_zero(lambda: save_decoder(decoder, folder / "artefact", upstream))
+        run_on_rank_zero(lambda: save_decoder(decoder, folder / ARTEFACT, upstream))
         metrics = last_values(self)
         test = datamodule.with_text(datamodule.manifest.split("test"))
         test = test.where(~test.frame["study_id"].duplicated().to_numpy())
@@ -239,7 +240,7 @@ class ReportTask(TrainedTask):
         references, hypotheses = [test.report(row) for row in rows], [found[row][0] for row in rows]
         table = pd.DataFrame({"study_id": test.frame["study_id"], "reference": references, "generated": hypotheses})
         if rank() == 0:
-            write_text(folder / "reports.csv", table.to_csv(index=False, lineterminator="\n"))
+            write_text(folder / REPORTS, table.to_csv(index=False, lineterminator="\n"))
         baselines: dict[str, list[str]] = {}
         if rows:
             said = [train.report(row) for row in known]

@@ -25,6 +25,7 @@ from ctx_distill.metrics.protocols import PROTOCOLS, protocol_findings
 from ctx_distill.metrics.report_retrieval import DIRECTIONS, report_retrieval
 from ctx_distill.metrics.zero_shot_table import zero_shot_markdown
 from ctx_distill.models.dual_encoder import DualEncoder
+from ctx_distill.run_files import PREDICTIONS, RETRIEVAL
 from ctx_distill.stages.shared.projection_prior import open_prior
 from ctx_distill.stages.shared.prompt_scores import pair_probabilities, prompt_features, same_finding
 from ctx_distill.text.extractor import load_vocabulary
@@ -146,7 +147,7 @@ def ask_test_studies(
         "not_scored": [name for name in asked if name not in columns],
     }  # fmt: skip
     if not len(scored):
-        write_predictions(folder / "predictions.csv", scored.frame, {})
+        write_predictions(folder / PREDICTIONS, scored.frame, {})
         return metrics
     found = predict_rows(trainer, task, datamodule.loader(scored), list(scored.frame.index))
     given = load_vocabulary(prompts.vocabulary) if prompts.protocol != "labels" else None
@@ -155,7 +156,7 @@ def ask_test_studies(
     scores = pair_probabilities(found["image"], positive, negative, logit_scale).numpy()
     studies, means = study_means(scored, scores)
     if rank() == 0:
-        write_predictions(folder / "predictions.csv", studies, {name: means[:, f] for f, name in enumerate(asked)})
+        write_predictions(folder / PREDICTIONS, studies, {name: means[:, f] for f, name in enumerate(asked)})
     metrics |= {
         "studies": len(studies), "images": len(scored), "patients": int(studies["patient_id"].nunique()),
     }  # fmt: skip
@@ -216,5 +217,5 @@ def _retrieve(found: dict[str, Tensor], manifest: Manifest, folder: Path) -> dic
             })
             for direction in DIRECTIONS
         ]  # fmt: skip
-        write_text(folder / "retrieval.csv", pd.concat(tables).to_csv(index=False, lineterminator="\n"))
+        write_text(folder / RETRIEVAL, pd.concat(tables).to_csv(index=False, lineterminator="\n"))
     return metrics | {"without_report": int(silent.sum()), "rule": RETRIEVAL_RULE}

@@ -7,7 +7,9 @@ import time
 from typing import Any
 
 import lightning as L
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress, TextColumn
+
+from ctx_distill.progress import progress_bar
 
 
 class EpochProgress(L.Callback):
@@ -29,15 +31,9 @@ class EpochProgress(L.Callback):
         self._said = time.monotonic()
         if not trainer.is_global_zero or not sys.stdout.isatty():
             return
-        self._progress = Progress(
-            TextColumn("  training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-        )
+        self._progress = progress_bar(TextColumn("{task.fields[note]}"))
         total = int(trainer.estimated_stepping_batches)
-        self._task = self._progress.add_task("training", total=total, completed=trainer.global_step, note="")
+        self._task = self._progress.add_task("  training", total=total, completed=trainer.global_step, note="")
         self._progress.start()
 
     def on_train_batch_end(
