@@ -53,6 +53,9 @@ def _add(app: App, group: Group, name: str, stages: Sequence[Stage], help_text: 
 def _run(
     stages: Sequence[Stage], options: RunOptions, overrides: Sequence[str], force: bool, isolated: bool = False
 ) -> None:
+    from ctx_distill.runs.overrides import check_overrides
+
+    check_overrides(stages, options.preset, overrides)
     from ctx_distill.commands.run_stages import run_stages
     from ctx_distill.runs.run_folder import lock_run
 
