@@ -15,7 +15,6 @@ from rich.progress import track
 from ctx_distill import signals
 from ctx_distill.data.io.scan_file import ScanFile
 from ctx_distill.data.io.volume import SUFFIXES
-from ctx_distill.data.manifests.manifest import read_manifest
 from ctx_distill.errors import InputError
 
 T = TypeVar("T")
@@ -52,6 +51,8 @@ def find_scans(given: Path) -> list[Scan]:
         InputError: nothing is there, a folder without scans, or a manifest that is none.
     """
     if given.suffix.lower() in TABLES and given.is_file():
+        from ctx_distill.data.manifests.manifest import read_manifest  # brings pandas
+
         manifest = read_manifest(given, check_images=False)
         frame = manifest.frame
         return [
