@@ -20,7 +20,7 @@ LAYERS = [
     {"stages"},
     {"retrieval", "training"},
     {"metrics", "losses", "models", "data", "text", "phantom", "sources"},
-    {"checkpoint", "distributed", "parallel", "types", "files", "errors", "signals", "seeds"},
+    {"checkpoint", "distributed", "parallel", "types", "files", "errors", "signals", "seeds", "progress"},
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 HEAVY = {"torch", "lightning", "monai", "open_clip", "transformers", "pandas", "matplotlib", "faiss", "numpy"}

@@ -217,7 +217,9 @@ class OverrideChecker:
             found = signature(source)
             if rest[0] not in found.parameters:
                 if found.complete:
-                    raise self._unknown(override, [*place.split("."), *rest], [f"{place}.{name}" for name in found.parameters])
+                    raise self._unknown(
+                        override, [*place.split("."), *rest], [f"{place}.{name}" for name in found.parameters]
+                    )
                 return
             kind, place = found.parameters[rest[0]].kind, f"{place}.{rest[0]}"
             inner = config.get(rest[0])
@@ -271,7 +273,9 @@ class OverrideChecker:
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise InputError(f"--{override.name}: {name} is {value!r}; choose from: {', '.join(names)}{hint}")
 
-    def _unknown(self, override: Override, path: Sequence[str] = (), siblings: Iterable[str] = ()) -> UnknownSettingError:
+    def _unknown(
+        self, override: Override, path: Sequence[str] = (), siblings: Iterable[str] = ()
+    ) -> UnknownSettingError:
         """Return the error of a setting that the stage does not have, with the nearest one that it has.
 
         Args:
@@ -369,5 +373,3 @@ def _is_scalar(parsed: Any, text: str, scalar: str) -> bool:
     except ValueError:
         return False
     return True
-
-

@@ -12,6 +12,7 @@ from ctx_distill.errors import InputError
 from ctx_distill.files import hash_file, write_json, write_text
 from ctx_distill.runs.run_folder import (
     METRICS_FILE,
+    REQUEST_FILE,
     is_complete,
     is_first_process,
     join_metrics,
@@ -148,7 +149,7 @@ def run_stage(request: StageRequest, *, force: bool = False) -> None:
         facts = {"inputs": request.inputs, "overrides": request.overrides}
         former = open_stage(folder, request.key, facts, force=force)
         write_config(request)
-        print(f"== {stage.title} -> {folder}")
+        print(f"== {stage.title} -> {folder}", flush=True)
     else:
         _await_request(folder, request.key)
     started = time.monotonic()

@@ -202,7 +202,7 @@ def _constant(module: str, node: ast.expr) -> Any:
     if isinstance(node, ast.Name):
         found = _resolve(module, node.id)
         if found is not None and not isinstance(found[1], ClassSource):
-            return _constant(*found)
+            return _constant(found[0], found[1])
         return node.id
     if isinstance(node, ast.Call):
         keywords = {item.arg: item.value for item in node.keywords if item.arg}
@@ -210,7 +210,7 @@ def _constant(module: str, node: ast.expr) -> Any:
             if "default" in keywords:
                 return _constant(module, keywords["default"])
             factory = keywords.get("default_factory")
-            empty = {"tuple": (), "list": [], "dict": {}}
+            empty: dict[str, Any] = {"tuple": (), "list": [], "dict": {}}
             return empty.get(ast.unparse(factory), {}) if factory is not None else REQUIRED
         return {name: _constant(module, value) for name, value in keywords.items()}
     return ast.unparse(node)

@@ -32,7 +32,13 @@ def check(*arguments: str, stages: tuple[str, ...] = ("align",)) -> None:
         (f"{MODEL}.optimizer=SGD", f"{MODEL}.optimizer.init_args.momentum=0.9"),
         (f"{MODEL}.encoder=ViT3D", f"{MODEL}.encoder.variant=vit_b", f"{MODEL}.encoder.init_args.dropout=0.1"),
         (f"{MODEL}.encoder={{class_path: {ENCODER}, init_args: {{variant: vit_b}}}}",),
-        ("--trainer.max_epochs=3", "--trainer.max_steps", "-1", "--trainer.precision=bf16-mixed", "--trainer.devices=2"),
+        (
+            "--trainer.max_epochs=3",
+            "--trainer.max_steps",
+            "-1",
+            "--trainer.precision=bf16-mixed",
+            "--trainer.devices=2",
+        ),
         ("--trainer.precision=32", "--trainer.limit_train_batches=0.5", "--trainer.logger=false"),
         ("--trainer.callbacks+=package.Callback", "--trainer.logger.init_args.save_dir=folder"),
         ("--data.init_args.volume.spacing=[1, 1, 1]", "--data.batch_size=3", "--data.init_args.seed=null"),
@@ -47,7 +53,10 @@ def test_what_jsonargparse_accepts_passes(arguments: tuple[str, ...]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((f"{MODEL}.robust.mode=masked",), r"mode is 'masked'; choose from: relabel, mask, soft \(did you mean 'mask'\?\)"),
+        (
+            (f"{MODEL}.robust.mode=masked",),
+            r"mode is 'masked'; choose from: relabel, mask, soft \(did you mean 'mask'\?\)",
+        ),
         (("--model.robust.mode", "masked"), "choose from: relabel, mask, soft"),
         ((f"{MODEL}.robust={{mode: masked}}",), "mode is 'masked'; choose from: relabel, mask, soft"),
         ((f"{MODEL}.robust={{mod: mask}}",), "no setting model.init_args.robust.mod. Did you mean --.*robust.mode"),

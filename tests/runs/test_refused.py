@@ -78,9 +78,7 @@ def test_a_forced_rerun_that_fails_leaves_the_stage_complete(
 
 
 @pytest.mark.parametrize("began", [None, "fit"])
-def test_work_to_resume_from_is_kept(
-    began: str | None, data: Path, run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_work_to_resume_from_is_kept(began: str | None, data: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A crash after the trainer started keeps the new folder; before that the former result is restored."""
 
     class Parser:

@@ -90,5 +90,7 @@ def test_classes_of_one_module_are_told_apart() -> None:
 
 
 def test_the_first_sentence_ends_at_a_full_stop() -> None:
-    assert first_sentence("share of steps (He et al. 2016), 0.5. More.\n  text") == "Share of steps (He et al. 2016), 0.5."
+    assert (
+        first_sentence("share of steps (He et al. 2016), 0.5. More.\n  text") == "Share of steps (He et al. 2016), 0.5."
+    )
     assert first_sentence("") == ""

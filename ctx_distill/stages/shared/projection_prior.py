@@ -48,7 +48,8 @@ class ProjectionPrior:
     """
 
     def __init__(self, expert: XrayExpert, space: int) -> None:
-        from ctx_distill.stages.distill.targets import ProjectionTeacher  # brings Lightning, which inference does without
+        # Imported here because it brings Lightning, which inference does without.
+        from ctx_distill.stages.distill.targets import ProjectionTeacher
 
         check_space(expert, space)
         self.expert, self._teacher = expert, ProjectionTeacher()
