@@ -62,7 +62,7 @@ JOB = --data "$(DATA)" --run "$(RUN)" --preset "$(PRESET)" $(if $(EXPERT),--expe
 	$(if $(TIME),--time "$(TIME)") $(if $(PARTS),--parts "$(PARTS)") $(if $(PREPARED),--prepared "$(PREPARED)") \
 	--sbatch="$$SBATCH" $(if $(SBATCH_PREPARE),--sbatch-prepare="$$SBATCH_PREPARE") --setup="$$SETUP" $(if $(DRY),--dry-run)
 
-.PHONY: help setup demo data expert all stage-1 stage-2 stage-3 stage-4 ablation explorer page compare check lock clean \
+.PHONY: help setup demo data expert all stage-1 stage-2 stage-3 stage-4 ablation explorer page settings compare check lock clean \
 	slurm-stage-1 slurm-stage-2 slurm-stage-3 slurm-stage-4 slurm-expert slurm-prepare slurm-all \
 	test test-quick test-slow test-slurm test-browser test-device test-gpu gpu-wheels gpu-report gpu-rehearsal chaos bench-large-batch bench-data bench-index bench-train bench-processes bench-text \
 	bench-cache bench-retrieval bench-pairs bench-equal-keys bench-manifest
@@ -155,6 +155,9 @@ $(AXE): tests/explorer/axe/package-lock.json tests/explorer/axe/package.json $(N
 
 page: $(READY) ## write RUN/index.html again
 	@$(CLI) page --run "$(RUN)"
+
+settings: $(READY) ## write docs/settings.md again, after a setting or its description changed
+	@$(CLI) settings all > docs/settings.md
 
 compare: $(READY) ## several runs on one page: RUNS="runs/a runs/b" OUT=compare.html
 	@$(CLI) compare $(RUNS) --out "$(or $(OUT),compare.html)"

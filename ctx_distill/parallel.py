@@ -18,7 +18,7 @@ from typing import TypeVar
 
 from ctx_distill import signals
 from ctx_distill.errors import InputError
-from ctx_distill.progress import progress_bar
+from ctx_distill.progress import LogLine, progress_bar
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -60,6 +60,7 @@ def in_processes(
         with progress_bar() as progress:
             bar = progress.add_task(title, total=total)
             running: dict[Future[R], T] = {}
+            log = LogLine(title, total)
             while True:
                 if signals.requested():
                     raise signals.StopRequested(title)
@@ -78,6 +79,7 @@ def in_processes(
                         continue
                     yield item, future.result()
                     progress.advance(bar)
+                    log.advance()
                 if suspects and not signals.requested():  # else the signal reached the workers too
                     suspects += running.values()
                     running.clear()
@@ -85,6 +87,7 @@ def in_processes(
                     for item, value in _one_by_one(title, function, suspects, died):
                         yield item, value
                         progress.advance(bar)
+                        log.advance()
                     pool = _pool(workers)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

@@ -18,6 +18,7 @@ def check(
         prepared: Also compare the checksums of the volumes that `prepare` wrote to this folder.
         workers: Processes. Default: one per core.
     """
+    print(f"reading {manifest} ...", flush=True)
     from ctx_distill.reporting.manifest_check import check_manifest
 
     summary, errors = check_manifest(manifest, out, prepared, workers)

@@ -12,6 +12,7 @@ def compare(*runs: Path, out: Path = Path("compare.html")) -> None:
         runs: Run folders. The first is the baseline.
         out: HTML file to write.
     """
+    print(f"comparing {len(runs)} runs ...", flush=True)
     from ctx_distill.reporting.compare_page import build_compare_page
 
     print(build_compare_page(list(runs), out))

@@ -37,6 +37,7 @@ def evaluate(
         split: Studies to score.
         synonyms: Query with the synonyms of each finding too.
     """
+    print(f"loading the model of {checkpoint} ...", flush=True)
     from ctx_distill.runs.zero_shot_evaluation import Query, evaluate_zero_shot
 
     query = Query(checkpoint, manifest, out, protocol, vocabulary, templates, split, synonyms)

@@ -27,6 +27,7 @@ def export(
         push: Upload to this Hugging Face repository (`ORG/NAME`), private.
         accept_unknown_licences: Push even if the licence of a part is unknown.
     """
+    print(f"loading the model of {checkpoint} ...", flush=True)
     from ctx_distill.inference.export import export_model, push_to_hub
     from ctx_distill.inference.licences import CardFacts
 

@@ -25,6 +25,7 @@ def findings(
         sides: Also write `side:<finding>`: left, right or both.
         workers: Processes. Default: one per core.
     """
+    print(f"reading {source} ...", flush=True)
     from ctx_distill.text.findings_table import write_findings
 
     print(write_findings(source, out, vocabulary, prefix, sides, workers))

@@ -13,6 +13,7 @@ from cyclopts import App, CycloptsError, Group, Parameter
 from ctx_distill import __version__, signals
 from ctx_distill.commands.ablation import ablation
 from ctx_distill.commands.check import check
+from ctx_distill.commands.clean import clean
 from ctx_distill.commands.compare import compare
 from ctx_distill.commands.evaluate import evaluate
 from ctx_distill.commands.export import export
@@ -25,6 +26,7 @@ from ctx_distill.commands.predict import predict
 from ctx_distill.commands.prepare import prepare
 from ctx_distill.commands.probe import probe
 from ctx_distill.commands.serve import serve
+from ctx_distill.commands.settings import settings
 from ctx_distill.commands.stages import add_stage_commands
 from ctx_distill.commands.submit import submit
 from ctx_distill.commands.weights import weights
@@ -46,9 +48,10 @@ def build_app() -> App:
     )
     add_stage_commands(app, Group.create_ordered("Stages"))
     groups = {
+        "Settings": (settings,),
         "Data": (phantom, manifest, merge, check, prepare, findings),
         "Use a model": (predict, evaluate, probe, serve, export),
-        "Results": (page, compare, ablation),
+        "Results": (page, compare, ablation, clean),
         "Machines": (submit,),
     }
     for title, commands in groups.items():

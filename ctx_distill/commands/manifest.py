@@ -19,6 +19,7 @@ def manifest(source: Source, root: Path, out: Path, /, *, options: Flat[SourceOp
         root: Folder of the data set.
         out: Manifest to write, such as `ROOT/ct.csv`.
     """
+    print(f"reading {root} ...", flush=True)
     from ctx_distill.sources.build_manifest import build_manifest
 
     print(build_manifest(source, root, out, options))

@@ -13,8 +13,10 @@ def merge(out: Path, /, *manifests: Path) -> None:
         manifests: Manifests to merge.
     """
     from ctx_distill.errors import InputError
-    from ctx_distill.sources.merge import merge_manifests
 
     if not manifests:
         raise InputError(f"{out}: no manifests to merge were given. Expected OUT MANIFEST [MANIFEST ...].")
+    print(f"merging {len(manifests)} manifests ...", flush=True)
+    from ctx_distill.sources.merge import merge_manifests
+
     print(merge_manifests(list(manifests), out))

@@ -11,6 +11,7 @@ def page(*, run: Path = Path("runs/demo")) -> None:
     Args:
         run: Run folder.
     """
+    print(f"writing the page of {run} ...", flush=True)
     from ctx_distill.reporting.run_page import build_page
 
     print(build_page(run))

@@ -15,6 +15,7 @@ def phantom(out: Path, /, *, ct: int = 480, xray: int = 1000, seed: int = 0, wor
         seed: The same seed writes the same bytes.
         workers: Processes. Default: one per core.
     """
+    print(f"writing {ct} CT and {xray} X-ray studies to {out} ...", flush=True)
     from ctx_distill.phantom.cohort import write_cohort
 
     write_cohort(out, ct, xray, seed, workers)

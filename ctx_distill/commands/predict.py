@@ -32,6 +32,7 @@ def predict(
         vocabulary: Findings to query if the run names none. Default: `ct-rate`.
         workers: Processes. Default: on a CPU one per core for every 16 scans, else 1.
     """
+    print(f"loading the model of {checkpoint} ...", flush=True)
     from ctx_distill.inference.batch import predict_scans
 
     summary, unreadable = predict_scans(checkpoint, scans, out, saliency, report, device, vocabulary, workers)

@@ -18,6 +18,7 @@ def prepare(
         workers: Processes. Default: one per core.
         array: `i/n`: every n-th image from the i-th, counted from 0. Default: this task of a SLURM array, else all.
     """
+    print(f"reading {manifest} ...", flush=True)
     from ctx_distill.runs.prepare_volumes import prepare_manifest
 
     print(prepare_manifest(manifest, out, preset, workers, array))

@@ -25,6 +25,7 @@ def probe(
         seeds: Draws per number of shots.
         device: `cpu`, `cuda`, ...
     """
+    print(f"loading the model of {checkpoint} ...", flush=True)
     from ctx_distill.probing import linear_probe
 
     print(linear_probe.probe(checkpoint, manifest, out or checkpoint / "probe", list(shots), seeds, device))

@@ -40,6 +40,7 @@ def serve(
         port: Port; 0 takes any free one.
         allow_host: Further host name under which the page may be opened. Repeatable.
     """
+    print(f"loading the model of {checkpoint} ...", flush=True)
     from ctx_distill.explorer.model_reader import open_reader
     from ctx_distill.explorer.reader_settings import ReaderSettings
     from ctx_distill.explorer.server import Address

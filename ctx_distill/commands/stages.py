@@ -53,8 +53,14 @@ def _add(app: App, group: Group, name: str, stages: Sequence[Stage], help_text: 
 def _run(
     stages: Sequence[Stage], options: RunOptions, overrides: Sequence[str], force: bool, isolated: bool = False
 ) -> None:
+    from ctx_distill.runs.overrides import check_overrides
+
+    check_overrides(stages, options.preset, overrides)
+    from ctx_distill.runs.run_folder import is_first_process, lock_run
+
+    if is_first_process():
+        print(f"{', '.join(stage.name for stage in stages)}: run {options.run}, preset {options.preset}", flush=True)
     from ctx_distill.commands.run_stages import run_stages
-    from ctx_distill.runs.run_folder import lock_run
 
     with lock_run(options.run, "ctx-distill " + " ".join(sys.argv[1:])):
         run_stages(list(stages), options, list(overrides), force=force, isolated=isolated)

@@ -18,6 +18,7 @@ def fetch(source: str, /, *, revision: str, out: Path) -> None:
         revision: Commit: 40 hexadecimal digits.
         out: Folder to write.
     """
+    print(f"fetching {source} ...", flush=True)
     from ctx_distill.models.opening import open_expert
     from ctx_distill.models.weights import fetch as download
 
@@ -35,6 +36,7 @@ def convert_torchxrayvision(checkpoint: Path, out: Path, /, *, sha256: str | Non
         out: Folder to write.
         sha256: SHA-256 of the file, in hexadecimal. Default: that of the pinned release.
     """
+    print(f"converting {checkpoint} ...", flush=True)
     from ctx_distill.models import convert_torchxrayvision as conversion
 
     checked = {"sha256": sha256} if sha256 else {}

@@ -20,7 +20,7 @@ from ctx_distill.files import hash_json, write_bytes, write_json, write_text
 from ctx_distill.inference.model import CTModel
 from ctx_distill.inference.parts import open_parts
 from ctx_distill.inference.prediction import Prediction, Saliency
-from ctx_distill.inference.scans import Scan, find_scans, shown
+from ctx_distill.inference.scans import Scan, find_scans, with_progress
 from ctx_distill.parallel import DIED, in_processes, usable_cores
 from ctx_distill.run_files import REPORTS
 
@@ -114,7 +114,7 @@ def _each(model: CTModel, work: Work, todo: list[Todo], workers: int | None) -> 
     if workers is None:
         workers = min(usable_cores(), len(todo) // WORTH_A_WORKER) if work.device == "cpu" else 1
     if min(workers, len(todo)) <= 1:
-        return ((item, _one(model, work, item)) for item in shown(todo))
+        return ((item, _one(model, work, item)) for item in with_progress(todo))
     return in_processes("  scans", partial(_in_worker, work), todo, len(todo), workers, died=_died)
 
 

@@ -21,7 +21,7 @@ from ctx_distill.models.heads import FindingsHead
 from ctx_distill.models.report_decoder import ReportDecoder
 from ctx_distill.models.xray_expert import XrayExpert
 from ctx_distill.run_files import ARTEFACT, ARTEFACT_FILE, CONFIG_FILE, PREDICTIONS
-from ctx_distill.stages.shared.projection_prior import open_prior
+from ctx_distill.stages.shared.projection_prior import open_prior_expert
 from ctx_distill.text.extractor import load_vocabulary
 from ctx_distill.text.prompts import Templates
 
@@ -227,8 +227,7 @@ def _together(
     if dual_folder is not None:
         dual, artefact = DualEncoder.load(dual_folder)
         dual.requires_grad_(False)
-        prior = open_prior(artefact, dual.embed_dim)
-        expert = None if prior is None else prior.expert
+        expert = open_prior_expert(artefact, dual.embed_dim)
     head = None if classifier is None else _classifier(classifier, artefact, dual)
     decoder = None
     if report is not None and artefact is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +14,10 @@ from rich.progress import track
 from ctx_distill import signals
 from ctx_distill.data.io.scan_file import ScanFile
 from ctx_distill.data.io.volume import SUFFIXES
-from ctx_distill.data.manifests.manifest import read_manifest
 from ctx_distill.errors import InputError
+from ctx_distill.progress import LogLine
 
 T = TypeVar("T")
-SAID_EVERY_S = 15.0
 TABLES = (".csv", ".parquet")
 
 
@@ -52,6 +50,8 @@ def find_scans(given: Path) -> list[Scan]:
         InputError: nothing is there, a folder without scans, or a manifest that is none.
     """
     if given.suffix.lower() in TABLES and given.is_file():
+        from ctx_distill.data.manifests.manifest import read_manifest  # brings pandas
+
         manifest = read_manifest(given, check_images=False)
         frame = manifest.frame
         return [
@@ -70,20 +70,18 @@ def find_scans(given: Path) -> list[Scan]:
     return [Scan(given.name or given.resolve().name, "", ScanFile(given))]
 
 
-def shown(items: Sequence[T]) -> Iterator[T]:
-    """The items, with a bar on a terminal and a line now and then in a log.
+def with_progress(items: Sequence[T]) -> Iterator[T]:
+    """Yield the items and show progress: a bar on a terminal, a line now and then in a log.
 
     Raises:
-        StopRequested: a signal asks to stop; between two items.
+        StopRequested: a signal asked to stop; raised between two items.
     """
-    terminal, said = sys.stdout.isatty(), time.monotonic()
-    for number, item in enumerate(track(items, description="  scans", disable=not terminal), 1):
+    log = LogLine("  scans", len(items))
+    for item in track(items, description="  scans", disable=not sys.stdout.isatty()):
         if signals.requested() is not None:
             raise signals.StopRequested("between scans")
         yield item
-        if not terminal and time.monotonic() - said >= SAID_EVERY_S:
-            print(f"  scans {number}/{len(items)}", flush=True)
-            said = time.monotonic()
+        log.advance()
 
 
 def _below(folder: Path) -> Iterator[Path]:

@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
+from jsonargparse import ArgumentError
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
@@ -18,9 +19,9 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from ctx_distill.data.loading.datamodules import ManifestDataModule
 from ctx_distill.errors import InputError
 from ctx_distill.retrieval.index import refuse_two_faiss
+from ctx_distill.runs.overrides import refuse_removed
 from ctx_distill.runs.stage_table import read_layer
 from ctx_distill.training.base_task import StageTask, TrainedTask
-from ctx_distill.training.fault_tolerance import REMOVED
 
 
 class StageCLI(LightningCLI):
@@ -42,6 +43,8 @@ def build(arguments: list[str]) -> LightningCLI:
     refuse_two_faiss()
     try:
         cli = _stage_cli(arguments)
+    except ArgumentError as error:
+        raise _input_error(error) from None
     except ValueError as error:
         raise _own_error(error) from None
     _outlast_the_watchdog(cli)
@@ -52,19 +55,15 @@ def build(arguments: list[str]) -> LightningCLI:
 
 
 def _refuse_removed(arguments: list[str]) -> None:
-    """Name settings that were removed, which the parser would report as unknown.
+    """Refuse removed settings, on the command line and in the configuration files.
 
     Raises:
-        InputError: one is given, on the command line or in a file.
+        InputError: one is given.
     """
-    files = [value for flag, value in pairwise(arguments) if flag == "--config"]
-    texts = [text for text in arguments if ".survival" in text]
-    for path in files:
+    refuse_removed(arguments)
+    for path in (value for flag, value in pairwise(arguments) if flag == "--config"):
         model = read_layer(Path(path)).get("model") or {}
-        texts.append(str((model.get("init_args") or {}).get("survival", "")))
-    for name, reason in REMOVED.items():
-        if any(re.search(rf"\b{name}\b", text) for text in texts):
-            raise InputError(f"model.init_args.survival.{name} was removed: {reason}. Remove the setting.")
+        refuse_removed([f".survival={(model.get('init_args') or {}).get('survival', '')}"])
 
 
 def run_task(cli: LightningCLI, folder: Path) -> dict[str, Any]:
@@ -109,6 +108,20 @@ def _own_error(error: BaseException) -> BaseException:
     return error
 
 
+def _input_error(error: ArgumentError) -> BaseException:
+    """Return the error of the parser in one or two sentences: the innermost key, without the usage of every option."""
+    cause = _own_error(error)
+    if isinstance(cause, InputError):
+        return cause
+    text = " ".join(str(error).split())
+    found = re.findall(r'Parser key "([^"]+)": (?=(Expected .*? Got value: .*?)(?: - | Given value |$))', text)
+    outer = re.findall(r'Parser key "([^"]+)":', text)
+    if found:
+        keys = [outer[0], *(key for key, _ in found[-1:] if key != outer[0])]
+        return InputError(f"{'.'.join(keys)}: {found[-1][1]}. `ctx-distill settings STAGE` lists what is expected.")
+    return InputError(text if len(text) <= 600 else f"{text[:600]} ...")
+
+
 def _stage_cli(arguments: list[str]) -> LightningCLI:
     return StageCLI(
         StageTask,
@@ -120,7 +133,7 @@ def _stage_cli(arguments: list[str]) -> LightningCLI:
         auto_configure_optimizers=False,
         seed_everything_default=0,
         args=arguments,
-        parser_kwargs={"parser_mode": "yaml"},
+        parser_kwargs={"parser_mode": "yaml", "exit_on_error": False},
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import time
@@ -32,6 +33,8 @@ PUBLISHED = {
     "zero-shot": (PREDICTIONS, ZERO_SHOT_PREDICTIONS),
     "report": (REPORTS, REPORTS),
 }
+BEFORE = re.compile(r"(?P<folder>.+)\.before-(?P<number>\d+)")
+"""The name of a former result that a stage with another request left behind."""
 _HELD = "CTX_DISTILL_LOCK_HELD"
 
 
@@ -92,38 +95,55 @@ def is_complete(folder: Path, key: str) -> bool:
     return request is not None and request.get("key") == key and (folder / METRICS_FILE).is_file()
 
 
-def open_stage(folder: Path, key: str, request: dict[str, Any]) -> Path | None:
-    """Make a stage's folder ready for a request: go on with the same one, set a different one aside.
+def open_stage(folder: Path, key: str, request: dict[str, Any], *, force: bool = False) -> Path | None:
+    """Make a stage's folder ready for a request.
 
-    A folder of another request is renamed to `NAME.before-<n>`, so that nothing is lost.
+    A folder of the same request is kept, so that the stage resumes. A folder of another request is moved to
+    `NAME.before-<n>`, so that nothing is lost.
+
+    Args:
+        folder: the stage's folder.
+        key: the key of the request.
+        request: what is recorded with the key.
+        force: also move a folder of the same request.
 
     Returns:
-        Where the folder of another request went.
+        Where a former result was moved; None if nothing was moved.
     """
-    aside: Path | None = None
+    former: Path | None = None
     found = read_json(folder / REQUEST_FILE)
-    if folder.exists() and (found is None or found.get("key") != key):
+    if folder.exists() and (found is None or found.get("key") != key or force):
         if found is None:
             shutil.rmtree(folder)
         else:
-            count = 1 + sum(1 for _ in folder.parent.glob(f"{folder.name}.before-*"))
-            aside = folder.with_name(f"{folder.name}.before-{count}")
-            folder.rename(aside)
-            version = str(found.get("version", "0.1"))
-            reason = (
-                "other settings or inputs" if version == __version__ else f"version {version} (this is {__version__})"
-            )
-            print(f"{folder}: holds a run of {reason}; moved to {aside.name}")
+            matches = [BEFORE.fullmatch(path.name) for path in folder.parent.glob(f"{folder.name}.before-*")]
+            number = 1 + max((int(match["number"]) for match in matches if match is not None), default=0)
+            former = folder.with_name(f"{folder.name}.before-{number}")
+            folder.rename(former)
+            print(f"{folder}: holds a run of {_difference(found, key)}; moved to {former.name}")
     write_json(folder / REQUEST_FILE, {"key": key, "version": __version__, **request})
-    return aside
+    return former
 
 
-def put_back(folder: Path, aside: Path | None) -> None:
-    """After a request that was refused before it began: the result that stood there stands there again."""
-    if aside is not None and not (folder / CHECKPOINTS).exists() and not (folder / METRICS_FILE).exists():
+def _difference(found: dict[str, Any], key: str) -> str:
+    """Return in what a recorded request differs from this one, for a message."""
+    if found.get("key") == key:
+        return "the same settings and inputs"
+    version = str(found.get("version", "0.1"))
+    return "other settings or inputs" if version == __version__ else f"version {version} (this is {__version__})"
+
+
+def put_back(folder: Path, former: Path | None) -> None:
+    """Restore the former result of a stage after a request that failed before it produced anything.
+
+    Args:
+        folder: the stage's folder.
+        former: what `open_stage` returned.
+    """
+    if former is not None and not (folder / CHECKPOINTS).exists() and not (folder / METRICS_FILE).exists():
         shutil.rmtree(folder)
-        aside.rename(folder)
-        print(f"{folder}: put back as it was")
+        former.rename(folder)
+        print(f"{folder}: restored the former result")
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

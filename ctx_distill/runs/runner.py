@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ctx_distill import __version__, signals
 from ctx_distill.errors import InputError
@@ -23,6 +23,9 @@ from ctx_distill.runs.run_folder import (
 )
 from ctx_distill.runs.stage_table import STAGES, Stage, override_for, request_key, source_fingerprint, stage_config
 from ctx_distill.runs.topology import TrainerSettings, trainer_settings
+
+if TYPE_CHECKING:
+    from lightning.pytorch.cli import LightningCLI
 
 MANIFEST_SUFFIXES = (".csv", ".parquet")
 
@@ -132,21 +135,22 @@ def run_stage(request: StageRequest, *, force: bool = False) -> None:
         raise signals.StopRequested(f"before {stage.title}")
     request.check_sources()
     job = trainer_settings()
-    aside: Path | None = None
+    former: Path | None = None
     if first:
-        if force and folder.exists():
-            (folder / REQUEST_FILE).write_text("{}")
-        aside = open_stage(folder, request.key, {"inputs": request.inputs, "overrides": request.overrides})
+        facts = {"inputs": request.inputs, "overrides": request.overrides}
+        former = open_stage(folder, request.key, facts, force=force)
         write_config(request)
-        print(f"== {stage.title} -> {folder}")
+        print(f"== {stage.title} -> {folder}", flush=True)
     else:
         _await_request(folder, request.key)
     started = time.monotonic()
+    cli = None
     try:
-        metrics, fingerprint, facts = _execute(request, job)
-    except InputError:
-        if first:
-            put_back(folder, aside)
+        cli = _build(request, job)
+        metrics, fingerprint, facts = _execute(request, cli)
+    except BaseException as error:
+        if first and (isinstance(error, InputError) or not _has_begun(cli)):
+            put_back(folder, former)
         raise
     if first:
         note_run(request.run, version=__version__, preset=request.preset, **facts)
@@ -173,20 +177,36 @@ def _await_request(folder: Path, key: str, seconds: float = 300.0) -> None:
         time.sleep(0.5)
 
 
-def _execute(request: StageRequest, job: TrainerSettings) -> tuple[dict[str, Any], str, dict[str, Any]]:
-    """Build trainer, task and data with LightningCLI and run the task."""
+def _has_begun(cli: LightningCLI | None) -> bool:
+    """Return whether the trainer has started, so that the stage's folder may hold work to resume from."""
+    return cli is not None and cli.trainer.state.fn is not None
+
+
+def _build(request: StageRequest, job: TrainerSettings) -> LightningCLI:
+    """Build trainer, task and data with LightningCLI."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from ctx_distill.runs.lightning_cli import build, run_task
+    from ctx_distill.runs.lightning_cli import build
 
     cli = build(["--config", str(request.folder / LAYERS_FILE), *job.before, *request.overrides, *job.after])
     if is_first_process():
         cli.parser.save(cli.config, request.folder / CONFIG_FILE, overwrite=True, skip_check=True)
+    return cli
+
+
+def _execute(request: StageRequest, cli: LightningCLI) -> tuple[dict[str, Any], str, dict[str, Any]]:
+    """Run the task.
+
+    Returns:
+        The metrics, the fingerprint of the artefact ("" on other ranks than zero), and facts for `run.json`.
+    """
+    from ctx_distill.runs.lightning_cli import run_task
+
     metrics = run_task(cli, request.folder)
-    aside = cli.datamodule.set_aside
-    if aside is not None and aside.reasons:
-        metrics["unreadable_set_aside"] = len(aside.reasons)
+    replaced = cli.datamodule.set_aside
+    if replaced is not None and replaced.reasons:
+        metrics["unreadable_set_aside"] = len(replaced.reasons)
     artefact = request.folder / ARTEFACT
     facts = cli.datamodule.describe() | cli.model.describe()
-    # Of the other ranks none reads it: rank zero may be writing it still.
+    # Only rank zero reads the artefact: on another rank it may still be incomplete.
     written = is_first_process() and artefact.is_dir()
     return metrics, source_fingerprint(artefact) if written else "", facts

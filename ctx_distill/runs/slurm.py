@@ -21,6 +21,7 @@ from pathlib import Path
 from ctx_distill.errors import InputError
 from ctx_distill.files import write_text
 from ctx_distill.run_files import CHECKPOINTS
+from ctx_distill.runs.overrides import check_overrides
 from ctx_distill.runs.run_options import RunOptions
 from ctx_distill.runs.runner import find_manifest
 from ctx_distill.runs.stage_table import HEADS, STAGES, Stage, load_preset, stages_folder
@@ -122,6 +123,7 @@ def plan_jobs(target: str, run: RunOptions, overrides: list[str], options: JobOp
     }
     for kind in sorted({kind for each in stages.values() for stage in each for kind in stage.reads}):
         find_manifest(run.data, kind)
+    check_overrides([stage for each in stages.values() for stage in each], run.preset, overrides)
     own_prepared = any(argument.partition("=")[0].endswith(_PREPARED.rstrip("=")) for argument in overrides)
     prepares = target == "prepare" or (target == "all" and options.parts > 0 and not own_prepared)
     folder = (options.prepared or run.run / "prepared").resolve()

@@ -13,6 +13,7 @@ from ctx_distill.errors import InputError
 from ctx_distill.files import write_json, write_text
 from ctx_distill.metrics.zero_shot_table import zero_shot_notes, zero_shot_tables
 from ctx_distill.run_files import ARTEFACT, ARTEFACT_FILE, LAYERS_FILE, METRICS_FILE, REQUEST_FILE
+from ctx_distill.runs.overrides import check_overrides
 from ctx_distill.runs.result_table import aligned
 from ctx_distill.runs.run_folder import is_first_process
 from ctx_distill.runs.runner import fill
@@ -62,6 +63,7 @@ def evaluate_zero_shot(query: Query, overrides: list[str]) -> str:
     Raises:
         InputError: bad input.
     """
+    check_overrides([STAGES["zero-shot"]], "demo", overrides)
     artefact = find_artefact(query.checkpoint)
     if not query.manifest.is_file():
         raise InputError(f"{query.manifest}: no such manifest; expected a .csv or .parquet of CTs: check the path.")

@@ -19,7 +19,6 @@ from ctx_distill.errors import InputError
 from ctx_distill.models.dual_encoder import PRIOR_FOLDER
 from ctx_distill.models.opening import open_expert
 from ctx_distill.models.xray_expert import XrayExpert
-from ctx_distill.stages.distill.targets import ProjectionTeacher
 from ctx_distill.types import CTBatch
 
 
@@ -49,11 +48,10 @@ class ProjectionPrior:
     """
 
     def __init__(self, expert: XrayExpert, space: int) -> None:
-        if expert.embed_dim != space:
-            raise InputError(
-                f"stage 3: prior.weight is set, but the joint space has {space} dimensions and the expert's image space "
-                f"{expert.embed_dim}. Keep the expert's own space (text.tower=expert, text.projection_dim=null)."
-            )
+        # Imported here because it brings Lightning, which inference does without.
+        from ctx_distill.stages.distill.targets import ProjectionTeacher
+
+        check_space(expert, space)
         self.expert, self._teacher = expert, ProjectionTeacher()
 
     def features(self, batch: CTBatch) -> Tensor:
@@ -65,11 +63,31 @@ class ProjectionPrior:
         return self._teacher.targets(batch, self.expert.to(batch.row.device))
 
 
-def open_prior(artefact: Artefact, space: int) -> ProjectionPrior | None:
-    """The prior of a dual encoder's artefact, out of the copy of the expert in it; None where it has none.
+def check_space(expert: XrayExpert, space: int) -> None:
+    """Check that the expert's image features lie in the joint space.
 
     Raises:
-        InputError: the copy is not the expert that the model was trained with.
+        InputError: they do not.
+    """
+    if expert.embed_dim != space:
+        raise InputError(
+            f"stage 3: prior.weight is set, but the joint space has {space} dimensions and the expert's image space "
+            f"{expert.embed_dim}. Keep the expert's own space (text.tower=expert, text.projection_dim=null)."
+        )
+
+
+def open_prior(artefact: Artefact, space: int) -> ProjectionPrior | None:
+    """Return the prior of a dual encoder's artefact; None if it has none. Raises as `open_prior_expert`."""
+    expert = open_prior_expert(artefact, space)
+    return None if expert is None else ProjectionPrior(expert, space)
+
+
+def open_prior_expert(artefact: Artefact, space: int) -> XrayExpert | None:
+    """Open the copy of the X-ray expert in a dual encoder's artefact; None if the model has no prior.
+
+    Raises:
+        InputError: the copy is not the expert that the model was trained with, or its image features do not lie in the
+            joint space.
     """
     if not artefact.config.get("prior_weight"):
         return None
@@ -80,4 +98,5 @@ def open_prior(artefact: Artefact, space: int) -> ProjectionPrior | None:
         f"the expert that {artefact.folder} was trained with", artefact.upstream["xray-expert"],
         "Run make stage-3 again.",
     )  # fmt: skip
-    return ProjectionPrior(expert, space)
+    check_space(expert, space)
+    return expert
