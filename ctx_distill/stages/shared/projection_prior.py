@@ -78,6 +78,6 @@ def open_prior(artefact: Artefact, space: int) -> ProjectionPrior | None:
     require_same(
         f"the expert in {folder}", expert.fingerprint(),
         f"the expert that {artefact.folder} was trained with", artefact.upstream["xray-expert"],
-        "Run make stage-3 again.",
+        "Run `ctx-distill align` again.",
     )  # fmt: skip
     return ProjectionPrior(expert, space)
