@@ -109,6 +109,7 @@ def test_the_wheel_holds_niivue_and_its_licences_once_npm_has_placed_it(tmp_path
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)  # 80 s on two idle cores
 def test_the_smallest_demo_runs_from_the_wheel(installed: Path, tmp_path: Path) -> None:
     command = str(installed.parent / "ctx-distill")
     preset = tmp_path / "small.yaml"
