@@ -62,7 +62,7 @@ JOB = --data "$(DATA)" --run "$(RUN)" --preset "$(PRESET)" $(if $(EXPERT),--expe
 	$(if $(TIME),--time "$(TIME)") $(if $(PARTS),--parts "$(PARTS)") $(if $(PREPARED),--prepared "$(PREPARED)") \
 	--sbatch="$$SBATCH" $(if $(SBATCH_PREPARE),--sbatch-prepare="$$SBATCH_PREPARE") --setup="$$SETUP" $(if $(DRY),--dry-run)
 
-.PHONY: help setup demo data expert all stage-1 stage-2 stage-3 stage-4 ablation explorer page settings compare check lock clean \
+.PHONY: help setup demo data expert all stage-1 stage-2 stage-3 stage-4 ablation explorer wheel wheelhouse page settings compare check lock clean \
 	slurm-stage-1 slurm-stage-2 slurm-stage-3 slurm-stage-4 slurm-expert slurm-prepare slurm-all \
 	test test-quick test-slow test-slurm test-browser test-device test-gpu gpu-wheels gpu-report gpu-rehearsal chaos bench-large-batch bench-data bench-index bench-train bench-processes bench-text \
 	bench-cache bench-retrieval bench-pairs bench-equal-keys bench-manifest
@@ -148,6 +148,13 @@ $(NIIVUE): $(VIEWER)/package-lock.json $(VIEWER)/package.json requirements/node.
 	@command -v npm >/dev/null || $(UV) pip install --quiet --require-hashes --python .uv --target .uv/node -r requirements/node.txt
 	@$(NPM) ci --prefix $(VIEWER) --omit=optional --loglevel=error
 	@touch $@
+
+wheel: $(READY) $(NIIVUE) ## build dist/ctx_distill-VERSION-py3-none-any.whl, with NiiVue
+	@rm -f dist/ctx_distill-*.whl
+	@$(VENV)/bin/python -m hatchling build --target wheel --directory dist
+
+wheelhouse: wheel $(UV) ## collect every wheel for a machine without a network in dist/wheelhouse: EXTRA=cpu|gpu (docs/air_gapped.md)
+	@.uv/bin/python requirements/wheelhouse.py requirements/runtime-$(EXTRA).txt dist/ctx_distill-*.whl --out dist/wheelhouse
 
 $(AXE): tests/explorer/axe/package-lock.json tests/explorer/axe/package.json $(NIIVUE)
 	@$(NPM) ci --prefix tests/explorer/axe --loglevel=error
@@ -243,7 +250,9 @@ bench-manifest: $(READY) ## until a run over a large manifest is ready to train:
 
 lock: $(UV) ## compile the locks again from pyproject.toml
 	@for extra in cpu gpu; do $(UV) pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header \
-		--no-annotate --extra $$extra --extra serve --extra bench --extra docs --extra dev pyproject.toml --output-file requirements/$$extra.txt; done
+		--no-annotate --extra $$extra --extra serve --extra bench --extra docs --extra dev pyproject.toml --output-file requirements/$$extra.txt; \
+		$(UV) pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header --no-annotate --extra $$extra --extra serve \
+		--constraint requirements/$$extra.txt pyproject.toml --output-file requirements/runtime-$$extra.txt; done
 	@for tool in uv node; do $(UV) pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header \
 		--no-annotate requirements/$$tool.in --output-file requirements/$$tool.txt; done
 	@$(GPU_COMPILE) requirements/gpu-machine.in --output-file requirements/gpu-machine.txt

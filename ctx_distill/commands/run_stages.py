@@ -37,7 +37,7 @@ def run_stages(
             )
         if force:
             raise InputError(
-                "FORCE=1 in processes that srun or torchrun started together, or on several nodes (NODE_RANK): one of them"
+                "--force in processes that srun or torchrun started together, or on several nodes (NODE_RANK): one of them"
                 f" could still read what another one moves away. Move {options.run / stages[0].folder} away instead."
             )
     for stage in stages:

@@ -171,7 +171,7 @@ def _of_run(run: Path, vocabulary: str | None, index: Path | None) -> Parts:
     if "align" not in found and "classifier" not in found:
         raise InputError(
             f"{run}: neither an artefact ({ARTEFACT_FILE}) nor a run folder with align/{ARTEFACT} or"
-            f" classifier/{ARTEFACT}. Run make stage-3, or give another folder."
+            f" classifier/{ARTEFACT}. Run `ctx-distill align`, or give another folder."
         )
     asked = _asked(run / "zero_shot", vocabulary)
     dual, classifier, report = (found.get(stage) for stage in ("align", "classifier", "report"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +26,7 @@ class ScanGrid:
     affine_lps: NDArray[np.float64]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Saliency:
     """Where in the scan a finding's logit comes from.
 
@@ -55,6 +56,21 @@ class Saliency:
         """Write a .nii.gz whose shape and affine are the scan's; float32."""
         write_nifti(Path(path), self.on_scan(), self.scan.affine_lps)
 
+    def __repr__(self) -> str:
+        """Return one line without the values."""
+        shape = " x ".join(str(size) for size in self.values.shape)
+        return f"Saliency({self.finding}: {shape}, {self.method})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values: method, shape, maximum and its position in LPS mm; `write` saves the map itself."""
+        peak = np.unravel_index(int(self.values.argmax()), self.values.shape)
+        return {
+            "method": self.method,
+            "shape": [int(size) for size in self.values.shape],
+            "max": float(self.values.max()),
+            "peak_lps_mm": [float(value) for value in (self.affine_lps @ np.array([*peak, 1.0]))[:3]],
+        }
+
 
 @dataclass(frozen=True)
 class Neighbour:
@@ -73,7 +89,11 @@ class Neighbour:
     report: str
 
 
-@dataclass(frozen=True, eq=False)
+SHOWN = 3
+"""Number of findings that the short form of a prediction names."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Prediction:
     """What a model says of one scan. A research tool's output: no diagnosis.
 
@@ -97,3 +117,27 @@ class Prediction:
     scan: ScanGrid
     saliency: dict[str, Saliency] = field(default_factory=dict)
     report: str | None = None
+
+    def __repr__(self) -> str:
+        """Return one line: the scan, its most probable findings, and what else there is."""
+        ranked = sorted(self.probabilities.items(), key=lambda item: -item[1])
+        parts = [f"{finding} {probability:.2f}" for finding, probability in ranked[:SHOWN]]
+        if len(ranked) > SHOWN:
+            parts.append(f"{len(ranked) - SHOWN} more")
+        extras = [f"saliency of {', '.join(self.saliency)}"] if self.saliency else []
+        if self.report is not None:
+            extras.append(f"draft report of {len(self.report.split())} words")
+        return f"Prediction({self.path.name}: {'; '.join([', '.join(parts) or 'no findings', *extras])}; {self.asked})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values: the fields, with arrays as lists and each saliency map as its summary."""
+        return {
+            "path": str(self.path),
+            "probabilities": {finding: float(value) for finding, value in self.probabilities.items()},
+            "asked": self.asked,
+            "zero_shot": {finding: float(value) for finding, value in self.zero_shot.items()},
+            "embedding": [float(value) for value in self.embedding],
+            "scan": {"shape": [int(size) for size in self.scan.shape], "affine_lps": self.scan.affine_lps.tolist()},
+            "saliency": {finding: found.to_dict() for finding, found in self.saliency.items()},
+            "report": self.report,
+        }

@@ -34,7 +34,7 @@ def _open_folder(folder: Path) -> XrayExpert:
         f"{folder}: no X-ray expert here. Looked for open_clip_config.json (open_clip), xrv_config.json"
         f" (torchxrayvision, converted) and config.json (transformers); found {found}. Fetch one with"
         " `ctx-distill weights fetch`, convert one with `ctx-distill weights convert-torchxrayvision`, or train one with"
-        " `make expert`."
+        " `ctx-distill expert`."
     )
 
 

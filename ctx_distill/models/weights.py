@@ -122,7 +122,7 @@ def resolve_source(source: str, revision: str | None = None) -> Path:
     if not folder.is_dir():
         raise InputError(
             f"{source}: no such folder. Expected a folder with an expert's files, or {HUB}organisation/name with a"
-            " revision. Fetch one with `ctx-distill weights fetch`, or train one with `make expert`."
+            " revision. Fetch one with `ctx-distill weights fetch`, or train one with `ctx-distill expert`."
         )
     own = read_provenance(folder).revision
     if revision is not None and own is not None and own != revision:

@@ -112,7 +112,7 @@ def _cell(name: str, value: float | None) -> str:
 
 def _totals(run: Run, kept: pd.DataFrame | None) -> str:
     if kept is None:
-        return "Which pairs they were was not recorded in this run: it is older than align/corrected.csv. FORCE=1 make stage-3 writes it."
+        return "Which pairs they were was not recorded in this run: it is older than align/corrected.csv. `ctx-distill align --force` writes it."
     told = mapping(run.metrics.get("alignment", {}).get("pairs"))
     counts = (
         f"{told['suspected']:,} suspected and {told['corrected']:,} corrected pairs of images over all batches. "

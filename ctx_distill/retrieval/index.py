@@ -268,7 +268,7 @@ class XrayIndex:
         """
         faiss = faiss_module()
         if not path.is_file():
-            raise InputError(f"{path}: no X-ray index here. Run stage 1 (make stage-1) to build it.")
+            raise InputError(f"{path}: no X-ray index here. Run stage 1 (`ctx-distill index`) to build it.")
         try:
             index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
         except (RuntimeError, MemoryError) as error:

@@ -37,7 +37,7 @@ ITEM_COLUMNS = ("position", "study_id", "image_id", "patient_id", "row", "split"
 EXPERT = "xray-expert"
 REPORT_ENCODER = "report-encoder"
 REPORT_ENCODER_FILE = "report_encoder.json"
-AGAIN = "Run stage 1 (make stage-1) to build it again."
+AGAIN = "Run stage 1 (`ctx-distill index`) to build it again."
 SAME_KEY = 1e-6
 """Keys at most so far apart (Euclidean) are stored as one: what the last bits of an embedding differ by between batches."""
 

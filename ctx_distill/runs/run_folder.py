@@ -68,7 +68,7 @@ def lock_run(run: Path, command: str) -> Iterator[None]:
     except Timeout:
         raise InputError(_busy(run, holder)) from None
     except OSError as error:
-        raise InputError(f"{run}: cannot write here ({error.strerror}). Give another folder with RUN=.") from error
+        raise InputError(f"{run}: cannot write here ({error.strerror}). Give another folder with --run.") from error
     try:
         write_json(holder, {"pid": os.getpid(), "host": socket.gethostname(), "command": command,
                             "since": time.strftime("%Y-%m-%d %H:%M:%S")})  # fmt: skip
@@ -86,7 +86,7 @@ def _busy(run: Path, holder: Path) -> str:
         name = f"process {who['pid']} on {who['host']} since {who['since']} (`{who['command']}`)"
     except (OSError, ValueError, KeyError):
         name = "another process"
-    return f"{run}: in use by {name}. Wait for it to end, end it, or give another folder with RUN=."
+    return f"{run}: in use by {name}. Wait for it to end, end it, or give another folder with --run."
 
 
 def is_complete(folder: Path, key: str) -> bool:

@@ -142,7 +142,7 @@ def gather(folder: Path) -> Run:
         InputError: where the folder does not exist.
     """
     if not folder.is_dir():
-        raise InputError(f"{folder}: no such run folder; name the folder given as RUN to `make all`")
+        raise InputError(f"{folder}: no such run folder; name the folder given as --run to `ctx-distill all`")
     notes: list[str] = []
     info = mapping(_read_json(folder / RUN_FILE, notes))
     joined = mapping(_read_json(folder / METRICS_FILE, notes))

@@ -40,7 +40,7 @@ def find_manifest(data: Path, kind: str) -> Path:
         if (data / f"{kind}{suffix}").is_file():
             return data / f"{kind}{suffix}"
     raise InputError(
-        f"{data}: holds no {kind}.csv or {kind}.parquet. Give the folder of both manifests with DATA=; "
+        f"{data}: holds no {kind}.csv or {kind}.parquet. Give the folder of both manifests with --data; "
         "data_manifests/README.md says what they look like."
     )
 
@@ -92,11 +92,10 @@ class StageRequest:
             if source.startswith("hf-hub:") or overridden or Path(source).is_dir():
                 continue
             maker = STAGES[makers[argument]]
-            target = f"make stage-{maker.number}" if maker.number else "make expert"
             raise InputError(
                 f"{source}: the {maker.title} artefact that {self.stage.title} needs is not there. "
-                f"Run `{target} DATA= RUN=` first, or give one with "
-                f"ARGS=--model.init_args.{argument}=<folder>."
+                f"Run `ctx-distill {maker.name} --data ... --run ...` first, or give one with "
+                f"--model.init_args.{argument}=<folder>."
             )
 
     def filled_config(self) -> dict[str, Any]:
@@ -128,7 +127,7 @@ def run_stage(request: StageRequest, *, force: bool = False) -> None:
     """
     stage, folder = request.stage, request.folder
     if request.complete and not force:
-        print(f"{stage.title}: complete in {folder} (FORCE=1 runs it again)")
+        print(f"{stage.title}: complete in {folder} (--force runs it again)")
         return
     first = is_first_process()
     if first and signals.requested() is not None:  # another rank that ended here would leave the first one waiting

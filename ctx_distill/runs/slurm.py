@@ -75,8 +75,8 @@ class JobOptions:
                 raise InputError(f"--{name} {getattr(self, name)}: expected {least} or more.")
         if self.gpus and self.tasks not in (None, self.gpus):
             raise InputError(
-                f"--gpus {self.gpus} --tasks {self.tasks}: one process drives one GPU. Leave TASKS out, or give GPUS=0"
-                " TASKS=n for CPU jobs of n processes a node."
+                f"--gpus {self.gpus} --tasks {self.tasks}: one process drives one GPU. Omit --tasks, or give --gpus 0"
+                " --tasks n for CPU jobs of n processes a node."
             )
 
     @property
@@ -179,7 +179,7 @@ def _sbatch_lines(job: SlurmJob, folder: Path, options: JobOptions) -> list[str]
     for path in (output, Path.cwd()):
         if re.search(r'["\\\n]|%(?![Aaj][_.])', str(path)):
             raise InputError(
-                f'{path}: SLURM does not take a path with ", %, a backslash or a new line. Give another RUN=.'
+                f'{path}: SLURM does not take a path with ", %, a backslash or a new line. Give another --run.'
             )
     lines = [
         f"--job-name=ctx-{job.name}",
@@ -209,7 +209,7 @@ def _own_lines(text: str) -> list[str]:
     try:
         words = shlex.split(text)
     except ValueError as error:
-        raise InputError(f"SBATCH={text!r}: {error}; expected options as sbatch takes them.") from error
+        raise InputError(f"--sbatch {text!r}: {error}; expected options as sbatch takes them.") from error
     lines: list[str] = []
     for word in words:
         if word.startswith("-") or not lines:
@@ -218,7 +218,7 @@ def _own_lines(text: str) -> list[str]:
             lines[-1] += " " + _quoted(word)
     if lines and not lines[0].startswith("-"):
         raise InputError(
-            f"SBATCH={text!r}: {words[0]!r} is no option; expected such as '--partition=gpu --account=lab'."
+            f"--sbatch {text!r}: {words[0]!r} is no option; expected such as '--partition=gpu --account=lab'."
         )
     return lines
 
@@ -264,7 +264,9 @@ def submit(target: str, run: RunOptions, overrides: list[str], options: JobOptio
         try:
             write_text(path, text)
         except OSError as error:
-            raise InputError(f"{path}: cannot be written ({error.strerror}). Give another folder with RUN=.") from error
+            raise InputError(
+                f"{path}: cannot be written ({error.strerror}). Give another folder with --run."
+            ) from error
         print(f"== {path}\n{text}")
     how = f"bash {shlex.quote(str(submission))}"
     if dry_run:

@@ -46,7 +46,7 @@ def find_artefact(checkpoint: Path) -> Path:
             return place
     raise InputError(
         f"{checkpoint}: holds no stage-3 artefact (looked for {', '.join(str(place / 'artefact.json') for place in places)});"
-        " give a run folder or RUN/align/artefact, after make stage-3."
+        " give a run folder or RUN/align/artefact, after `ctx-distill align`."
     )
 
 

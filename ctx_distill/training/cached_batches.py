@@ -25,7 +25,7 @@ def check_micro_batch(micro_batch: int | None) -> None:
     if micro_batch is not None and micro_batch < 1:
         raise InputError(
             f"micro_batch is {micro_batch}; expected 1 or more volumes, or null for the whole batch at once. "
-            "Set ARGS=--model.init_args.micro_batch=16."
+            "Set --model.init_args.micro_batch=16."
         )
 
 

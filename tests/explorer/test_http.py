@@ -295,7 +295,7 @@ def test_without_the_viewer_it_says_what_to_run(monkeypatch: pytest.MonkeyPatch,
     from ctx_distill.explorer.server import Address, serve
 
     monkeypatch.setattr(viewer, "NIIVUE", tmp_path / "missing.js")
-    with pytest.raises(InputError, match="run make explorer"):
+    with pytest.raises(InputError, match="run `make explorer` in a checkout"):
         serve(open_fake, "", Limits(), Address(port=0))
     monkeypatch.setattr(viewer, "NIIVUE", Path(__file__))
     with pytest.raises(InputError, match="cannot be listened on"):

@@ -62,5 +62,5 @@ def test_an_index_of_another_expert_is_refused_when_asked_for(
 
 
 def test_no_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="Run make stage-3"):
+    with pytest.raises(InputError, match="Run `ctx-distill align`"):
         open_reader(ReaderSettings(tmp_path))

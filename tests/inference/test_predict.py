@@ -74,7 +74,7 @@ def test_artefacts_open_by_themselves(finished_run: Path, cohort: Path) -> None:
     ("place", "says"),
     [
         ("nowhere", "no such folder"),
-        ("", "Run make stage-3"),
+        ("", "Run `ctx-distill align`"),
         ("expert", "xray-expert|no artefact|neither"),
         ("distill", "ct-encoder artefact"),
     ],

@@ -106,7 +106,7 @@ def test_several_stages_in_one_step_are_refused(
     [
         ({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, ["all"], "one by one"),
         ({"NODE_RANK": "1"}, ["heads", "--trainer.num_nodes=2"], "one by one"),
-        ({"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}, ["expert", "--force"], "FORCE=1 in processes"),
+        ({"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}, ["expert", "--force"], "--force in processes"),
     ],
 )
 def test_so_are_several_stages_and_forced_ones_in_processes_that_start_together(

@@ -169,7 +169,7 @@ def test_a_missing_earlier_stage_is_named(
     cohort: Path, tiny_preset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["distill", "--data", str(cohort), "--run", str(tmp_path / "new"), "--preset", str(tiny_preset)]) == 2
-    assert "make expert" in capsys.readouterr().err
+    assert "ctx-distill expert" in capsys.readouterr().err
 
 
 def test_a_data_folder_without_manifests_is_named(

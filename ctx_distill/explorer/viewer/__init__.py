@@ -1,4 +1,4 @@
-"""NiiVue as npm places it here, and the licences of what its bundle holds."""
+"""NiiVue as npm or a wheel of `make wheel` places it here, and the licences of the packages in its bundle."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def niivue() -> Path:
     """
     if not NIIVUE.is_file():
         raise InputError(
-            f"{NIIVUE}: the volume viewer NiiVue is not there; run make explorer in the checkout once (it fetches NiiVue, "
-            f"hashes checked), or npm ci --prefix {FOLDER}"
+            f"{NIIVUE}: the volume viewer NiiVue is missing. Install a wheel that `make wheel` built, run `make explorer` in"
+            f" a checkout, or run `npm ci --omit=optional --prefix {FOLDER}`; the hashes are checked."
         )
     return NIIVUE
 

@@ -1,4 +1,4 @@
-"""X-ray experts of open_clip: pretrained ones such as BiomedCLIP, and the small one that `make expert` trains."""
+"""X-ray experts of open_clip: pretrained ones such as BiomedCLIP, and the small one that `ctx-distill expert` trains."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def check_objective(objective: Objective, robust: RobustSettings) -> None:
         raise InputError(
             f"stage 3: objective is {objective}, but robust.evidence is [{', '.join(robust.evidence)}], and corrected"
             " false negatives belong to infonce alone. Set robust.evidence=[] too"
-            " (ARGS=--model.init_args.robust.evidence=[])."
+            " (--model.init_args.robust.evidence=[])."
         )
 
 
@@ -54,6 +54,6 @@ def own_temperature(settings: SoftTargetSettings, expert: XrayExpert) -> float:
         return settings.temperature
     if expert.logit_scale is None:
         raise InputError(
-            f"{expert.name}: names no temperature of its own; set ARGS=--model.init_args.soft_targets.temperature=0.05."
+            f"{expert.name}: names no temperature of its own; set --model.init_args.soft_targets.temperature=0.05."
         )
     return 1.0 / expert.logit_scale

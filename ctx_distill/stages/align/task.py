@@ -129,7 +129,9 @@ class AlignmentTask(TrainedTask):
         if student is not None:
             encoder, projection = self._take_student(student)
         elif encoder is None:
-            raise InputError("stage 3 got neither a student nor an encoder. Run make stage-2, or give `encoder`.")
+            raise InputError(
+                "stage 3 got neither a student nor an encoder. Run `ctx-distill distill`, or give `encoder`."
+            )
         self.ct_encoder, self.image_projection = encoder, projection
         self.text = text
         # A student already lies in the expert's space; an encoder that starts from nothing would overfit at its scale.
@@ -160,7 +162,7 @@ class AlignmentTask(TrainedTask):
             require_same(
                 f"the {what} given to stage 3", self.upstream[name],
                 f"the {what} that the student {student} was distilled from", artefact.upstream[name],
-                "Run make stage-2 again, or give the one that it was distilled from.",
+                "Run `ctx-distill distill` again, or give the one that it was distilled from.",
             )  # fmt: skip
         self.student_spec = hash_json(artefact.config["volume_spec"])
         self.upstream["ct-encoder"] = artefact.fingerprint

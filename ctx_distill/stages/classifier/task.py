@@ -79,13 +79,13 @@ class ClassifierTask(TrainedTask):
             encoder = dual.ct_encoder
         elif encoder is None or mode != "finetune":
             raise InputError(
-                f"the classifier got no model, {'no' if encoder is None else 'an'} encoder and mode {mode}. Run make "
-                "stage-3, or train from the start with `encoder` and mode finetune."
+                f"the classifier got no model, {'no' if encoder is None else 'an'} encoder and mode {mode}. Run "
+                "`ctx-distill align`, or train from the start with `encoder` and mode finetune."
             )
         if mode != "finetune" and (loss.mixup or layer_decay != 1.0):
             raise InputError(
                 f"classifier: mode is {mode}, loss.mixup {loss.mixup} and layer_decay {layer_decay}; both are for a trained"
-                " encoder. Set mode=finetune too (ARGS=--model.init_args.mode=finetune)."
+                " encoder. Set mode=finetune too (--model.init_args.mode=finetune)."
             )
         if not 0 < layer_decay <= 1 or (patience is not None and patience < 1):
             raise InputError(

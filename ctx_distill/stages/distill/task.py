@@ -134,7 +134,7 @@ class DistillationTask(TrainedTask):
         if store.config.get("value_dim") != store.value_dim or store.value_dim != teacher.embed_dim:
             raise InputError(
                 f"{index}: the index names values of {store.config.get('value_dim')} dimensions and holds "
-                f"{store.value_dim}; the expert {expert} has {teacher.embed_dim}. Build the index again (make stage-1)."
+                f"{store.value_dim}; the expert {expert} has {teacher.embed_dim}. Build the index again (`ctx-distill index`)."
             )
         self._teacher = (teacher,)
         self.store = store
@@ -149,7 +149,7 @@ class DistillationTask(TrainedTask):
         if max(weights.relation, schedule.relation_end or 0.0) > 0:
             self.anchors = Anchors(anchors, teacher, store, bank_size, vocabulary)
             if self.tau is None:
-                raise InputError(f"{expert}: names no temperature of its own; set ARGS=--model.init_args.tau=0.05.")
+                raise InputError(f"{expert}: names no temperature of its own; set --model.init_args.tau=0.05.")
         for name, value in (("tau", self.tau), ("schedule.tau_end", schedule.tau_end)):
             if value is not None and value <= 0:
                 raise InputError(f"stage 2: {name} is {value}; expected a temperature above 0, such as 0.05.")

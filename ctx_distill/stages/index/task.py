@@ -91,7 +91,7 @@ class IndexTask(StageTask):
         elif not self.expert.has_text:
             raise InputError(
                 f"{expert}: this expert has no text tower, so reports cannot be embedded with it. Give a report encoder"
-                " with ARGS=--model.init_args.report_encoder=<folder>, or an expert with text (open_clip, SigLIP)."
+                " with --model.init_args.report_encoder=<folder>, or an expert with text (open_clip, SigLIP)."
             )
         if key != "text" and (self.separate is not None or not self.expert.has_joint_space):
             found = (
@@ -101,7 +101,7 @@ class IndexTask(StageTask):
             )  # fmt: skip
             raise InputError(
                 f"{expert}: key {key} compares reports with images, which needs both in the joint space of one "
-                f"contrastively trained expert, but {found}. Set ARGS=--model.init_args.key=text."
+                f"contrastively trained expert, but {found}. Set --model.init_args.key=text."
             )
         self.key: KeyKind = key
         self.index_kind, self.minimum_recall, self.search_width = index_kind, minimum_recall, search_width

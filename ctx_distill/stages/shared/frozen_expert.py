@@ -38,7 +38,7 @@ def open_teacher(
     require_same(
         f"the expert {expert}", teacher.fingerprint(),
         f"the expert that the index {index} was built with", store.expert_fingerprint,
-        "Build the index again with this expert (make stage-1), or give the expert that it was built with.",
+        "Build the index again with this expert (`ctx-distill index`), or give the expert that it was built with.",
     )  # fmt: skip
     return teacher, store
 
@@ -56,6 +56,6 @@ def open_queries(teacher: XrayExpert, store: XrayIndexArtefact) -> ReportEncoder
     require_same(
         f"the report encoder {asked.source}", encoder.fingerprint(),
         f"the report encoder that the index {store.folder} was built with", asked.fingerprint,
-        "Build the index again (make stage-1), or put back the files that it was built with.",
+        "Build the index again (`ctx-distill index`), or put back the files that it was built with.",
     )  # fmt: skip
     return encoder

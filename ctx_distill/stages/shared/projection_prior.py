@@ -96,7 +96,7 @@ def open_prior_expert(artefact: Artefact, space: int) -> XrayExpert | None:
     require_same(
         f"the expert in {folder}", expert.fingerprint(),
         f"the expert that {artefact.folder} was trained with", artefact.upstream["xray-expert"],
-        "Run make stage-3 again.",
+        "Run `ctx-distill align` again.",
     )  # fmt: skip
     check_space(expert, space)
     return expert

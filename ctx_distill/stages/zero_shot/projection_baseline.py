@@ -46,7 +46,7 @@ class ProjectionZeroShotTask(StageTask):
         if not self.expert.has_joint_space:
             raise InputError(
                 f"{expert}: this expert has no text tower trained against its images, so it cannot be asked with "
-                "prompts. Give one with text (open_clip, SigLIP) with EXPERT= or ARGS=--model.init_args.expert=<folder>."
+                "prompts. Give one with text (open_clip, SigLIP) with --expert or --model.init_args.expert=<folder>."
             )
         self.prompts = Prompts(templates, synonyms, vocabulary)
 

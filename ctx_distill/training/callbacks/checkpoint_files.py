@@ -120,7 +120,7 @@ def _compare(path: Path, found: Mapping[str, str | None], wanted: Mapping[str, s
         if found.get(what) != value:
             raise InputError(
                 f"{path}: a checkpoint of {what} {_short(found.get(what))}, but this run is of {what} {_short(value)}. Move it"
-                " away, or give another RUN=; nothing was changed."
+                " away, or give another --run; nothing was changed."
             )
 
 

@@ -269,7 +269,7 @@ def test_tau_is_the_expert_s_own_or_must_be_named(finished_run: Path, monkeypatc
         return teacher, store
 
     monkeypatch.setattr(distillation, "open_teacher", without_temperature)
-    with pytest.raises(InputError, match=r"names no temperature of its own; set ARGS=--model\.init_args\.tau"):
+    with pytest.raises(InputError, match=r"names no temperature of its own; set --model\.init_args\.tau"):
         task_of(finished_run, anchors="bank")
     with pytest.raises(InputError, match=r"with no temperature.*anchors=bank"):
         task_of(finished_run, tau=0.1)
