@@ -1,4 +1,4 @@
-"""What the numbers of a run mean: the headline tiles, the results table, and everything that was measured."""
+"""The section on results: headline tiles, the results table with explanations, and all metrics."""
 
 from __future__ import annotations
 
@@ -8,24 +8,32 @@ from typing import Any
 
 from ctx_distill.runs.run_reader import STAGES, Metric, Run, to_metric
 
-_AUROC = "share of (with, without) pairs of studies in the right order, mean over the findings"
+_AUROC = "share of (with, without) pairs of studies in the correct order, mean over the findings"
 
 
 def _at_thresholds(stage: str) -> dict[str, tuple[str, str, float | str | None]]:
     return {
         f"{stage}.macro.average_precision": ("Average precision", "mean over the findings", None),
         f"{stage}.macro.f1": ("F1", "mean over the findings, at thresholds chosen on val", None),
-        f"{stage}.macro.ece": ("Calibration error", "how far probabilities are from the shares seen, 0 is best", None),
+        f"{stage}.macro.ece": (
+            "Calibration error",
+            "difference between probabilities and observed frequencies, 0 is best",
+            None,
+        ),
     }
 
 
-# Key of a metric -> its name, what it means, its level by chance: a number, or the key of a metric, or None.
+# Name, meaning and chance level by metric key; the level is a number, the key of a metric, or None.
 CATALOGUE: dict[str, tuple[str, str, float | str | None]] = {
     "expert.macro_auroc": ("Macro AUROC", f"zero-shot on held-out X-rays: {_AUROC}", 0.5),
-    "expert.recall_at_5": ("Recall@5", "the right report among the 5 nearest to an X-ray", "expert.recall_at_5_random"),
+    "expert.recall_at_5": (
+        "Recall@5",
+        "the correct report is among the 5 nearest to an X-ray",
+        "expert.recall_at_5_random",
+    ),
     "retrieval.jaccard_at_1": (
         "Findings Jaccard@1",
-        "findings that a CT and its first retrieved X-ray share, of those that either has",
+        "findings that a CT and its first retrieved X-ray share, relative to those that either has",
         "retrieval.jaccard_random",
     ),
     "retrieval.jaccard_at_1_without_normals": (
@@ -33,7 +41,7 @@ CATALOGUE: dict[str, tuple[str, str, float | str | None]] = {
         "the same over CTs with at least one finding",
         "retrieval.jaccard_random_without_normals",
     ),
-    # Both spellings: a run has one of them.
+    # A run has one of the two names.
     **{
         f"retrieval.{spelling}_at_{k}": (
             f"Same-set recall@{k}",
@@ -43,35 +51,39 @@ CATALOGUE: dict[str, tuple[str, str, float | str | None]] = {
         for spelling in ("same_set_recall", "recall")
         for k in (1, 5, 10)
     },
-    "distillation.macro_auroc": ("Macro AUROC", f"the student asked by the expert's text tower: {_AUROC}", 0.5),
-    "alignment.recall_at_1": ("Recall@1", "the right CT is nearest to a report", "alignment.recall_at_1_random"),
+    "distillation.macro_auroc": ("Macro AUROC", f"the student with the expert's text tower: {_AUROC}", 0.5),
+    "alignment.recall_at_1": ("Recall@1", "the correct CT is nearest to a report", "alignment.recall_at_1_random"),
     "alignment.recall_at_5": (
         "Recall@5",
-        "the right CT is among the 5 nearest to a report",
+        "the correct CT is among the 5 nearest to a report",
         "alignment.recall_at_5_random",
     ),
     "alignment.recall_at_10": (
         "Recall@10",
-        "the right CT is among the 10 nearest to a report",
+        "the correct CT is among the 10 nearest to a report",
         "alignment.recall_at_10_random",
     ),
-    "zero_shot.macro_auroc": ("Macro AUROC", f"by prompts alone, no label seen: {_AUROC}", 0.5),
+    "zero_shot.macro_auroc": ("Macro AUROC", f"with prompts only, no labels used: {_AUROC}", 0.5),
     **_at_thresholds("zero_shot"),
     "zero_shot.retrieval.report_to_volume.recall_at_5": (
         "Report to volume, recall@5",
-        "the right CT is among the 5 nearest to a report, test",
+        "the correct CT is among the 5 nearest to a report, test",
         "zero_shot.retrieval.report_to_volume.recall_at_5_random",
     ),
     "zero_shot.retrieval.volume_to_report.recall_at_5": (
         "Volume to report, recall@5",
-        "the right report is among the 5 nearest to a CT, test",
+        "the correct report is among the 5 nearest to a CT, test",
         "zero_shot.retrieval.volume_to_report.recall_at_5_random",
     ),
     "classifier.macro_auroc": ("Macro AUROC", f"with a head trained on labels: {_AUROC}", 0.5),
     **_at_thresholds("classifier"),
-    "report.findings_f1": ("Findings F1", "findings of the generated report against those of the true one", None),
-    "report.bleu4": ("BLEU-4", "word sequences of up to 4 shared with the true report", None),
-    "report.rouge_l": ("ROUGE-L", "longest common word sequence with the true report", None),
+    "report.findings_f1": (
+        "Findings F1",
+        "findings of the generated report compared with those of the reference",
+        None,
+    ),
+    "report.bleu4": ("BLEU-4", "word sequences of up to 4 shared with the reference report", None),
+    "report.rouge_l": ("ROUGE-L", "longest common word sequence with the reference report", None),
 }
 
 REPORT_SCORES = {
@@ -88,7 +100,7 @@ BASELINE_NAMES = {"nearest": "Nearest training report", "frequent": "Most freque
 
 @dataclass(frozen=True)
 class MetricRow:
-    """A line of the results table; `chance` is None where there is no such level."""
+    """A row of the results table; `chance` is None without a chance level."""
 
     stage: str
     name: str
@@ -99,7 +111,7 @@ class MetricRow:
 
 @dataclass(frozen=True)
 class Tile:
-    """A headline number: its metric, or None with the reason in `note`."""
+    """A headline metric, or None with the reason in `note`."""
 
     title: str
     metric: Metric | None
@@ -107,7 +119,7 @@ class Tile:
 
 
 def result_rows(run: Run) -> list[MetricRow]:
-    """The results table: the metrics of the catalogue that the run has, in the order of the stages."""
+    """Return the results table: the run's metrics that are in the catalogue, in the order of the stages."""
     names = {key: name for _, key, name in STAGES}
     rows = []
     for key, (name, meaning, chance) in CATALOGUE.items():
@@ -120,7 +132,7 @@ def result_rows(run: Run) -> list[MetricRow]:
 
 
 def all_metrics(run: Run) -> list[tuple[str, Metric]]:
-    """Everything that was measured, by dotted key, per-finding values aside."""
+    """Return all metrics by dotted key, except values per finding."""
     found: list[tuple[str, Metric]] = []
     for _, key, _ in STAGES:
         values = {name: value for name, value in run.metrics.get(key, {}).items() if name != "left_out"}
@@ -143,7 +155,7 @@ def _flatten(prefix: str, values: Mapping[str, Any]) -> Iterator[tuple[str, Metr
 
 
 def per_finding(run: Run, stage: str) -> dict[str, Metric]:
-    """AUROC by finding of a stage (`zero_shot` or `classifier`); {} where there is none."""
+    """Return the AUROC by finding of a stage (`zero_shot` or `classifier`); {} if there is none."""
     values = run.metrics.get(stage, {}).get("per_finding")
     found: dict[str, Metric] = {}
     if isinstance(values, Mapping):
@@ -156,11 +168,11 @@ def per_finding(run: Run, stage: str) -> dict[str, Metric]:
 
 
 def tiles(run: Run) -> list[Tile]:
-    """The four headline numbers, each with its level by chance, or with the reason why it is not there."""
+    """Return the four headline metrics, each with its chance level, or the reason why it is missing."""
     jaccard, random = run.metric("retrieval.jaccard_at_1"), run.metric("retrieval.jaccard_random")
     against = ""
     if jaccard and random and jaccard.value is not None and random.value:
-        against = f"random X-ray {random.value:.3f}, so {jaccard.value / random.value:.1f} times as much"
+        against = f"{jaccard.value / random.value:.1f} times a random X-ray's {random.value:.3f}"
     f1, bleu = run.metric("report.findings_f1"), run.metric("report.bleu4")
     bleu_words = f"BLEU-4 {bleu.value:.3f}" if bleu and bleu.value is not None else ""
     report = Tile("Generated reports, findings F1", f1, bleu_words)
@@ -185,7 +197,7 @@ def tiles(run: Run) -> list[Tile]:
 
 @dataclass(frozen=True)
 class Beside:
-    """Generated reports beside the baselines: their names, a line a score, and what follows in words."""
+    """Generated reports compared with the baselines: names, one row per score, and a conclusion in words."""
 
     names: list[str]
     rows: list[tuple[str, list[Metric | None]]]
@@ -193,7 +205,7 @@ class Beside:
 
 
 def report_baselines(run: Run) -> Beside | None:
-    """The decoder's scores, then each baseline's; None where no report was generated."""
+    """Return the scores of the decoder and of each baseline, or None if no report was generated."""
     report = run.metrics.get("report", {})
     baselines = report.get("baselines")
     if not isinstance(baselines, Mapping) or not baselines:
@@ -209,43 +221,43 @@ def report_baselines(run: Run) -> Beside | None:
 
 
 def has_labels(run: Run) -> bool | None:
-    """Whether the CT manifest has label columns; None where the manifest is not there."""
+    """Return whether the CT manifest has label columns, or None without a manifest."""
     return bool(run.ct.finding_names) if run.ct is not None else None
 
 
 def _why_missing(run: Run, folder: str) -> str:
     if has_labels(run) is False and folder != "report":
-        return "left out: no label columns"
+        return "skipped: no label columns"
     state = run.states.get(folder, "not run")
-    return {"done": "not defined for this cohort", "under way": "under way"}.get(state, "not run yet")
+    return {"done": "not defined for this cohort", "under way": "running or interrupted"}.get(state, "not run yet")
 
 
 def stage_states(run: Run) -> dict[str, str]:
-    """State of each stage in words, by folder; a stage that has nothing to do in this run is "not needed"."""
+    """Return the state of each stage in words, by folder; a stage that this run does not need is "not needed"."""
     states: dict[str, str] = {folder: run.states.get(folder, "not run") for folder, _, _ in STAGES}
     if has_labels(run) is False:
-        states["classifier"] = "left out"
+        states["classifier"] = "skipped"
     if states["expert"] == "not run" and states["index"] == "done":
-        states["expert"] = "not needed"  # A pretrained expert was named: there was nothing to train.
+        states["expert"] = "not needed"  # a pretrained expert was used
     return states
 
 
 def missing_parts(run: Run) -> list[str]:
-    """Sentences about what this page leaves out and why."""
-    told = []
+    """Return sentences about missing parts of the page and their reasons."""
+    sentences = []
     if run.ct is None:
-        told.append("The CT manifest could not be read: studies, pictures and ROC curves were left out.")
+        sentences.append("The CT manifest could not be read: studies, images and ROC curves are missing.")
     elif not run.ct.finding_names:
-        told.append("This cohort has no label columns: label-based scores were left out.")
+        sentences.append("This cohort has no label columns: label-based scores are missing.")
     elif run.xray is not None and not run.xray.finding_names:
-        told.append("The X-ray manifest has no label columns: the findings of retrieved X-rays were not compared.")
+        sentences.append("The X-ray manifest has no label columns: the findings of retrieved X-rays were not compared.")
     states = stage_states(run)
     waiting: dict[str, list[str]] = {}
     for folder, _, name in STAGES:
         state = states[folder]
         waiting.setdefault(state, []).append(name)
     if "under way" in waiting:
-        told.append(f"Under way, or broken off: {', '.join(waiting['under way'])}.")
+        sentences.append(f"Running or interrupted: {', '.join(waiting['under way'])}.")
     if "not run" in waiting:
-        told.append(f"Not run yet: {', '.join(waiting['not run'])}.")
-    return [*told, *run.notes]
+        sentences.append(f"Not run yet: {', '.join(waiting['not run'])}.")
+    return [*sentences, *run.notes]
