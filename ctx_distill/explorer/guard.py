@@ -1,4 +1,4 @@
-"""Who may ask, and what a browser may do with the answers. An ASGI layer around the whole app."""
+"""ASGI middleware that checks the origin of requests and sets security headers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Scope = MutableMapping[str, Any]
 Messages = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
-# data: is NiiVue's font picture, blob: what it makes of it. Nothing outside this server, no inline script or style.
+# NiiVue's font image needs data: and blob:. Nothing else from outside this server, no inline script or style.
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self' data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -28,7 +28,7 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address or name is this machine's own."""
+    """Return whether an address or name refers to this machine."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -36,12 +36,12 @@ def is_loopback(host: str) -> bool:
 
 
 class Guard:
-    """Refuses requests under another name than the server's (DNS rebinding) and writes from other sites.
+    """Reject requests under another name than the server's (DNS rebinding), and requests from other sites.
 
     Args:
-        app: what answers.
-        host: that the server listens on.
-        names: further names by which it may be asked.
+        app: the wrapped app.
+        host: address that the server listens on.
+        names: further allowed host names.
     """
 
     def __init__(
@@ -49,11 +49,11 @@ class Guard:
     ) -> None:
         self._app = app
         self._names = {name.lower() for name in (*LOOPBACK, host, *names)}
-        # Rebinding needs a name. Beyond loopback an address as such is what users of the network type.
+        # Rebinding needs a name, so plain addresses are allowed if the server is reachable from the network.
         self._addresses = not is_loopback(host)
 
     async def __call__(self, scope: Scope, receive: Messages, send: Send) -> None:
-        """ASGI."""
+        """Handle a request (ASGI)."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -61,14 +61,14 @@ class Guard:
         host = headers.get("host", "")
         refusal = None
         if not self._known(host):
-            refusal = (421, "this name is not the explorer's; start it with --allow-host NAME to be asked by it")
+            refusal = (421, "unknown host name; restart the explorer with --allow-host NAME to allow it")
         elif _of_another_site(scope["method"], headers, host):
-            refusal = (403, "another site asked")
+            refusal = (403, "requests from other sites are not allowed")
 
         async def with_headers(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start":
-                own = [(key.encode(), value.encode()) for key, value in HEADERS.items()]
-                message["headers"] = [*message.get("headers", []), *own]
+                security = [(key.encode(), value.encode()) for key, value in HEADERS.items()]
+                message["headers"] = [*message.get("headers", []), *security]
             await send(message)
 
         if refusal is None:

@@ -1,4 +1,4 @@
-"""NiiVue as npm places it here, and the licences of what its bundle holds."""
+"""The NiiVue viewer, installed here by npm, and the licences of its bundle."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ NIIVUE = FOLDER / "node_modules/@niivue/niivue/dist/index.js"
 
 
 def niivue() -> Path:
-    """The module.
+    """Return the path of the NiiVue module.
 
     Raises:
-        InputError: it is not there.
+        InputError: NiiVue is not installed.
     """
     if not NIIVUE.is_file():
         raise InputError(
-            f"{NIIVUE}: the volume viewer NiiVue is not there; run make explorer in the checkout once (it fetches NiiVue, "
-            f"hashes checked), or npm ci --prefix {FOLDER}"
+            f"{NIIVUE}: the volume viewer NiiVue is not installed; run make explorer in the checkout once (it fetches NiiVue "
+            f"and checks hashes), or npm ci --prefix {FOLDER}"
         )
     return NIIVUE
 
 
 def licences() -> str:
-    """The licence of NiiVue, and of each package that its bundle holds."""
+    """Return the licences of NiiVue and of the packages in its bundle."""
     parts = ["NiiVue (@niivue/niivue)\n\n" + (FOLDER / "LICENSE-niivue.txt").read_text(encoding="utf-8")]
     for path in sorted((FOLDER / "node_modules").glob("**/[Ll][Ii][Cc][Ee][Nn][Ss][Ee]*")):
         if path.is_file():
