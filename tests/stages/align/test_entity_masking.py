@@ -269,7 +269,7 @@ def test_a_frozen_tower_is_refused_before_training(
 ) -> None:
     run = copy_of(finished_run, tmp_path / "run")
     assert align(run, cohort, tiny_preset, "--model.init_args.text.trainable=false") == 2
-    assert "is frozen; expected one that learns" in capsys.readouterr().err
+    assert "is frozen; expected a trainable one" in capsys.readouterr().err
 
 
 class Ordered(CTDataModule):

@@ -307,7 +307,7 @@ def test_nearly_uniform_targets_are_warned_about_once(finished_run: Path, cohort
     told = [str(entry.message) for entry in caught if "nearly uniform" in str(entry.message)]
     assert len(told) == 1
     assert "at tau 5" in told[0]
-    assert "set a smaller model.init_args.tau" in told[0]
+    assert "Set a smaller model.init_args.tau" in told[0]
     assert float(trainer.callback_metrics["train/target_entropy"]) == pytest.approx(math.log(6), rel=0.02)
 
 

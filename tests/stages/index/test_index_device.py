@@ -200,5 +200,5 @@ def test_refusals_still_come_when_the_task_is_made(finished_run: Path, tmp_path:
         alignment(tmp_path, RobustSettings(evidence=("retrieved",), vocabulary="phantom"))
     if not torch.cuda.is_available():
         for placement in ("replicated", "sharded"):
-            with pytest.raises(InputError, match="FAISS sees none"):
+            with pytest.raises(InputError, match="FAISS has no GPU"):
                 distillation(finished_run, neighbours=NeighbourSettings(device="gpu", placement=placement))  # type: ignore[arg-type]

@@ -189,7 +189,7 @@ def test_an_expert_without_text_takes_a_report_encoder(
     with pytest.raises(InputError, match="report encoder that the index"):
         open_queries(*open_teacher(str(images_alone), None, str(run / "index" / "artefact")))
     place.unlink()
-    with pytest.raises(InputError, match=r"report_encoder\.json: does not say"):
+    with pytest.raises(InputError, match=r"report_encoder\.json: no readable source"):
         XrayIndexArtefact.open(run / "index" / "artefact")
 
 
@@ -211,7 +211,7 @@ def test_images_are_found_without_reports_and_then_nothing_is_re_ranked(
     assert sizes["image"] - sizes["text"] == 5
     assert "index: excluded 5 X-rays (no report text)" in capsys.readouterr().out
     store = XrayIndexArtefact.open(tmp_path / "image" / "index" / "artefact")
-    with pytest.raises(InputError, match="built without"):
+    with pytest.raises(InputError, match="built without them"):
         FindingsReader(store, "ct-rate")
     metrics = json.loads((tmp_path / "image" / "index" / "metrics.json").read_text())
     assert metrics["jaccard_tfidf"] is not None

@@ -15,7 +15,7 @@ from ctx_distill.distributed import rank
 from ctx_distill.errors import InputError
 from ctx_distill.training.callbacks import random_state
 from ctx_distill.training.callbacks.checkpoint_files import LAST, OWN, PREVIOUS, part_of, read, settle, standing
-from ctx_distill.training.callbacks.checkpoints import Checkpoints, _Room
+from ctx_distill.training.callbacks.checkpoints import Checkpoints, _WriteErrors
 
 IDENTITY = {"stage": "DistillationTask", "request": "abc"}
 
@@ -96,7 +96,7 @@ def test_a_full_disk_is_a_clear_error_that_leaves_nothing_half_written(tmp_path:
     write(path, 5)
 
     def fill_the_disk() -> None:
-        with _Room(path, 7, 5):
+        with _WriteErrors(path, 7, 5):
             part_of(path).write_bytes(b"half")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
