@@ -1,1 +1,1 @@
-"""The explorer: a local web page where a person drops a scan and sees what a model makes of it."""
+"""The explorer: a local web page that shows a model's results for a dropped scan."""

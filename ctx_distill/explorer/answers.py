@@ -1,4 +1,4 @@
-"""What the explorer asks of a model, and what it gets: the seam to `ctx_distill.load`."""
+"""The interface between the explorer and a model (`ctx_distill.load`)."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from numpy.typing import NDArray
 from ctx_distill.data.io.volume import Volume
 
 Tell = Callable[[str], None]
-"""Called with the name of the step that begins: `encoding`, `saliency`."""
+"""Callback with the name of the step that begins: `encoding` or `saliency`."""
 
 
 @dataclass(frozen=True, eq=False)
 class SaliencyMap:
-    """Where in the scan a finding's value comes from.
+    """The saliency map of a finding.
 
     Attributes:
-        values: (k0, k1, k2) float32, 0 and above.
-        affine_lps: (4, 4), its index to LPS mm, as `Volume` has it.
+        values: (k0, k1, k2) float32, non-negative.
+        affine_lps: (4, 4), maps its index to LPS mm, as in `Volume`.
     """
 
     values: NDArray[np.float32]
@@ -30,10 +30,12 @@ class SaliencyMap:
 
 @dataclass(frozen=True, eq=False)
 class FindingAnswer:
-    """Attributes:
-    name: of the finding.
-    value: 0 to 1.
-    saliency: None where there is none.
+    """The result for one finding.
+
+    Attributes:
+        name: name of the finding.
+        value: probability, 0 to 1.
+        saliency: saliency map, or None.
     """
 
     name: str
@@ -46,11 +48,11 @@ class ShownXray:
     """An X-ray of the pool.
 
     Attributes:
-        similarity: cosine.
-        findings: read from its report; None where the index has none.
-        study_id: None where the pool is not shown.
-        report: likewise.
-        picture: PNG bytes, likewise.
+        similarity: cosine similarity.
+        findings: findings extracted from its report; None if the index has none.
+        study_id: study id; None if the pool is not shown.
+        report: report; None if the pool is not shown.
+        picture: PNG bytes; None if the pool is not shown.
     """
 
     similarity: float
@@ -62,11 +64,13 @@ class ShownXray:
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """Attributes:
-    findings: of the scan.
-    report: the draft; None where the model drafts none.
-    neighbours: nearest first; None where there is no index.
-    notes: what the reader of the page must know of this scan.
+    """The results for a scan.
+
+    Attributes:
+        findings: findings of the scan.
+        report: draft report; None if the model generates none.
+        neighbours: X-rays, most similar first; None without an index.
+        notes: remarks on this scan for the user.
     """
 
     findings: list[FindingAnswer]
@@ -77,12 +81,12 @@ class Answer:
 
 @dataclass(frozen=True)
 class About:
-    """What stands under the results.
+    """Information about the model.
 
     Attributes:
-        facts: name and value, in the order shown: the model, its data, the index.
-    nearest: what "nearest" means here, in a sentence; "" without an index.
-        shows_pool: whether reports and pictures of the pool are shown.
+        facts: facts by name, in display order: the model, its data, the index.
+        nearest: a sentence that explains "nearest"; "" without an index.
+        shows_pool: whether reports and images of the pool are shown.
     """
 
     facts: dict[str, str]
@@ -91,15 +95,15 @@ class About:
 
 
 class Reader(Protocol):
-    """A model that is asked about one scan."""
+    """A model that evaluates scans."""
 
     about: About
 
     def read(self, scan: Volume, tell: Tell) -> Answer:
-        """The answer about a scan.
+        """Return the results for a scan.
 
         Raises:
-            InputError: the scan is no chest CT that the model can take.
+            InputError: the model cannot process the scan.
         """
         ...
 

@@ -1,4 +1,4 @@
-"""The explorer's pages and its interface for them."""
+"""The explorer's pages and HTTP interface."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ STATIC = Path(__file__).parent / "static"
 
 
 def build_app(worker: Worker, sessions: Sessions, limits: Limits, host: str, names: Iterable[str] = ()) -> Guard:
-    """The app, guarded. The worker has started."""
+    """Build the guarded app; the worker must be running."""
     scratch = _Scratch(worker, sessions, limits)
 
     @contextlib.asynccontextmanager
@@ -37,7 +37,7 @@ def build_app(worker: Worker, sessions: Sessions, limits: Limits, host: str, nam
             yield
         finally:
             sweeping.cancel()
-            # The worker first, so that nothing writes into folders that go.
+            # Close the worker first, so that nothing is written to deleted folders.
             worker.close()
             sessions.close()
 
@@ -79,11 +79,11 @@ def _add_pages(app: FastAPI, worker: Worker, limits: Limits) -> None:
 
     @app.get("/api/about")
     def about() -> dict[str, Any]:
-        told = worker.about
+        model = worker.about
         return {
-            "facts": told.facts,
-            "nearest": told.nearest,
-            "shows_pool": told.shows_pool,
+            "facts": model.facts,
+            "nearest": model.nearest,
+            "shows_pool": model.shows_pool,
             "upload_mb": limits.max_upload_mb,
             "idle_minutes": limits.idle_minutes,
         }
@@ -93,7 +93,7 @@ def _add_sessions(app: FastAPI, scratch: _Scratch, sessions: Sessions) -> None:
     def known(key: str) -> Session:
         session = sessions.get(key)
         if session is None:
-            raise HTTPException(404, "this session has ended and its scan is deleted; drop the scan again")
+            raise HTTPException(404, "this session has ended and its scan was deleted; drop the scan again")
         return session
 
     @app.post("/api/sessions", status_code=201)
@@ -101,7 +101,7 @@ def _add_sessions(app: FastAPI, scratch: _Scratch, sessions: Sessions) -> None:
         try:
             return {"session": sessions.new().key}
         except TooMany:
-            raise HTTPException(429, "too many sessions are open; end one, or wait until an idle one ends") from None
+            raise HTTPException(429, "too many open sessions; end one, or wait until an idle one ends") from None
 
     @app.put("/api/sessions/{key}/scan", status_code=202)
     async def put_scan(key: str, request: Request, name: str = "upload") -> dict[str, str]:
@@ -140,26 +140,26 @@ def _add_sessions(app: FastAPI, scratch: _Scratch, sessions: Sessions) -> None:
 def _file(session: Session, name: str, kind: str) -> Response:
     path = session.folder / name
     if session.state != "done" or not path.is_file():
-        return JSONResponse({"detail": "there is no such result"}, 404)
+        return JSONResponse({"detail": "no such result"}, 404)
     return FileResponse(path, media_type=kind)
 
 
 class _Scratch:
-    """Uploads on their way to the worker."""
+    """Receive uploads and pass them to the worker."""
 
     def __init__(self, worker: Worker, sessions: Sessions, limits: Limits) -> None:
         self._worker, self._sessions, self._limits = worker, sessions, limits
         self._running: set[asyncio.Task[None]] = set()
-        self._one = ThreadPoolExecutor(max_workers=1)  # jobs wait here and not in the pool that answers requests
+        self._one = ThreadPoolExecutor(max_workers=1)  # jobs must not wait in the pool that serves requests
 
     async def receive(self, session: Session, request: Request, name: str) -> None:
-        """Writes the body into the session's folder and starts the job.
+        """Write the body to the session's folder and start the job.
 
         Raises:
-            HTTPException: 409 a scan is there already, 408 it takes too long, 413 it is too large.
+            HTTPException: 409 the session already has a scan, 408 the upload takes too long, 413 it is too large.
         """
         if session.state != "new":
-            raise HTTPException(409, "this session has its scan; open another for the next")
+            raise HTTPException(409, "this session already has a scan; open another session")
         session.state = "receiving"
         path = session.folder / "received"
         try:
@@ -178,11 +178,11 @@ class _Scratch:
             self._sessions.end(session)
             raise HTTPException(
                 408,
-                f"the upload took longer than {self._limits.max_seconds:g} seconds; start with a larger --max-seconds",
+                f"the upload took longer than {self._limits.max_seconds:g} seconds; restart with a larger --max-seconds",
             ) from None
         except OSError as error:
             self._sessions.end(session)
-            raise HTTPException(507, f"the scan cannot be kept ({error.strerror}); free room on the disk") from error
+            raise HTTPException(507, f"the scan cannot be stored ({error.strerror}); free disk space") from error
         except BaseException:
             self._sessions.end(session)
             raise
@@ -193,7 +193,7 @@ class _Scratch:
 
     def _too_large(self) -> HTTPException:
         return HTTPException(
-            413, f"larger than {self._limits.max_upload_mb:,.0f} MB; start the explorer with a larger --max-upload-mb"
+            413, f"larger than {self._limits.max_upload_mb:,.0f} MB; restart the explorer with a larger --max-upload-mb"
         )
 
     async def _work(self, session: Session, job: ScanJob) -> None:
@@ -206,17 +206,17 @@ class _Scratch:
         except (Refused, InputError) as refusal:
             session.state, session.message = "refused", str(refusal)
         except BaseException:
-            session.state, session.message = "refused", "an error of the program, its log says more"
+            session.state, session.message = "refused", "internal error; see the log of the explorer"
             raise
         finally:
             with contextlib.suppress(OSError):
                 job.received.unlink(missing_ok=True)
-            self._sessions.get(session.key)  # idle from now on
+            self._sessions.get(session.key)  # restart the idle time
             if session.ended:
                 self._sessions.end(session)
 
     async def sweep(self) -> None:
-        """Ends idle sessions, for ever."""
+        """End idle sessions periodically."""
         while True:
             await asyncio.sleep(min(5.0, self._limits.idle_minutes * 15))
             await asyncio.to_thread(self._sessions.sweep)

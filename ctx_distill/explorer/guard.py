@@ -1,4 +1,4 @@
-"""Who may ask, and what a browser may do with the answers. An ASGI layer around the whole app."""
+"""ASGI middleware that checks the origin of requests and sets security headers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-# data: is NiiVue's font picture, blob: what it makes of it. Nothing outside this server, no inline script or style.
+# NiiVue's font image needs data: and blob:. Nothing else from outside this server, no inline script or style.
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self' data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -27,7 +27,7 @@ LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address or name is this machine's own."""
+    """Return whether an address or name refers to this machine."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -35,12 +35,12 @@ def is_loopback(host: str) -> bool:
 
 
 class Guard:
-    """Refuses requests under another name than the server's (DNS rebinding) and writes from other sites.
+    """Reject requests under another name than the server's (DNS rebinding), and requests from other sites.
 
     Args:
-        app: what answers.
-        host: that the server listens on.
-        names: further names by which it may be asked.
+        app: the wrapped app.
+        host: address that the server listens on.
+        names: further allowed host names.
     """
 
     def __init__(self, app: ASGIApp, host: str, names: Iterable[str]) -> None:
@@ -59,8 +59,8 @@ class Guard:
 
         async def with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                own = [(key.encode(), value.encode()) for key, value in HEADERS.items()]
-                message["headers"] = [*message.get("headers", []), *own]
+                security = [(key.encode(), value.encode()) for key, value in HEADERS.items()]
+                message["headers"] = [*message.get("headers", []), *security]
             await send(message)
 
         checked = self._same_site if self._addresses and _is_address(_headers(scope)) else self._trusted_names

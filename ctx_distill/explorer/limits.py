@@ -34,6 +34,4 @@ class Limits:
     def __post_init__(self) -> None:
         for field in fields(self):
             if not getattr(self, field.name) > 0:
-                raise InputError(
-                    f"serve: {field.name} is {getattr(self, field.name)}; expected a number above 0, set it higher"
-                )
+                raise InputError(f"serve: {field.name} is {getattr(self, field.name)}; expected a number above 0")

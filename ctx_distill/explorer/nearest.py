@@ -1,7 +1,7 @@
-"""The X-rays of the pool that lie nearest to a CT, image to image, with what may be shown of them.
+"""Look up the X-rays of the pool that are most similar to a CT.
 
-Stage 2 draws the CT's feature towards the X-ray expert's image features u_j, and stage 3 keeps the expert's space where its
-text tower is the expert's and nothing projects it: then the cosine of both compares a CT with an X-ray.
+Stage 2 distils the CT's features towards the X-ray expert's image features u_j. Stage 3 keeps the expert's space if its text
+tower is the expert's and has no projection. CT and X-ray features can then be compared by cosine similarity.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _PIXELS = 480
 
 
 def open_nearest(parts: Parts, settings: ReaderSettings) -> tuple[NearestXrays | None, str]:
-    """The lookup, or None and why there is none.
+    """Open the lookup, or return None and the reason.
 
     Raises:
-        InputError: an index was asked for that does not fit the model.
+        InputError: an index was specified that does not match the model.
     """
     if parts.index is None:
         return None, "none"
@@ -46,16 +46,16 @@ def open_nearest(parts: Parts, settings: ReaderSettings) -> tuple[NearestXrays |
 
 
 class NearestXrays:
-    """Looks up the nearest X-rays.
+    """Look up the nearest X-rays.
 
     Attributes:
-        folder: of the index.
+        folder: folder of the index.
         store: the index.
-        told: what "nearest" means.
+        explanation: a sentence that explains "nearest".
 
     Args:
-        parts: of the model.
-        settings: how many, and whether the pool may be shown.
+        parts: parts of the model.
+        settings: number of X-rays, and whether the pool may be shown.
 
     Raises:
         InputError: the index is of another X-ray expert, or the model's space is not the expert's.
@@ -68,38 +68,38 @@ class NearestXrays:
         artefact = parts.dual_artefact
         if artefact is None or "xray-expert" not in artefact.upstream or artefact.config["projection_dim"] is not None:
             raise InputError(
-                f"{parts.source}: its features do not lie in the space of an X-ray expert, so that CT and X-ray cannot be "
-                "compared; expected a dual encoder trained with text.tower=expert and no text.projection_dim, train one "
-                "or leave --index out"
+                f"{parts.source}: its features are not in the space of an X-ray expert, so CTs and X-rays cannot be compared; "
+                "expected a dual encoder trained with text.tower=expert and no text.projection_dim. Train one, or remove "
+                "--index"
             )
         require_same(
             f"the X-ray expert of {self.folder}", self.store.expert_fingerprint,
             f"the X-ray expert of {artefact.folder}", artefact.upstream["xray-expert"],
-            "Give the index of the same run, or leave --index out.",
+            "Use the index of the same run, or remove --index.",
         )  # fmt: skip
         self._count, self._shown = settings.neighbours, settings.show_reports
         self._manifest = self._pool_manifest() if settings.show_reports else None
         self._places = {str(name): place for place, name in enumerate(self.store.items["image_id"])}
-        self.told = (
-            "The X-rays of the index whose pictures the X-ray expert describes most as the model describes this CT "
-            "(cosine of the two embeddings, 1 at most). Near ones need not share its findings."
+        self.explanation = (
+            "The X-rays of the index whose embeddings are most similar to this CT's (cosine similarity, at most 1). Similar "
+            "X-rays need not have the same findings."
         )
 
     def _pool_manifest(self) -> Manifest | None:
-        """For pictures: the manifest that the index's run names, where it is the one that was indexed."""
+        """Return the X-ray manifest of the index's run, for images, if it is the one that was indexed."""
         pool = gather(self.folder.resolve().parent.parent).xray
         return pool if pool is not None and pool.fingerprint == self.store.upstream.get("xray-manifest") else None
 
-    def find(self, model: CTModel, said: Prediction) -> list[ShownXray]:
-        """The nearest, nearest first."""
-        return [self._described(one.image_id, one.similarity) for one in model.nearest(said, self._count)]
+    def find(self, model: CTModel, prediction: Prediction) -> list[ShownXray]:
+        """Return the nearest X-rays, most similar first."""
+        return [self._described(one.image_id, one.similarity) for one in model.nearest(prediction, self._count)]
 
     def _described(self, image_id: str, similarity: float) -> ShownXray:
         place, findings = self._places[image_id], None
         if self.store.findings is not None:
-            found = dict(zip(self.store.finding_names, self.store.findings[place].tolist(), strict=True))
-            findings = [name for name, value in found.items() if value == 1]
-            findings += [f"{name} (uncertain)" for name, value in found.items() if value == -1]
+            values = dict(zip(self.store.finding_names, self.store.findings[place].tolist(), strict=True))
+            findings = [name for name, value in values.items() if value == 1]
+            findings += [f"{name} (uncertain)" for name, value in values.items() if value == -1]
         if not self._shown:
             return ShownXray(similarity, findings)
         item = self.store.items.iloc[place]
@@ -113,7 +113,7 @@ class NearestXrays:
 
         try:
             film = read_radiograph(Path(self._manifest.image_file(row)), self._manifest.inverted(row))
-        except InputError:  # a pool's picture that is gone is no reason to refuse the scan
+        except InputError:  # a missing image of the pool must not fail the scan
             return None
         picture = Image.fromarray((film * 255).round().astype(np.uint8))
         picture.thumbnail((_PIXELS, _PIXELS), Image.Resampling.LANCZOS)

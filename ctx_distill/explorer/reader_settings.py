@@ -1,4 +1,4 @@
-"""What the explorer's model is opened with."""
+"""Settings of the explorer's model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class ReaderSettings:
         checkpoint: A run folder, or the artefact of a dual encoder or classifier.
         index: Folder of a stage-1 artefact. None: the run's own, if it has one.
         show_reports: Whether reports and images of the pool are shown.
-        vocabulary: Findings to query if the run names none. None: `ct-rate`.
+        vocabulary: Findings to predict if the run has none. None: `ct-rate`.
         neighbours: Number of X-rays to show.
         device: `cpu`, `cuda`, or `auto`.
     """

@@ -1,4 +1,4 @@
-"""An answer as the files that a session's page fetches: result.json, scan.nii, saliency-<n>.nii, xray-<n>.png."""
+"""Write results as the files that the page fetches: result.json, scan.nii, saliency-<n>.nii and xray-<n>.png."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ SCAN = "scan.nii"
 
 
 def write_scan(folder: Path, scan: Volume, display_mvoxels: float) -> dict[str, Any]:
-    """Writes what the page shows of a scan: int16, thinned to at most so many million voxels.
+    """Write the scan for the page, as int16, subsampled to at most `display_mvoxels` million voxels.
 
     Returns:
-        `voxels`, `spacing` (mm) and `steps` (1: every voxel) along x, y, z of the stored grid's fastest axis first.
+        `voxels`, `spacing` (mm) and `steps` (1: every voxel) along x, y, z, the stored grid's fastest axis first.
     """
     steps = thinning(scan.voxels.shape, display_mvoxels)
     voxels = scan.voxels[tuple(slice(None, None, step) for step in steps)]
@@ -35,7 +35,7 @@ def write_scan(folder: Path, scan: Volume, display_mvoxels: float) -> dict[str, 
 
 
 def thinning(shape: tuple[int, ...], mvoxels: float) -> list[int]:
-    """A step for each axis so that at most so many million voxels are left; the longest axis is thinned first."""
+    """Return a step per axis so that at most `mvoxels` million voxels remain; the longest axis is subsampled first."""
     steps = [1] * len(shape)
     while np.prod([-(-n // step) for n, step in zip(shape, steps)]) > mvoxels * 1e6:
         longest = int(np.argmax([n / step for n, step in zip(shape, steps)]))
@@ -44,7 +44,7 @@ def thinning(shape: tuple[int, ...], mvoxels: float) -> list[int]:
 
 
 def write_answer(folder: Path, scan: Volume, answer: Answer, facts: dict[str, Any]) -> None:
-    """Writes `result.json`, last, and the files that it speaks of."""
+    """Write the result files, and last `result.json`, which refers to them."""
     findings = sorted(answer.findings, key=lambda finding: -finding.value)
     outside: dict[bytes, NDArray[np.bool_]] = {}
     neighbours: list[dict[str, Any]] | None = None
@@ -77,23 +77,23 @@ def write_answer(folder: Path, scan: Volume, answer: Answer, facts: dict[str, An
 def _finding(
     folder: Path, scan: Volume, number: int, finding: FindingAnswer, outside: dict[bytes, NDArray[np.bool_]]
 ) -> dict[str, Any]:
-    place, found = None, finding.saliency
-    if found is not None:
-        grid = found.affine_lps.tobytes()  # all findings of a scan have one
+    place, saliency = None, finding.saliency
+    if saliency is not None:
+        grid = saliency.affine_lps.tobytes()  # the same for all findings of a scan
         if grid not in outside:
-            outside[grid] = beyond(scan, found)
-        values = np.where(outside[grid], np.float32(0), found.values)
+            outside[grid] = beyond(scan, saliency)
+        values = np.where(outside[grid], np.float32(0), saliency.values)
         peak = float(values.max())
         if peak > 0:
-            place = where(scan, SaliencyMap(values, found.affine_lps))
+            place = where(scan, SaliencyMap(values, saliency.affine_lps))
             write_nifti(
-                folder / f"saliency-{number}.nii", np.rint(values * (255 / peak)).astype(np.uint8), found.affine_lps
+                folder / f"saliency-{number}.nii", np.rint(values * (255 / peak)).astype(np.uint8), saliency.affine_lps
             )
     return {"name": finding.name, "value": finding.value, "place": place}
 
 
 def beyond(scan: Volume, saliency: SaliencyMap) -> NDArray[np.bool_]:
-    """Which places of a map lie outside of the scan, where the model was given air."""
+    """Return which positions of a map are outside the scan, where the model's input is padded with air."""
     to_scan = np.linalg.inv(scan.affine_lps) @ saliency.affine_lps
     d, h, w = (np.arange(n, dtype=np.float32) for n in saliency.values.shape)
     out = np.zeros(saliency.values.shape, dtype=np.bool_)
@@ -104,16 +104,16 @@ def beyond(scan: Volume, saliency: SaliencyMap) -> NDArray[np.bool_]:
 
 
 def where(scan: Volume, saliency: SaliencyMap) -> dict[str, Any]:
-    """The place of the map's peak.
+    """Return the position of the map's peak.
 
     Returns:
-        `mm`: its point in RAS mm, as NiiVue counts; `words`: side, depth and level within the scan's box.
+        `mm`: the point in RAS mm, as NiiVue expects; `words`: side, level and depth within the scan.
     """
     peak = np.unravel_index(int(np.argmax(saliency.values)), saliency.values.shape)
     point = saliency.affine_lps @ np.array([*peak, 1.0])
     low, high = box(scan.voxels.shape, scan.affine_lps)
     left, posterior, superior = (point[:3] - low) / np.maximum(high - low, 1e-6)
-    # Within a tenth of the middle a side would be a guess.
+    # Within a tenth around the middle, the side would be a guess.
     side = "midline" if abs(left - 0.5) < 0.05 else "patient's left" if left > 0.5 else "patient's right"
     level = "upper" if superior > 2 / 3 else "middle" if superior > 1 / 3 else "lower"
     depth = "front" if posterior < 1 / 3 else "centre" if posterior < 2 / 3 else "back"
@@ -124,7 +124,7 @@ def where(scan: Volume, saliency: SaliencyMap) -> dict[str, Any]:
 
 
 def box(shape: tuple[int, ...], affine: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Lowest and highest LPS mm of a grid's voxel centres."""
+    """Return the minimum and maximum LPS mm of a grid's voxel centres."""
     ends = np.array(np.meshgrid(*[(0, n - 1) for n in shape], indexing="ij")).reshape(3, -1)
     corners = affine[:3, :3] @ ends + affine[:3, 3:]
     return corners.min(axis=1), corners.max(axis=1)

@@ -1,4 +1,4 @@
-"""`ctx-distill serve`: the worker, the sessions and the server, and their end."""
+"""`ctx-distill serve`: start and stop the worker, the sessions and the server."""
 
 from __future__ import annotations
 
@@ -21,10 +21,12 @@ _CLOSING_SECONDS = 3
 
 @dataclass(frozen=True)
 class Address:
-    """Attributes:
-    host: to listen on.
-    port: 0 for a free one.
-    names: further names by which the server may be asked.
+    """The server's address.
+
+    Attributes:
+        host: address to listen on.
+        port: port to listen on; 0 chooses a free one.
+        names: further allowed host names.
     """
 
     host: str = "127.0.0.1"
@@ -33,16 +35,16 @@ class Address:
 
 
 def serve(opener: Callable[[Any], Any], settings: Any, limits: Limits, address: Address) -> None:
-    """Serves until SIGTERM or Ctrl-C; then nothing of any session is left.
+    """Serve until SIGTERM or Ctrl-C, then delete all sessions.
 
     Args:
-        opener: makes the `Reader` of `settings`, in the worker process.
-        settings: of the model.
-        limits: of uploads and sessions.
-        address: to listen on.
+        opener: creates the `Reader` from `settings`, in the worker process.
+        settings: settings of the model.
+        limits: limits of uploads and sessions.
+        address: address to listen on.
 
     Raises:
-        InputError: the model cannot be opened, the viewer is missing, or the address cannot be had.
+        InputError: the model cannot be opened, the viewer is missing, or the address is not available.
     """
     try:
         import uvicorn
@@ -65,11 +67,11 @@ def serve(opener: Callable[[Any], Any], settings: Any, limits: Limits, address: 
             return
         host, port = listening.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
-        print(f"explorer: http://{shown}:{port}/  (Ctrl-C ends it and deletes every scan)", flush=True)
+        print(f"explorer: http://{shown}:{port}/  (Ctrl-C stops it and deletes all scans)", flush=True)
         if not is_loopback(address.host):
             print(
-                f"It listens on {address.host}: whoever reaches this machine can use it, unencrypted and without a "
-                "password. Do so on a network that you trust.",
+                f"The explorer listens on {address.host}: anyone who can reach this machine can use it, without encryption "
+                "or password. Use it on a trusted network only.",
                 file=sys.stderr,
                 flush=True,
             )
@@ -77,7 +79,7 @@ def serve(opener: Callable[[Any], Any], settings: Any, limits: Limits, address: 
         config = uvicorn.Config(
             app,
             log_level="warning",
-            access_log=False,  # it would hold the sessions' keys
+            access_log=False,  # it would contain the sessions' keys
             server_header=False,
             proxy_headers=False,
             timeout_graceful_shutdown=_CLOSING_SECONDS,
@@ -101,7 +103,7 @@ def _listen(address: Address) -> socket.socket:
     except OSError as error:
         listening.close()
         raise InputError(
-            f"serve: {address.host} port {address.port} cannot be listened on ({error.strerror or error}); expected an "
-            "address of this machine and a free port, give others with --host and --port (0: any free one)"
+            f"serve: cannot listen on {address.host} port {address.port} ({error.strerror or error}); expected an address of "
+            "this machine and a free port. Set --host and --port (0 chooses a free port)"
         ) from error
     return listening

@@ -1,4 +1,4 @@
-"""Sessions: a folder each, which goes when the session ends, when nobody asks for it, and when the server stops."""
+"""Sessions, each with a folder that is deleted when the session ends, becomes idle, or the server stops."""
 
 from __future__ import annotations
 
@@ -17,12 +17,15 @@ BUSY = ("receiving", "waiting", "reading", "encoding", "saliency")
 
 @dataclass
 class Session:
-    """Attributes:
-    key: an unguessable name.
-    folder: of the scan and what was made of it.
-    state: new, receiving, waiting, reading, encoding, saliency, done or refused.
-    message: of a refusal.
-    used: when it was last asked for, by the store's clock.
+    """A session.
+
+    Attributes:
+        key: a random, unguessable name.
+        folder: folder of the scan and the results.
+        state: new, receiving, waiting, reading, encoding, saliency, done or refused.
+        message: reason of a refusal.
+        used: time of the last request, by the clock of `Sessions`.
+        ended: whether the session has ended.
     """
 
     key: str
@@ -34,16 +37,16 @@ class Session:
 
 
 class TooMany(Exception):
-    """As many sessions as the limits allow are open."""
+    """The maximum number of sessions is open."""
 
 
 class Sessions:
     """The open sessions.
 
     Args:
-        root: folder that holds theirs.
-        limits: number of sessions, idle minutes.
-        clock: seconds, growing.
+        root: parent folder of the sessions' folders.
+        limits: number of sessions and idle time.
+        clock: monotonic clock in seconds.
     """
 
     def __init__(self, root: Path, limits: Limits, clock: Callable[[], float] = time.monotonic) -> None:
@@ -52,10 +55,10 @@ class Sessions:
         self._lock = threading.Lock()
 
     def new(self) -> Session:
-        """Opens a session.
+        """Open a session.
 
         Raises:
-            TooMany: see `Limits.sessions`.
+            TooMany: see `Limits.max_sessions`.
         """
         self.sweep()
         with self._lock:
@@ -68,7 +71,7 @@ class Sessions:
             return session
 
     def get(self, key: str) -> Session | None:
-        """A session, marked as used; None where there is none."""
+        """Return a session and mark it as used, or None if it does not exist."""
         with self._lock:
             session = self._open.get(key)
             if session is not None:
@@ -76,14 +79,14 @@ class Sessions:
             return session
 
     def end(self, session: Session) -> None:
-        """Forgets a session and removes its folder; a second time too, for what a job wrote in between."""
+        """Remove a session and its folder; may be called again to delete what a job wrote in the meantime."""
         with self._lock:
             self._open.pop(session.key, None)
             session.ended = True
         shutil.rmtree(session.folder, ignore_errors=True)
 
     def sweep(self) -> None:
-        """Ends what was idle for too long; a session that is at work is not idle."""
+        """End sessions that have been idle for too long; a session with a running job is not idle."""
         with self._lock:
             late = self._clock() - self._limits.idle_minutes * 60
             idle = [s for s in self._open.values() if s.used < late and s.state not in BUSY]
@@ -91,7 +94,7 @@ class Sessions:
             self.end(session)
 
     def close(self) -> None:
-        """Ends all, and removes the root."""
+        """End all sessions and remove the root folder."""
         for session in list(self._open.values()):
             self.end(session)
         shutil.rmtree(self.root, ignore_errors=True)

@@ -1,7 +1,7 @@
-"""From what was dropped to what `read_volume` takes. Nothing in an upload is believed: not its name, not its sizes.
+"""Validate uploads and convert them to the input of `read_volume`. Names and declared sizes are not trusted.
 
-Names inside a zip are never used as paths: entries are written as 000000, 000001, ... into one folder. Names that climb
-and links are refused all the same, since no scanner writes them. Sizes count as they come out, not as they are declared.
+Names inside a zip are never used as paths: entries are written as 000000, 000001, ... into one folder. Paths that leave the
+archive and links are rejected nevertheless, because no scanner writes them. Sizes are checked while unpacking.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _HEADER = 540
 # The end record of a zip with the longest comment, and zip64's before it; bytes of an entry with a long name.
 _TAIL = 22 + 65535 + 76
 _ENTRY = 2048
-# What file managers leave in archives.
+# Files that file managers add to archives.
 _LITTER = re.compile(r"(^|/)(__MACOSX/|\.DS_Store$|Thumbs\.db$|desktop\.ini$|\._)", re.IGNORECASE)
 
 
@@ -39,8 +39,8 @@ class Upload:
 
     Attributes:
         path: the file or folder of slices, for `read_volume`.
-        kind: in words.
-        names: what the user calls the files, by the names that they have here.
+        kind: format, in words.
+        names: the user's file names by the names used here.
     """
 
     path: Path
@@ -48,32 +48,35 @@ class Upload:
     names: dict[str, str] = field(default_factory=dict)
 
     def in_users_words(self, message: str) -> str:
-        """A message of a reader with the user's names for files and without this machine's folders."""
+        """Replace file names in a message by the user's, and remove this machine's folders."""
         message = message.replace(f"{self.path.parent}/", "").replace(str(self.path), self.path.name)
-        for own in sorted(self.names, key=len, reverse=True):
-            message = message.replace(own, self.names[own])
+        for name in sorted(self.names, key=len, reverse=True):
+            message = message.replace(name, self.names[name])
         return message
 
 
 def accept(received: Path, name: str, folder: Path, limits: Limits) -> Upload:
-    """Checks a received file and unpacks it where it is a zip.
+    """Check a received file, and unpack it if it is a zip.
 
     Args:
-        received: the bytes, under any name.
-        name: what the user calls the file; shown, and never used as a path.
+        received: the received file.
+        name: the user's file name, which is only displayed and never used as a path.
         folder: an empty folder to unpack into.
-        limits: of size and number.
+        limits: limits of size and number.
+
+    Returns:
+        The checked upload.
 
     Raises:
-        InputError: it is no scan, too large, an archive that climbs out, holds links, other archives, too much, several
-            scans or none.
+        InputError: the file is not a scan or is too large, or it is an archive with paths that leave it, links, other
+            archives, too many or too large entries, or not exactly one scan.
     """
     shown = clean_name(name)
     start = received.open("rb").read(_HEADER)
     if start[:4] in (b"PK\x03\x04", b"PK\x05\x06"):
         return _from_zip(received, shown, folder, limits)
     if start[128:132] == b"DICM":
-        raise InputError(f"{shown}: a single DICOM file; expected {TAKEN}, zip the folder of the series")
+        raise InputError(f"{shown}: a single DICOM file; expected {TAKEN}. Zip the folder of the series")
     packed = start[:2] == b"\x1f\x8b"
     path = folder / ("scan.nii.gz" if packed else "scan.nii")
     check_nifti(received, shown, limits)
@@ -82,13 +85,13 @@ def accept(received: Path, name: str, folder: Path, limits: Limits) -> Upload:
 
 
 def clean_name(name: str) -> str:
-    """A file's name without folders and control characters, at most 120 characters."""
+    """Return a file name without folders and control characters, of at most 120 characters."""
     base = re.split(r"[/\\]", name)[-1]
     return "".join(c for c in base if c.isprintable())[:120] or "upload"
 
 
 def check_nifti(path: Path, shown: str, limits: Limits) -> None:
-    """Refuses what is no NIfTI, and one whose header claims more than the limit, before more than a header is unpacked."""
+    """Reject files that are not NIfTI, or whose header declares too many voxels, unpacking only the header."""
     with path.open("rb") as file:
         start = file.read(1 << 16)
     if start[:2] == b"\x1f\x8b":
@@ -96,26 +99,26 @@ def check_nifti(path: Path, shown: str, limits: Limits) -> None:
             start = zlib.decompressobj(wbits=31).decompress(start, _HEADER)
         except zlib.error as error:
             raise InputError(
-                f"{shown}: the gzip data are damaged ({error}); expected {TAKEN}, copy it again"
+                f"{shown}: the gzip data are corrupt ({error}); expected {TAKEN}. Copy the file again"
             ) from error
     size = int.from_bytes(start[:4], "little")
     swapped = int.from_bytes(start[:4], "big")
     kind = {348: nib.Nifti1Header, 540: nib.Nifti2Header}.get(size if size in (348, 540) else swapped)
     if kind is None or len(start) < 348:
-        raise InputError(f"{shown}: no scan that can be read here; expected {TAKEN}")
+        raise InputError(f"{shown}: not a supported scan; expected {TAKEN}")
     try:
         header = kind.from_fileobj(BytesIO(start), check=False)
         shape = [int(n) for n in header.get_data_shape()]
         item = int(header.get_data_dtype().itemsize)
     except (ValueError, KeyError, TypeError, OverflowError, HeaderDataError) as error:
-        raise InputError(f"{shown}: the NIfTI header cannot be read ({error}); export the scan again") from error
+        raise InputError(f"{shown}: the NIfTI header cannot be read ({error}). Export the scan again") from error
     if not shape or min(shape) < 1:
-        raise InputError(f"{shown}: the header claims {' x '.join(map(str, shape))} voxels; export the scan again")
+        raise InputError(f"{shown}: the header declares {' x '.join(map(str, shape))} voxels. Export the scan again")
     _check_claim(shown, math.prod(shape) * item, " x ".join(map(str, shape)), limits)
 
 
 def check_dicom(folder: Path, upload: Upload, limits: Limits) -> None:
-    """Refuses slices whose headers together claim more pixels than the limit, and a folder without any slice."""
+    """Reject slices whose headers declare too many pixels in total, and a folder without slices."""
     claimed, slices = 0, 0
     for path in sorted(folder.iterdir()):
         try:
@@ -127,9 +130,9 @@ def check_dicom(folder: Path, upload: Upload, limits: Limits) -> None:
             bits = int(header.get("BitsAllocated") or 16)
         except pydicom.errors.InvalidDicomError:
             continue
-        except Exception as error:  # pydicom ends in any of a dozen types on a damaged file
+        except Exception as error:  # pydicom raises many exception types for corrupt files
             raise InputError(
-                f"{upload.names.get(path.name, path.name)}: the DICOM header is damaged ({error}); copy the file again"
+                f"{upload.names.get(path.name, path.name)}: the DICOM header is corrupt ({error}). Copy the file again"
             ) from error
         slices += bool(rows and columns)
         claimed += rows * columns * frames * math.ceil(bits / 8)
@@ -138,11 +141,11 @@ def check_dicom(folder: Path, upload: Upload, limits: Limits) -> None:
     _check_claim("the zip", claimed, f"{slices} slices", limits)
 
 
-def _check_claim(shown: str, claimed: int, told: str, limits: Limits) -> None:
+def _check_claim(shown: str, claimed: int, size: str, limits: Limits) -> None:
     if claimed > limits.max_unpacked_mb * MB:
         raise InputError(
-            f"{shown}: claims {told} = {claimed / MB:,.0f} MB of voxels; expected at most {limits.max_unpacked_mb:,.0f} MB, "
-            "send a smaller scan or start the explorer with a larger --max-unpacked-mb"
+            f"{shown}: declares {size} = {claimed / MB:,.0f} MB of voxels; expected at most {limits.max_unpacked_mb:,.0f} MB. "
+            "Send a smaller scan, or restart the explorer with a larger --max-unpacked-mb"
         )
 
 
@@ -156,23 +159,21 @@ def _from_zip(received: Path, shown: str, folder: Path, limits: Limits) -> Uploa
             names = {}
             left = int(limits.max_unpacked_mb * MB)
             for number, entry in enumerate(entries):
-                own = f"{number:06d}"
-                names[own] = PurePosixPath(entry.filename).name
-                left -= _unpack(archive, entry, slices / own, left, shown, limits)
+                file_name = f"{number:06d}"
+                names[file_name] = PurePosixPath(entry.filename).name
+                left -= _unpack(archive, entry, slices / file_name, left, shown, limits)
     except InputError:
         raise
     except OSError as error:
-        raise InputError(
-            f"{shown}: cannot be unpacked here ({error.strerror or error}); free room on the disk"
-        ) from error
+        raise InputError(f"{shown}: cannot be unpacked ({error.strerror or error}). Free disk space") from error
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
-        raise InputError(f"{shown}: the zip is damaged or of a kind not known ({error}); zip it again") from error
+        raise InputError(f"{shown}: the zip is corrupt or not supported ({error}). Zip the folder again") from error
     received.unlink()
     return _one_scan(slices, shown, folder, names, limits)
 
 
 def _check_directory(received: Path, shown: str, limits: Limits) -> None:
-    """Refuses a directory of entries that is too long, since `zipfile` takes memory for all of it."""
+    """Reject a central directory that is too large, because `zipfile` loads it completely."""
     with received.open("rb") as file:
         file.seek(max(0, received.stat().st_size - _TAIL))
         tail = file.read()
@@ -180,19 +181,19 @@ def _check_directory(received: Path, shown: str, limits: Limits) -> None:
     if end < 0 or len(tail) < end + 22:
         raise zipfile.BadZipFile("no end record")
     size = int.from_bytes(tail[end + 12 : end + 16], "little")
-    if tail[max(0, end - 20) : end].startswith(b"PK\x06\x07"):  # zip64: its record stands before its locator
+    if tail[max(0, end - 20) : end].startswith(b"PK\x06\x07"):  # zip64: the record precedes its locator
         record = tail[max(0, end - 76) : end - 20]
         if not record.startswith(b"PK\x06\x06"):
-            raise zipfile.BadZipFile("the zip64 record is not at its place")
+            raise zipfile.BadZipFile("misplaced zip64 record")
         size = max(int.from_bytes(record[40:48], "little"), size if size != 0xFFFFFFFF else 0)
     if size > limits.max_files * _ENTRY:
         raise _too_many(shown, limits, f"a directory of {size / MB:,.0f} MB")
 
 
-def _too_many(shown: str, limits: Limits, told: str) -> InputError:
+def _too_many(shown: str, limits: Limits, problem: str) -> InputError:
     return InputError(
-        f"{shown}: {told}; expected at most {limits.max_files:,} entries, zip one series alone or start the explorer with a "
-        "larger --max-files"
+        f"{shown}: {problem}; expected at most {limits.max_files:,} entries. Zip a single series, or restart the explorer with "
+        "a larger --max-files"
     )
 
 
@@ -203,11 +204,11 @@ def _checked_entries(archive: zipfile.ZipFile, shown: str, limits: Limits) -> li
     for info in infos:
         name = info.orig_filename.replace("\\", "/")
         if name.startswith("/") or ".." in name.split("/") or re.match(r"[A-Za-z]:", name) or "\0" in name:
-            raise InputError(f"{shown}: an entry's path leads out of the archive ({name[:80]!r}); zip the folder again")
+            raise InputError(f"{shown}: the path of an entry leaves the archive ({name[:80]!r}). Zip the folder again")
         kind = stat.S_IFMT(info.external_attr >> 16)
         if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
             raise InputError(
-                f"{shown}: {name[:80]!r} is a link or a device; expected files alone, zip them without links"
+                f"{shown}: {name[:80]!r} is a link or a device; expected regular files. Zip them without links"
             )
         if info.flag_bits & 1:
             raise InputError(f"{shown}: the zip is encrypted; expected one without a password")
@@ -231,36 +232,36 @@ def _unpack(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, path: Path, left: 
     return written
 
 
-def _too_much(shown: str, limits: Limits, told: str) -> InputError:
+def _too_much(shown: str, limits: Limits, problem: str) -> InputError:
     return InputError(
-        f"{shown}: {told}; expected at most {limits.max_unpacked_mb:,.0f} MB, zip one series alone or start the explorer with "
-        "a larger --max-unpacked-mb"
+        f"{shown}: {problem}; expected at most {limits.max_unpacked_mb:,.0f} MB. Zip a single series, or restart the explorer "
+        "with a larger --max-unpacked-mb"
     )
 
 
 def _one_scan(slices: Path, shown: str, folder: Path, names: dict[str, str], limits: Limits) -> Upload:
     niftis, archives = [], []
-    for own, name in names.items():
-        with (slices / own).open("rb") as file:
+    for file_name, name in names.items():
+        with (slices / file_name).open("rb") as file:
             magic = file.read(4)
         if magic in (b"PK\x03\x04", b"PK\x05\x06"):
             archives.append(name)
         elif name.lower().endswith((".nii", ".nii.gz")):
-            niftis.append(own)
+            niftis.append(file_name)
     if archives:
         raise InputError(
-            f"{shown}: holds another archive ({archives[0][:80]}); expected slices, unpack that one and zip again"
+            f"{shown}: contains another archive ({archives[0][:80]}); expected slices. Unpack it and zip the slices"
         )
     if not niftis:
         upload = Upload(slices, "DICOM", {**names, slices.name: shown})
         check_dicom(slices, upload, limits)
         return upload
     if len(niftis) > 1 or len(names) > 1:
-        raise InputError(f"{shown}: holds {len(names)} files, {len(niftis)} of them NIfTI; expected one scan")
-    own = niftis[0]
-    check_nifti(slices / own, names[own], limits)
-    packed = (slices / own).open("rb").read(2) == b"\x1f\x8b"
+        raise InputError(f"{shown}: contains {len(names)} files, {len(niftis)} of them NIfTI; expected one scan")
+    nifti = niftis[0]
+    check_nifti(slices / nifti, names[nifti], limits)
+    packed = (slices / nifti).open("rb").read(2) == b"\x1f\x8b"
     path = folder / ("scan.nii.gz" if packed else "scan.nii")
-    (slices / own).replace(path)
+    (slices / nifti).replace(path)
     shutil.rmtree(slices)
-    return Upload(path, "NIfTI", {path.name: names[own]})
+    return Upload(path, "NIfTI", {path.name: names[nifti]})

@@ -1,7 +1,7 @@
-"""The process that reads scans and runs the model, apart from the server.
+"""The worker process, which reads scans and runs the model, separate from the server.
 
-What a hostile file breaks, hangs or bloats is this process alone: it is ended when its time is up, and started again. When
-the server is gone, however it ended, the worker removes the scratch folder and ends too.
+A malicious file can crash, hang or exhaust only this process, which is killed after a timeout and restarted. If the server
+exits, for any reason, the worker removes the scratch folder and exits too.
 """
 
 from __future__ import annotations
@@ -33,10 +33,12 @@ _GRACE_SECONDS = 5
 
 @dataclass(frozen=True)
 class ScanJob:
-    """Attributes:
-    folder: of the session; results go here.
-    received: the uploaded bytes.
-    name: what the user calls them.
+    """A scan to process.
+
+    Attributes:
+        folder: folder of the session, for the results.
+        received: the uploaded file.
+        name: the user's file name.
     """
 
     folder: Path
@@ -45,16 +47,16 @@ class ScanJob:
 
 
 class Refused(Exception):
-    """The scan is not taken, or could not be read; the text is for the user."""
+    """The scan was rejected or could not be read; the message is for the user."""
 
 
 class Worker:
-    """The parent's side.
+    """The parent's handle of the worker process.
 
     Args:
-        opener: makes the `Reader`, in the worker; importable by name.
-        settings: its argument.
-        limits: of a job.
+        opener: creates the `Reader` in the worker; must be importable by name.
+        settings: argument of `opener`.
+        limits: limits of a job.
         root: scratch folder of all sessions.
     """
 
@@ -68,7 +70,7 @@ class Worker:
         self._pipe: Connection | None = None
 
     def start(self, stop: Callable[[], object] = lambda: None) -> None:
-        """Starts the process and waits until the model stands, or `stop()` is true.
+        """Start the process and wait until the model is loaded, or `stop()` is true.
 
         Raises:
             InputError: the model cannot be opened.
@@ -85,7 +87,7 @@ class Worker:
             try:
                 kind, value = ours.recv()
             except EOFError:
-                kind, value = "failed", "the worker ended while it opened the model; its message stands above"
+                kind, value = "failed", "the worker exited while it opened the model; see its message above"
             if kind == "ready":
                 self.about = value
                 return
@@ -93,14 +95,14 @@ class Worker:
             raise InputError(value)
 
     def run(self, job: ScanJob, tell: Callable[[str], None]) -> None:
-        """Runs a job; one at a time, others wait. Blocks, so call it in a thread.
+        """Run a job; jobs run one at a time. This blocks, so it should be called in a thread.
 
         Args:
-            job: what to do.
+            job: the scan to process.
             tell: called with the name of each step.
 
         Raises:
-            Refused: the scan is not taken, took too long or broke the worker.
+            Refused: the scan was rejected, took too long or crashed the worker.
         """
         with self._lock:
             pipe = self._ready(job)
@@ -113,8 +115,8 @@ class Worker:
                     if time.monotonic() > end:
                         self._end()
                         raise Refused(
-                            f"reading and computing took longer than {self._limits.max_seconds:g} seconds and was stopped; "
-                            "send a smaller scan or start the explorer with a larger --max-seconds"
+                            f"processing took longer than {self._limits.max_seconds:g} seconds and was stopped. Send a "
+                            "smaller scan, or restart the explorer with a larger --max-seconds"
                         )
                     if not pipe.poll(0.1):
                         continue
@@ -127,11 +129,11 @@ class Worker:
             except (EOFError, OSError) as error:
                 self._end()
                 raise Refused(
-                    "the reader broke down on this file; it is damaged, or too large for this machine"
+                    "the reader crashed on this file; it is corrupt, or too large for this machine"
                 ) from error
 
     def _ready(self, job: ScanJob) -> Connection:
-        """The pipe to a process that stands."""
+        """Return the pipe to a running process, starting one if necessary."""
         if not self._closed and (self._process is None or not self._process.is_alive()):
             self.start()
         pipe = self._pipe
@@ -142,7 +144,7 @@ class Worker:
         return pipe
 
     def close(self) -> None:
-        """Ends the process at once."""
+        """Kill the process."""
         self._closed = True
         self._end()
 
@@ -159,7 +161,7 @@ class Worker:
 def _main(
     pipe: Connection, parent: int, opener: Callable[[Any], Reader], settings: Any, limits: Limits, root: Path
 ) -> None:
-    # Ctrl-C reaches the whole group; the server says when this process ends.
+    # Ctrl-C reaches the process group, but the server decides when this process exits.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _watch(parent, root)
     try:
@@ -179,15 +181,15 @@ def _main(
         except InputError as error:
             pipe.send(("refused", str(error)))
         except Exception:
-            if job.folder.is_dir():  # else the session has ended meanwhile
+            if job.folder.is_dir():  # otherwise the session has ended in the meantime
                 log.exception("a scan could not be read")
-            pipe.send(("refused", "this scan could not be read: an error of the program, its log says more"))
+            pipe.send(("refused", "this scan could not be read: internal error; see the log of the explorer"))
         else:
             pipe.send(("done", None))
 
 
 def _watch(parent: int, root: Path) -> None:
-    """Removes the scratch folder and ends this process once the server is gone (killed, even)."""
+    """Remove the scratch folder and exit once the server has exited, even if it was killed."""
 
     def look() -> None:
         while os.getppid() == parent:

@@ -1,1 +1,1 @@
-"""Losses: plain torch functions that return a dict of named terms. One family a file."""
+"""Losses: plain torch functions that return a dict of named terms; one module per family."""

@@ -1,11 +1,11 @@
-"""Cross-entropy between rows of products, a chunk of rows at a time, so that no matrix of all logits stands.
+"""Cross-entropy between rows of products, computed in chunks of rows, without materialising the matrix of all logits.
 
     l_ij = s <q_i, k_j>,   loss = mean_i - sum_j T_ij log( exp l_ij / sum_{j' kept} exp l_ij' )
 
-A chunk's logits become their own gradient in place, G = p_i sum_j T_ij - T_i, and so the gradients of q, k and s while
-they are there: nothing is computed twice, and one (chunk, B) serves all chunks (**ours**; the idea is that of the fused
-linear cross-entropy in Liger Kernel, Hsu et al. 2024, arXiv 2410.10989). Fresh ones would each be a new block to glibc,
-which hands aligned blocks out badly: the process would grow to several times what is alive.
+The gradient of a chunk's logits, G = p_i sum_j T_ij - T_i, is computed in place in the forward pass, together with the
+gradients of q, k and s. Nothing is computed twice, and all chunks share one buffer (chunk, B) (**ours**; the idea is that
+of the fused linear cross-entropy in Liger Kernel, Hsu et al. 2024, arXiv 2410.10989). With a new buffer per chunk, glibc's
+fragmentation would multiply the memory of the process.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 Rows = Callable[[int, int], Tensor | None]
-"""Rows start..stop -> (stop - start, B), or None for "all ones" (of what is kept) or the identity (of targets)."""
+"""Maps start, stop to rows (stop - start, B), or to None: all ones for the mask, the identity for targets."""
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -32,7 +32,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         of_queries, of_keys = (torch.zeros_like(x) if learn else x for x in (queries, keys))
         for start in range(0, rows, chunk):
             stop = min(start + chunk, rows)
-            block, own = queries[start:stop], torch.arange(stop - start, device=queries.device)
+            block, diagonal = queries[start:stop], torch.arange(stop - start, device=queries.device)
             logits = torch.mm(block, keys.T, out=buffer[: stop - start]).mul_(scale)
             kept, target = keep(start, stop), targets(start, stop)
             if kept is not None:
@@ -40,11 +40,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             logits.sub_(logits.amax(1, keepdim=True))
             if target is None:
                 mass = torch.ones_like(logits[:, :1])
-                of_positives = logits[own, own + start]
+                of_positives = logits[diagonal, diagonal + start]
             else:
                 target = target.to(logits.dtype)
                 mass = target.sum(1, keepdim=True)
-                # The product with 0 of a pair that is left out would be nan.
+                # 0 * -inf of an excluded pair would be NaN.
                 of_positives = torch.where(target > 0, logits, 0.0).mul_(target).sum(1)
             p = logits.exp_()
             denominator = p.sum(1, keepdim=True)
@@ -53,7 +53,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 continue
             gradient = p.mul_(mass / denominator)
             if target is None:
-                gradient[own, own + start] -= 1
+                gradient[diagonal, diagonal + start] -= 1
             else:
                 gradient.sub_(target)
             of_block = torch.mm(gradient, keys, out=of_queries[start:stop])
@@ -72,18 +72,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 def chunked_cross_entropy(
     queries: Tensor, keys: Tensor, scale: Tensor, targets: Rows, keep: Rows, chunk: int
 ) -> Tensor:
-    """The loss of the module's docstring, with gradients for queries, keys and scale; targets are constants.
+    """Return the cross-entropy, with gradients for queries, keys and scale; targets are constants.
 
     Args:
         queries: (B, D).
         keys: (B, D); key i belongs to query i.
         scale: (), s.
-        targets: gives rows of T, non-negative.
-        keep: gives rows of bool; False leaves a pair out of the denominator. Pairs with a target stay in.
-        chunk: rows at a time.
+        targets: returns rows of T, non-negative.
+        keep: returns rows of bool; False excludes a pair from the denominator. Pairs with a target must be kept.
+        chunk: rows per chunk.
 
     Returns:
-        ().
+        The loss, ().
     """
     learn = torch.is_grad_enabled() and any(x.requires_grad for x in (queries, keys, scale))
     loss: Tensor = _ChunkedCrossEntropy.apply(queries, keys, scale, targets, keep, min(chunk, len(queries)), learn)

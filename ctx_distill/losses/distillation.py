@@ -1,12 +1,12 @@
-"""Distillation from a frozen X-ray expert: pair-wise and semantic relation (BIUD, arXiv 2404.04936, section 3.3).
+"""Distillation from a frozen X-ray expert: pair-wise and semantic relation losses (BIUD, arXiv 2404.04936; form **ours**).
 
     L_pair = mean_i (1 - <h_i, u_i>)
     p*_i = softmax(u_i A^T / tau),  p_i = softmax(h_i A^T / tau),  L_rel = mean_i KL(p*_i || p_i)
 
-h_i is the student's projected and normalised embedding, u_i the teacher's, A any anchors in the space of u: report
-embeddings of the global batch, findings prompts, or a bank of pool image features. Rows are the global batch: gather
-the student and the teacher first (`ctx_distill.distributed`). With two teachers (**ours**) u_i is their weighted mean,
-of unit length again: `mix_neighbours`.
+h_i is the student's projected and normalised embedding, u_i the teacher's, and A are anchors in the space of u: report
+embeddings of the global batch, findings prompts, or a bank of pool image features. The functions expect the global batch:
+gather student and teacher first (`ctx_distill.distributed`). With two teachers (**ours**), u_i is their normalised weighted
+mean (`mix_neighbours`).
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from torch.nn import functional as F
 from ctx_distill.losses.contrastive import working_precision
 
 NEAR_UNIFORM = 0.95
-"""Entropy of p* above this share of log K: the relation target says next to nothing; use a smaller tau."""
+"""Share of log K above which the entropy of p* is reported as nearly uniform; use a smaller tau then."""
 
 
 def mix_neighbours(values: Tensor, weights: Tensor | None = None) -> Tensor:
-    """One target out of several neighbours, or teachers: their weighted mean, of unit length again.
+    """Return the normalised weighted mean of several neighbours or teachers.
 
     Args:
         values: (B, k, D), unit rows.
-        weights: (B, k), non-negative, not all 0 in a row; default: all equal.
+        weights: (B, k), non-negative, not all 0 in a row. Default: equal weights.
 
     Returns:
         (B, D), unit rows.
@@ -41,13 +41,13 @@ def mix_neighbours(values: Tensor, weights: Tensor | None = None) -> Tensor:
 
 
 def scheduled(start: float, end: float | None, progress: float, kind: Literal["linear", "geometric"]) -> float:
-    """A weight or temperature on its way from its first value to its last (**ours**).
+    """Return a scheduled weight or temperature (**ours**).
 
     Args:
-        start: at progress 0.
-        end: at progress 1; None stays at the start.
-        progress: share of the training that is done, in [0, 1].
-        kind: equal steps of the value, or of its logarithm (both ends positive).
+        start: value at progress 0.
+        end: value at progress 1; None keeps `start`.
+        progress: training progress, in [0, 1].
+        kind: interpolate the value (`linear`) or its logarithm (`geometric`, both ends positive).
     """
     if end is None:
         return start
@@ -57,32 +57,31 @@ def scheduled(start: float, end: float | None, progress: float, kind: Literal["l
 
 
 def pair_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """mean_i (1 - cos(student_i, teacher_i)).
+    """Return mean_i (1 - cos(student_i, teacher_i)), ().
 
     Args:
         student: (B, D).
-        teacher: (B, D), gets no gradient.
+        teacher: (B, D), detached.
     """
     student, teacher = working_precision(student), working_precision(teacher).detach()
     return (1 - (F.normalize(student, dim=-1) * F.normalize(teacher, dim=-1)).sum(dim=-1)).mean()
 
 
 def relation_loss(student: Tensor, teacher: Tensor, anchors: Tensor, tau: float) -> dict[str, Tensor]:
-    """mean_i KL(p*_i || p_i) over anchors.
+    """Return mean_i KL(p*_i || p_i) over anchors.
 
     Args:
         student: (B, D).
-        teacher: (B, D), gets no gradient.
+        teacher: (B, D), detached.
         anchors: (K, D) in the teacher's space.
-        tau: temperature; with a larger one than the expert's own p* is nearly uniform.
+        tau: temperature; if it is larger than the expert's, p* is nearly uniform.
 
     Returns:
-        `relation`; `target_entropy`, the mean entropy of p* in nats; `target_entropy_share`, that over log K;
-        `target_near_uniform`, 1 where the share is above `NEAR_UNIFORM`, else 0. Each (); only `relation` has a
-        gradient.
+        `relation`; `target_entropy`, the mean entropy of p* in nats; `target_entropy_share`, the entropy divided by log K;
+        `target_near_uniform`, 1 if the share is above `NEAR_UNIFORM`, else 0. Each (); only `relation` has a gradient.
 
     Raises:
-        ValueError: tau is not positive, or the anchors lie in another space or are fewer than two.
+        ValueError: tau is not positive, or there are fewer than two anchors, or they have another dimension.
     """
     if tau <= 0:
         raise ValueError(f"relation_loss got tau {tau}; expected a positive number, such as the expert's temperature")
@@ -115,30 +114,30 @@ def distillation_loss(
     tau: float,
     weights: Mapping[str, float],
 ) -> dict[str, Tensor]:
-    """w_pair L_pair + w_rel L_rel.
+    """Return w_pair L_pair + w_rel L_rel.
 
     Args:
-        student: (B, D) projected student embeddings, of any length (normalised here).
-        teacher: (B, D) the teacher's embeddings, gets no gradient.
-        anchors: (K, D) in the teacher's space; None: no relation term.
-        tau: temperature of the relation.
-        weights: `pair` and `relation`; a missing one is 0. A part of weight 0 is still given, for the log.
+        student: (B, D), the student's projected embeddings; normalised here.
+        teacher: (B, D), the teacher's embeddings, detached.
+        anchors: (K, D) in the teacher's space; None disables the relation term.
+        tau: temperature of the relation term.
+        weights: `pair` and `relation`; a missing one is 0. Terms of weight 0 are still returned, for logging.
 
     Returns:
-        `pair`, `total`, and with anchors what `relation_loss` gives. Each ().
+        `pair`, `total`, and with anchors the results of `relation_loss`. Each ().
 
     Raises:
-        ValueError: shapes do not fit, a weight has an unknown name, or `relation` is weighted without anchors.
+        ValueError: shapes do not match, a weight has an unknown name, or `relation` has a weight but no anchors.
     """
     if student.ndim != 2 or student.shape != teacher.shape:
         raise ValueError(
             f"distillation_loss got student {tuple(student.shape)} and teacher {tuple(teacher.shape)}; "
-            "expected the same (B, D) of both"
+            "expected the same shape (B, D)"
         )
     if unknown := sorted(set(weights) - {"pair", "relation"}):
         raise ValueError(f"distillation_loss got weights for {', '.join(unknown)}; expected pair and relation")
     if anchors is None and weights.get("relation", 0.0) != 0:
-        raise ValueError("distillation_loss got a relation weight but no anchors")
+        raise ValueError("distillation_loss got a relation weight but no anchors; expected anchors or weight 0")
     with torch.autocast(student.device.type, enabled=False):
         terms = {"pair": pair_loss(student, teacher)}
         if anchors is not None:

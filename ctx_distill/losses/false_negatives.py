@@ -1,13 +1,12 @@
 """False negatives of contrastive learning: evidence, identification, correction (the RoCo part of BIUD, 2404.04936).
 
 Two studies with the same findings have interchangeable reports, yet InfoNCE pushes them apart. Evidence that a pair
-(image i, report j) is such a false negative comes from frozen models and texts, never from labels; past a threshold
-the pair is suspected; a correction turns suspects into soft positives or leaves them out of the denominator. The
-paper's thresholds are not public: the evidence and the corrections are this project's (`README.md` says so).
+(image i, report j) is such a false negative comes from frozen models and texts, never from labels. A pair whose evidence
+passes a threshold is suspected. Suspected pairs become soft positives, or are excluded from the denominator. The paper's
+thresholds are not public: evidence and corrections are **ours**.
 
-All matrices are (B, B) over the global batch: image i in rows, report j in columns. No function has a gradient. What is
-suspected and corrected depends on the studies of the global batch, never on their order in it or on the rank that read
-them.
+All matrices are (B, B) over the global batch, with image i in rows and report j in columns. No function has a gradient.
+Results depend on the studies of the global batch, but not on their order or on the rank that loaded them.
 """
 
 from __future__ import annotations
@@ -30,12 +29,12 @@ EvidenceKind = Literal["report", "findings", "retrieved", "ema"]
 CorrectionMode = Literal["relabel", "mask", "soft"]
 
 TOLERANCE = 1e-6
-"""Evidence passes a threshold from this much below it. A cosine of two identical reports is 1 up to rounding, and the
-threshold, a quantile of cosines that were summed in another order, may be one bit above 1."""
+"""Tolerance below a threshold. The cosine of two identical reports is 1 up to rounding, and the threshold, a quantile of
+cosines that were summed in another order, may be one bit above 1."""
 
 
 def _cosine(rows: Tensor, columns: Tensor) -> Tensor:
-    """Cosines of float64 products, under autocast too: the last bits of narrower ones differ from batch to batch."""
+    """Return cosines computed in float64, also under autocast; with narrower types, the last bits depend on the batch."""
     dtype = working_precision(rows).dtype
     with torch.autocast(rows.device.type, enabled=False):
         rows, columns = F.normalize(rows.detach().double(), dim=-1), F.normalize(columns.detach().double(), dim=-1)
@@ -43,7 +42,7 @@ def _cosine(rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def report_evidence(report_embeddings: Tensor) -> Tensor:
-    """Cosine of frozen report embeddings.
+    """Return the cosines of frozen report embeddings.
 
     Args:
         report_embeddings: (B, D).
@@ -55,10 +54,10 @@ def report_evidence(report_embeddings: Tensor) -> Tensor:
 
 
 def retrieved_evidence(xray_features: Tensor) -> Tensor:
-    """Cosine of the retrieved X-rays' expert features.
+    """Return the cosines of the retrieved X-rays' expert features.
 
     Args:
-        xray_features: (B, D), the distillation target of each study.
+        xray_features: (B, D), the retrieved target of each study.
 
     Returns:
         (B, B) in [-1, 1].
@@ -67,27 +66,27 @@ def retrieved_evidence(xray_features: Tensor) -> Tensor:
 
 
 def ema_evidence(image_features: Tensor, text_features: Tensor) -> Tensor:
-    """Image-report score of an exponential-moving-average copy of the model.
+    """Return the image-report cosines of an exponential-moving-average copy of the model.
 
     Args:
         image_features: (B, D) from the copy.
         text_features: (B, D) from the copy.
 
     Returns:
-        (B, B) cosines in [-1, 1]; not symmetric.
+        (B, B) in [-1, 1]; not symmetric.
     """
     return _cosine(image_features, text_features)
 
 
 def findings_evidence(findings: Tensor, known: Tensor | None = None) -> Tensor:
-    """Agreement of findings extracted from the texts: the same set, of which "both normal" is the empty one.
+    """Return whether the findings extracted from two reports are the same set (the empty set if both are normal).
 
     Args:
-        findings: (B, F), 1 present, 0 absent, -1 uncertain, NaN not mentioned; read from texts, never labels.
-        known: (B,) bool, False where a study has no text: it agrees with none. Default: all True.
+        findings: (B, F), 1 present, 0 absent, -1 uncertain, NaN not mentioned; extracted from texts, never labels.
+        known: (B,) bool, False for a study without text, which agrees with no other. Default: all True.
 
     Returns:
-        (B, B), 1 where the present and the uncertain findings of both are the same, else 0.
+        (B, B), 1 if both have the same present and the same uncertain findings, else 0.
     """
     state = torch.nan_to_num(findings.detach().float(), nan=0.0)
     _, group = torch.unique(state, dim=0, return_inverse=True)
@@ -98,7 +97,7 @@ def findings_evidence(findings: Tensor, known: Tensor | None = None) -> Tensor:
 
 
 def suspects(evidence: Tensor, threshold: float) -> Tensor:
-    """(B, B) bool: evidence at or above the threshold, up to `TOLERANCE`."""
+    """Return (B, B) bool: whether the evidence reaches the threshold, up to `TOLERANCE`."""
     return evidence >= threshold - TOLERANCE
 
 
@@ -107,34 +106,36 @@ def identify(
     thresholds: Mapping[str, float],
     combine: Literal["any", "all"] = "any",
 ) -> tuple[Tensor, Tensor]:
-    """Suspects by several kinds of evidence, and how strong each is on one scale.
+    """Return the suspected pairs according to several kinds of evidence, and their strength on a common scale.
 
     Args:
-        evidence: (B, B) by kind; kinds without a threshold are not read.
-        thresholds: by kind (`EvidenceKind`); a kind that is switched off has none.
-        combine: suspected by any kind, or by all of them.
+        evidence: (B, B) by kind; kinds without a threshold are ignored.
+        thresholds: threshold per enabled kind (`EvidenceKind`).
+        combine: whether any kind or all kinds must pass.
 
     Returns:
-        Suspects (B, B) bool, and strength (B, B) in [0, 1]: (evidence - threshold) / (1 - threshold), the largest
-        over kinds for "any", the smallest for "all"; 0 where not suspected. Evidence that cannot pass its threshold
-        by more than `TOLERANCE` (findings that agree or do not) has strength 1 where it reaches it.
+        Suspects (B, B) bool, and strength (B, B) in [0, 1]: (evidence - threshold) / (1 - threshold), the maximum over
+        kinds for "any", the minimum for "all", and 0 for pairs that are not suspected. Binary evidence, whose threshold is
+        its maximum, has strength 1 if it passes.
 
     Raises:
-        ValueError: no thresholds, or one without its evidence.
+        ValueError: there are no thresholds, or one without evidence.
     """
     if missing := sorted(set(thresholds) - set(evidence)):
-        raise ValueError(f"identify got thresholds but no evidence for {', '.join(missing)}")
+        raise ValueError(
+            f"identify got thresholds but no evidence for {', '.join(missing)}; expected evidence for every threshold"
+        )
     if not thresholds:
         raise ValueError("identify got no thresholds; expected one for at least one kind of evidence")
-    found, strengths = [], []
+    passed, strengths = [], []
     for kind, threshold in thresholds.items():
         values = evidence[kind].detach()
-        found.append(suspects(values, threshold))
+        passed.append(suspects(values, threshold))
         margin = 1 - threshold
         strengths.append(
-            ((values - threshold) / margin).clamp(0, 1) if margin > TOLERANCE else found[-1].to(values.dtype)
+            ((values - threshold) / margin).clamp(0, 1) if margin > TOLERANCE else passed[-1].to(values.dtype)
         )
-    every, strength = torch.stack(found), torch.stack(strengths)
+    every, strength = torch.stack(passed), torch.stack(strengths)
     suspected = every.any(dim=0) if combine == "any" else every.all(dim=0)
     joined = strength.amax(dim=0) if combine == "any" else strength.amin(dim=0)
     return suspected, joined * suspected
@@ -142,17 +143,17 @@ def identify(
 
 @dataclass(frozen=True)
 class Correction:
-    """What `contrastive_loss` needs, and what was suspected and corrected.
+    """Corrected inputs of `contrastive_loss`, with the suspected and corrected pairs.
 
     Attributes:
         targets: (B, B) image i to text j, rows sum to 1.
         text_targets: (B, B) text i to image j, rows sum to 1.
-        denominator: (B, B) bool, image i to text j: False is left out of the denominators.
-        suspected: () number of suspected pairs (ordered, without true positives).
-        corrected: () number of them that were corrected.
+        denominator: (B, B) bool, image i to text j; False is excluded from the denominators.
+        suspected: (), number of suspected pairs (ordered, without true positives).
+        corrected: (), number of corrected pairs.
         pairs: (B, B) bool, the suspected pairs (without true positives).
-        chosen: (B, B) bool, those of them that were corrected.
-        order: (B, B) int64, by which suspected pairs were chosen (`pair_order.pair_order`); -1 for all others.
+        chosen: (B, B) bool, the corrected pairs.
+        order: (B, B) int64, rank of the suspected pairs (`pair_order.pair_order`); -1 for all others.
     """
 
     targets: Tensor
@@ -166,13 +167,13 @@ class Correction:
 
 
 def _strongest(order: Tensor, limit: Tensor) -> Tensor:
-    """Choose the first candidates of each row.
+    """Choose the strongest candidates of each row.
 
-    Pairs that are equal (several images of the same two studies) are all chosen or, where they do not all fit, none.
+    Equal pairs (several images of the same two studies) are either all chosen or, if they do not all fit, none.
 
     Args:
         order: (B, B) of `pair_order`.
-        limit: (B, 1) int64, most that may be chosen in each row, at most B // 2.
+        limit: (B, 1) int64, maximum number per row, at most B // 2.
 
     Returns:
         (B, B) bool.
@@ -194,25 +195,31 @@ def correct(
 ) -> Correction:
     """Correct suspected false negatives.
 
-    True positives (a target above 0: the diagonal and pairs of one study) are never corrected away. Of each row, and
-    of each column, at most half of the negatives is corrected, the strongest first. Pairs of equal evidence are taken
-    in the order of a hash of their study ids (`pair_order`). It is the same for (i, j) and (j, i), so that symmetric
-    evidence is corrected symmetrically, and both directions of the loss leave out the same pairs in any case.
+    True positives (targets above 0: the diagonal and pairs of one study) are never corrected. In each row and each column,
+    at most half of the negatives are corrected, the strongest first. Ties are broken by a hash of the study ids
+    (`pair_order`), which is the same for (i, j) and (j, i). So symmetric evidence is corrected symmetrically, and both
+    directions of the loss exclude the same pairs.
 
     Args:
         targets: (B, B) true positives, rows sum to 1 (`contrastive.study_targets`).
         suspects: (B, B) bool.
-        evidence: (B, B) in [0, 1], larger is stronger (`identify` gives one on a common scale).
-        mode: `relabel`: a corrected pair is a positive of `weight` against 1 of a true one; `soft`: of its evidence;
-            `mask`: it is left out of the denominator and is neither.
-        weight: of `relabel`, in (0, 1].
-        watch: count, and correct nothing (the warm-up).
+        evidence: (B, B) in [0, 1], such as the strength of `identify`.
+        mode: `relabel`: a corrected pair is a positive with `weight`, relative to 1 for a true pair; `soft`: with its
+            evidence as weight; `mask`: it is excluded from the denominator.
+        weight: weight of `relabel`, in (0, 1].
+        watch: count the pairs without correcting them (warm-up).
         identity: (B,) int64, a hash of each row's study id (`pair_order.study_identity`).
+
+    Returns:
+        The correction.
+
+    Raises:
+        ValueError: the mode is unknown.
     """
     positives = (targets > 0) | torch.eye(len(targets), dtype=torch.bool, device=targets.device)
     candidates = suspects & ~positives
     order = pair_order(candidates, evidence, identity)
-    # Positives are symmetric: a row has as many negatives as the column of the same place.
+    # Positives are symmetric, so row i has as many negatives as column i.
     limit = ((~positives).count_nonzero(dim=1) // 2)[:, None]
     chosen = _strongest(order, limit) & _strongest(order.T, limit).T
     if watch:
@@ -242,31 +249,31 @@ def correct(
 def sample_similarities(
     rows: Tensor, columns: Tensor | None = None, study: Tensor | None = None, pairs: int = 1_000_000, seed: int = 0
 ) -> Tensor:
-    """Cosines of random pairs of different training studies, to fix a threshold before the stage.
+    """Return cosines of random pairs of different training studies, from which a threshold is computed.
 
     Args:
         rows: (N, D) training embeddings.
-        columns: (N, D), default `rows`.
-        study: (N,) int64, pairs of one study are left out; default: all differ.
-        pairs: number drawn (with replacement).
-        seed: of the draw.
+        columns: (N, D). Default: `rows`.
+        study: (N,) int64 study codes; pairs of one study are excluded. Default: all differ.
+        pairs: number of draws, with replacement.
+        seed: seed of the draws.
 
     Returns:
-        At most (pairs,) cosines.
+        (n,) cosines, n <= pairs.
     """
     columns = rows if columns is None else columns
     study = torch.arange(len(rows)) if study is None else study.cpu()
     draw = torch.randint(len(rows), (2, pairs), generator=torch.Generator().manual_seed(seed))
     left, right = draw[:, study[draw[0]] != study[draw[1]]]
     parts = []
-    for a, b in zip(left.split(16_384), right.split(16_384), strict=True):  # (pairs, D) at once would be gigabytes
+    for a, b in zip(left.split(16_384), right.split(16_384), strict=True):  # all at once would take gigabytes
         one, other = (F.normalize(side.detach().double(), dim=-1) for side in (rows[a], columns[b]))
         parts.append((one * other).sum(dim=-1))
     return torch.cat(parts) if parts else rows.new_zeros(0)
 
 
 def threshold_from_quantile(similarities: Tensor | NDArray[np.floating], quantile: float) -> float:
-    """The threshold above which a share of 1 - quantile of training pairs lies.
+    """Return the threshold that a share of 1 - quantile of training pairs exceeds.
 
     Args:
         similarities: cosines of pairs of different training studies, any shape.
@@ -281,21 +288,21 @@ def threshold_from_quantile(similarities: Tensor | NDArray[np.floating], quantil
         raise InputError(f"false-negative quantile is {quantile}; expected a number between 0 and 1, such as 0.99.")
     if len(values) == 0:
         raise InputError(
-            "no training pairs to fix the false-negative threshold on; expected at least two training studies. "
-            "Give an absolute threshold instead."
+            "no training pairs for the false-negative threshold; expected at least two training studies. "
+            "Set an absolute threshold instead."
         )
     return float(np.quantile(values, quantile))
 
 
 @torch.no_grad()
 def contradictions(labels: Tensor) -> Tensor:
-    """Find the pairs of studies whose labels differ.
+    """Return the pairs of studies whose labels differ.
 
     Args:
         labels: (B, F), 1, 0, -1 (uncertain) or NaN (blank).
 
     Returns:
-        (B, B) bool: True where a finding is known (1 or 0) of both and differs.
+        (B, B) bool: True if a finding is known (1 or 0) for both and differs.
     """
     opposed = (labels == 1).float() @ (labels == 0).float().T
     return (opposed + opposed.T) > 0
@@ -305,16 +312,16 @@ def contradictions(labels: Tensor) -> Tensor:
 def identification_quality(
     suspects: Tensor, labels: Tensor, study: Tensor | None = None, contradicted: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """Counts for precision (hits / suspected) and recall (hits / actual) of the identification, for logs alone.
+    """Return counts for precision (hits / suspected) and recall (hits / actual) of the identification, for logging.
 
-    A pair is a true false negative when two studies have the same label for every finding known (1 or 0) of both;
-    pairs with no such finding are not scored.
+    A pair is an actual false negative if both studies have the same label for every finding that is known (1 or 0) for
+    both; pairs without such a finding are not scored.
 
     Args:
         suspects: (B, B) bool.
         labels: (B, F), 1, 0, -1 (uncertain) or NaN (blank).
-        study: (B,) int64; pairs of one study are not scored. Default: all differ.
-        contradicted: (B, B) bool, `contradictions` of the labels where they are at hand.
+        study: (B,) int64 study codes; pairs of one study are not scored. Default: all differ.
+        contradicted: (B, B) bool, `contradictions` of the labels, if already computed.
 
     Returns:
         Counts `hits`, `suspected` and `actual`, each () int64 on the device: sum them over the batches of an epoch.

@@ -1,8 +1,8 @@
-"""A total order of pairs of studies that depends on nothing but their evidence and their identity.
+"""A total order of pairs of studies that depends only on their evidence and their study ids.
 
-Pairs with equal evidence are common: two normal reports agree exactly. Where only some of them can be taken, a tie must
-not be broken by the place in the batch, which differs between ranks, epochs and world sizes. It is broken by a hash of
-the two study ids instead, the same for (i, j) and (j, i).
+Pairs with equal evidence are common: two normal reports agree exactly. If only some of them can be chosen, ties must not
+be broken by the position in the batch, which differs between ranks, epochs and world sizes. They are broken by a hash of
+the two study ids, which is the same for (i, j) and (j, i).
 """
 
 from __future__ import annotations
@@ -14,19 +14,18 @@ import torch
 from torch import Tensor
 
 STEPS = 1_000_000
-"""Evidence is compared in steps of one millionth. Less than that is noise of a matrix product, which gives other last
-bits in another batch."""
+"""Evidence is compared in steps of 1e-6; smaller differences are rounding noise, which depends on the batch."""
 HASH_BITS = 43
-"""Bits of a pair's hash beside the 20 bits of its evidence in one non-negative int64."""
+"""Bits of a pair's hash, next to the 20 bits of its evidence, in a non-negative int64."""
 _HASH_MASK = (1 << HASH_BITS) - 1
 _ROUNDS = ((30, 0xBF58476D1CE4E5B9 - (1 << 64)), (27, 0x94D049BB133111EB - (1 << 64)))
 """Shifts and multipliers of splitmix64, the latter as signed integers (Steele et al. 2014)."""
 _BLOCK = {"cpu": 1 << 17, "cuda": 1 << 22}
-"""Pairs hashed at once: what fits a core's cache, and what keeps a GPU busy."""
+"""Pairs hashed at once: what fits into a core's cache, and what keeps a GPU busy."""
 
 
 def study_identity(study_ids: Sequence[str]) -> Tensor:
-    """Return a stable 64-bit hash of each study id, whatever its place in the manifest.
+    """Return a stable 64-bit hash of each study id, independent of the position in the manifest.
 
     Args:
         study_ids: N ids; equal ids give equal hashes.
@@ -70,8 +69,8 @@ def pair_order(candidates: Tensor, strength: Tensor, identity: Tensor) -> Tensor
         identity: (B,) int64 of `study_identity`.
 
     Returns:
-        (B, B) int64: larger comes first; `strength` in steps of 1 / STEPS in the high bits, the hash in the low ones.
-        -1 where the pair is no candidate. Only pairs of the same two studies and of equal strength are equal.
+        (B, B) int64, larger ranks first: `strength` in steps of 1 / STEPS in the high bits, the hash in the low bits; -1
+        for pairs that are not candidates. Only pairs of the same two studies and of equal strength are equal.
     """
     order = torch.empty(candidates.shape, dtype=torch.int64, device=candidates.device)
     rows = max(1, _BLOCK.get(candidates.device.type, _BLOCK["cuda"]) // max(1, len(candidates)))

@@ -2,8 +2,8 @@
 
     L = -1/B sum_ij log sigmoid( z_ij (s <h_i, t_j> + b) ),   z_ij = 1 for a positive pair, else -1
 
-With one positive a row this is `open_clip.loss.SigLipLoss`. Pairs of one study are positives too (**ours**: the paper
-has one image a text). The function sees the global batch: gather features first (`ctx_distill.distributed`).
+With one positive per row, this is `open_clip.loss.SigLipLoss`. Pairs of one study are also positives (**ours**: the paper
+has one image per text). The function expects the global batch: gather features first (`ctx_distill.distributed`).
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch.utils.checkpoint import checkpoint
 from ctx_distill.losses.contrastive import working_precision
 
 INIT_LOGIT_SCALE = 10.0
-"""s at the start (section 3.2 of the paper)."""
+"""Initial s (section 3.2 of the SigLIP paper)."""
 INIT_LOGIT_BIAS = -10.0
-"""b at the start: nearly all pairs are negatives, and the first steps must not be spent on learning that."""
+"""Initial b; nearly all pairs are negatives, which the model should not have to learn in its first steps."""
 
 
-def _block(images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor, own: Tensor, study: Tensor) -> Tensor:
-    """Sum over the pairs of some images with all texts."""
-    sign = torch.where(own[:, None] == study[None, :], 1.0, -1.0).to(images.dtype)
+def _block(images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor, image_study: Tensor, study: Tensor) -> Tensor:
+    """Return the sum over the pairs of some images with all texts."""
+    sign = torch.where(image_study[:, None] == study[None, :], 1.0, -1.0).to(images.dtype)
     return -F.logsigmoid(sign * (scale * images @ texts.T + bias)).sum()
 
 
@@ -35,26 +35,26 @@ def siglip_loss(
     study: Tensor | None = None,
     chunk: int | None = None,
 ) -> dict[str, Tensor]:
-    """Sigmoid loss over all pairs of the rows given (the global batch).
+    """Return the sigmoid loss over all pairs of the global batch.
 
     Args:
         image_features: (B, D), unit rows.
         text_features: (B, D), unit rows; row i belongs to image i.
         logit_scale: (), s, already exponentiated.
         logit_bias: (), b.
-        study: (B,) int64, items of one study are positives of each other; default: all differ.
-        chunk: rows of logits held at once; None: all.
+        study: (B,) int64 study codes; items of one study are positives of each other. Default: all differ.
+        chunk: rows of logits computed at once; None computes all.
 
     Returns:
         `total`, ().
 
     Raises:
-        ValueError: shapes do not fit.
+        ValueError: shapes do not match.
     """
     if image_features.ndim != 2 or image_features.shape != text_features.shape:
         raise ValueError(
             f"siglip_loss got image features {tuple(image_features.shape)} and text features "
-            f"{tuple(text_features.shape)}; expected the same (B, D) of both"
+            f"{tuple(text_features.shape)}; expected the same shape (B, D)"
         )
     rows = len(image_features)
     step = chunk or rows
@@ -63,12 +63,12 @@ def siglip_loss(
         scale, bias = (torch.as_tensor(x, device=image.device).to(image.dtype) for x in (logit_scale, logit_bias))
         study = torch.arange(rows, device=image.device) if study is None else study
         total = image.new_zeros(())
-        for images, own in zip(torch.split(image, step), torch.split(study, step), strict=True):
+        for images, image_study in zip(torch.split(image, step), torch.split(study, step), strict=True):
             if step < rows and torch.is_grad_enabled():
                 part = checkpoint(
-                    _block, images, text, scale, bias, own, study, use_reentrant=False, preserve_rng_state=False
+                    _block, images, text, scale, bias, image_study, study, use_reentrant=False, preserve_rng_state=False
                 )
             else:
-                part = _block(images, text, scale, bias, own, study)
+                part = _block(images, text, scale, bias, image_study, study)
             total = total + part
     return {"total": total / rows}

@@ -1,12 +1,11 @@
-"""Soft targets out of report similarities: the plain baseline of robust contrastive learning.
+"""Soft targets from report similarities: a baseline of robust contrastive learning.
 
     T = (1 - w) T_study + w softmax_j( <q_i, q_j> / tau )
 
-q are frozen embeddings of the reports. The form, hard targets mixed with a softmax of similarities within one
-modality, is SoftCLIP's (Gao et al. 2023, arXiv 2303.17561); taking the similarities from the reports' side alone, for
-both directions, is MedCLIP's (Wang et al. 2022, arXiv 2210.10163). No thresholds, no corrections: every pair gets a
-share, however unlike. `ctx_distill.losses.contrastive` compares with T in both directions; the similarity is
-symmetric, so that text i to image j has the same targets as image i to text j.
+q are frozen embeddings of the reports. Mixing hard targets with a softmax of similarities within one modality follows
+SoftCLIP (Gao et al. 2023, arXiv 2303.17561); using report similarities for both directions follows MedCLIP (Wang et al.
+2022, arXiv 2210.10163). There are no thresholds and no corrections: every pair gets a share. `contrastive_loss` uses T in
+both directions.
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ from ctx_distill.losses.contrastive import contrastive_loss, study_targets, work
 
 @torch.no_grad()
 def soft_targets(report_embeddings: Tensor, study: Tensor, weight: float, temperature: float) -> Tensor:
-    """T of the global batch.
+    """Return T of the global batch.
 
     Args:
-        report_embeddings: (B, D) frozen, of any length.
-        study: (B,) int64, items of one study are positives of each other.
-        weight: w in [0, 1]; 0 gives the targets of plain InfoNCE.
+        report_embeddings: (B, D) frozen embeddings; normalised here.
+        study: (B,) int64 study codes; items of one study are positives of each other.
+        weight: w in [0, 1]; 0 gives the targets of InfoNCE.
         temperature: tau.
 
     Returns:
@@ -54,7 +53,7 @@ def soft_target_loss(
     temperature: float,
     chunk: int | None = None,
 ) -> dict[str, Tensor]:
-    """InfoNCE against `soft_targets`; what it takes and gives, and the errors, are theirs and `contrastive_loss`'s."""
+    """Return InfoNCE against `soft_targets`; for arguments, results and errors see there and `contrastive_loss`."""
     targets = soft_targets(report_embeddings, study, weight, temperature)
     return contrastive_loss(
         image_features, text_features, logit_scale, targets=targets, text_targets=targets, chunk=chunk

@@ -1,4 +1,4 @@
-"""The page of `ctx-distill check`: counts, what the set looks like, and the suspicious images to look at."""
+"""The page of `ctx-distill check`: counts, properties of the images, and suspicious images."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ from ctx_distill.reporting.svg import Scale
 from ctx_distill.run_files import PAGE
 
 SHOWN = 24
-"""Images of each kind of fault on the page; the table has all."""
+"""Maximum images per kind of fault on the page; the table has all."""
 
 EXPLAINED = {
     "unreadable": "the file cannot be read",
     "slope_twice": "rescale intercept applied twice",
     "slope_missing": "rescale intercept not applied",
-    "not_hu": "values that are no Hounsfield units",
-    "empty": "one value nearly everywhere",
-    "blank_slices": "slices of one value: cut off or padded",
+    "not_hu": "values are not Hounsfield units",
+    "empty": "nearly constant values",
+    "blank_slices": "constant slices: truncated or padded",
     "duplicate": "the same voxels under another id",
-    "prepared": "the prepared item is missing, stale or damaged",
+    "prepared": "the prepared item is missing, stale or corrupt",
     "lung_missing": "one lung or none",
     "spacing": "unusual voxel spacing",
-    "extent": "unusual size: not a whole chest, or another unit",
-    "orientation": "axes that are not the patient's",
+    "extent": "unusual size: incomplete chest, or another unit",
+    "orientation": "axes not aligned with the patient",
     "reader": "the reader had to guess",
     "polarity": "the film may be inverted",
     "small": "few pixels",
     "no_text": "neither findings nor impression",
-    "identical_text": "a long report that other patients have word for word",
-    "label_contradicts_text": "a label of 1 that the report denies, or of 0 that it asserts",
+    "identical_text": "a long report that is identical to other patients'",
+    "label_contradicts_text": "label 1 that the report denies, or label 0 that it asserts",
     "text_date": "a date in the report",
     "text_name": "a name in the report",
     "text_number": "a number or address of a person in the report",
@@ -50,11 +50,11 @@ EXPLAINED = {
 
 @dataclass
 class CheckPage:
-    """What the page holds, gathered row by row in bounded memory.
+    """The contents of the page, collected row by row in bounded memory.
 
     Attributes:
-        manifest: its path.
-        images: their number.
+        manifest: path of the manifest.
+        images: number of images.
     """
 
     manifest: str
@@ -70,7 +70,7 @@ class CheckPage:
     def add(
         self, image: str, path: str, facts: dict[str, Any], faults: Sequence[Fault], thumbnail: Path | None
     ) -> None:
-        """Count one image, and keep the first of each kind of fault to show."""
+        """Count one image, and keep the first images of each kind of fault."""
         kinds: set[tuple[str, str]] = {(fault.severity, fault.code) for fault in faults}
         self.counts.update(kinds)
         self.with_severity.update({severity for severity, _ in kinds})
@@ -88,17 +88,17 @@ class CheckPage:
                 kept.append({"image": image, "path": path, "text": fault.text, "picture": picture})
 
     def wants(self, fault: Fault) -> bool:
-        """Whether another image of this kind of fault is shown."""
+        """Return whether the page can show another image of this kind of fault."""
         return len(self.shown.get((fault.severity, fault.code), [])) < SHOWN
 
     def counted(self) -> list[tuple[tuple[str, str], int]]:
-        """Kinds of faults, errors first, then the most frequent."""
+        """Return the kinds of faults with their counts, by severity, then by descending count."""
         order = {"error": 0, "warning": 1, "note": 2}
         return sorted(self.counts.items(), key=lambda item: (order[item[0][0]], -item[1], item[0][1]))
 
 
 def build_check_page(out: Path, page: CheckPage) -> Path:
-    """Write `OUT/index.html`, one self-contained file; its path."""
+    """Write `OUT/index.html`, a self-contained file, and return its path."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -120,19 +120,19 @@ def build_check_page(out: Path, page: CheckPage) -> Path:
 
 
 def _geometry(page: CheckPage) -> list[tuple[str, str, str, str]]:
-    """Least, middle and largest spacing of each rank: finest, middle, coarsest axis."""
+    """Return min, median and max spacing of the finest, middle and coarsest axis."""
     if not page.spacings:
         return []
     ranked = np.sort(np.array(page.spacings), axis=1)
     rows = []
     for i, name in enumerate(("finest axis", "middle axis", "coarsest axis")):
-        least, middle, largest = (f"{value:.2f}" for value in np.percentile(ranked[:, i], (0, 50, 100)))
-        rows.append((name, least, middle, largest))
+        low, median, high = (f"{value:.2f}" for value in np.percentile(ranked[:, i], (0, 50, 100)))
+        rows.append((name, low, median, high))
     return rows
 
 
 def _histogram(page: CheckPage) -> str:
-    """Bars of the mean share of voxels a bin, with what lies where in words under them."""
+    """Return a histogram of the mean share of voxels per bin, with tissue names."""
     low, high, bins = HISTOGRAM
     share = page.histogram / page.scans
     width, height, bottom = 720.0, 220.0, 184.0

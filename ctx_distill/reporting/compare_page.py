@@ -1,4 +1,4 @@
-"""Several runs beside each other on one self-contained page, their differences paired by patient."""
+"""Compare several runs on one self-contained page, with differences paired by patient."""
 
 from __future__ import annotations
 
@@ -30,16 +30,22 @@ DISAGREEMENTS, SHOWN_FINDINGS = 4, 4
 
 @dataclass(frozen=True)
 class ShownDifference:
-    """A run less the first: in numbers, and what follows in words."""
+    """The difference between a run and the first one, in numbers and words.
+
+    Attributes:
+        numbers: the difference with its interval.
+        words: its interpretation.
+        has_interval: whether it has an interval that can contain 0.
+    """
 
     numbers: str
     words: str
-    told: bool
+    has_interval: bool
 
 
 @dataclass(frozen=True)
 class ComparedRow:
-    """A metric: one value a run, then one difference a run after the first."""
+    """A metric: one value per run, and one difference per run after the first."""
 
     stage: str
     name: str
@@ -50,7 +56,7 @@ class ComparedRow:
 
 @dataclass(frozen=True)
 class Disagreement:
-    """A study on which the runs' probabilities lie far apart: its findings with the truth and one value a run."""
+    """A study on which the runs disagree: its findings with the label and one probability per run."""
 
     study_id: str
     apart: float
@@ -64,28 +70,28 @@ def build_compare_page(folders: Sequence[Path], out: Path) -> Path:
     """Write one page about two or more runs, finished or not.
 
     Args:
-        folders: run folders; the first is what the others are set against.
+        folders: run folders; the others are compared with the first.
         out: the HTML file.
 
     Returns:
         `out`.
 
     Raises:
-        InputError: fewer than two runs, more than there are marks for, one twice, or a folder that does not exist.
+        InputError: there are fewer than 2 or more than 6 runs, a run occurs twice, or a folder does not exist.
     """
     if not 2 <= len(folders) <= LARGEST:
         raise InputError(
-            f"compare got {len(folders)} runs; expected 2 to {LARGEST}: name run folders, the first is the base."
+            f"compare needs 2 to {LARGEST} run folders; got {len(folders)}. The others are compared with the first."
         )
     if len({folder.resolve() for folder in folders}) < len(folders):
-        raise InputError(f"compare got a run twice: {', '.join(map(str, folders))}. Name each once.")
+        raise InputError(f"compare got the same run twice: {', '.join(map(str, folders))}. Pass each run once.")
     runs = [gather(folder) for folder in folders]
     write_text(out, render_compare(runs, run_names(folders)))
     return out
 
 
 def run_names(folders: Sequence[Path]) -> list[str]:
-    """The folders' names, with as many parents as set them apart."""
+    """Return the folders' names, with as many parents as needed to make them unique."""
     parts = [folder.resolve().parts for folder in folders]
     for count in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-count:]) for part in parts]
@@ -95,12 +101,12 @@ def run_names(folders: Sequence[Path]) -> list[str]:
 
 
 def render_compare(runs: Sequence[Run], names: Sequence[str]) -> str:
-    """The page's HTML."""
+    """Return the HTML of the page."""
     held = [sources(run) for run in runs]
     rows = _rows(runs, held)
     findings = [part for part in (_findings(runs, names, held, *stage) for stage in _FINDING_STAGES) if part]
-    every = [d for row in rows for d in row.differences if d.told]
-    every += [d for part in findings for _, _, differences in part["rows"] for d in differences if d.told]
+    every = [d for row in rows for d in row.differences if d.has_interval]
+    every += [d for part in findings for _, _, differences in part["rows"] for d in differences if d.has_interval]
     return environment().get_template("compare.html.j2").render(
         style=page_style(),
         names=names,
@@ -121,12 +127,12 @@ _FINDING_STAGES = (("zero_shot", "Zero-shot"), ("classifier", "Classifier"))
 
 
 def _facts(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """Facts of run.json, a line each."""
+    """Return facts of run.json, one row per fact."""
 
     def data(run: Run, key: str) -> str:
-        told = mapping(run.info.get(key))
-        splits = ", ".join(f"{split} {count}" for split, count in mapping(told.get("splits")).items())
-        return f"{str(told.get('fingerprint') or 'unknown')[:12]}{f' ({splits})' if splits else ''}"
+        manifest = mapping(run.info.get(key))
+        splits = ", ".join(f"{split} {count}" for split, count in mapping(manifest.get("splits")).items())
+        return f"{str(manifest.get('fingerprint') or 'unknown')[:12]}{f' ({splits})' if splits else ''}"
 
     facts = [(title, [str(run.info.get(key) or "–") for run in runs])
              for title, key in (("Started", "created"), ("Preset", "preset"), ("ctx-distill", "version"))]  # fmt: skip
@@ -149,28 +155,28 @@ def _rows(runs: Sequence[Run], held: Sequence[list[Source]]) -> list[ComparedRow
 
 
 def _differences(key: str, runs: Sequence[Run], held: Sequence[list[Source]]) -> tuple[ShownDifference, ...]:
-    told = []
-    for run, own in zip(runs[1:], held[1:], strict=True):
+    differences = []
+    for run, run_sources in zip(runs[1:], held[1:], strict=True):
         if (run.metric(key) or Metric(None)).value is None or (runs[0].metric(key) or Metric(None)).value is None:
-            told.append(ShownDifference("–", "not in both", False))
+            differences.append(ShownDifference("–", "not in both", False))
             continue
-        lower_is_better = key in CATALOGUE and CATALOGUE[key].lower_is_better
-        told.append(difference_words(difference(key, own, held[0], run, runs[0]), lower_is_better))
-    return tuple(told)
+        interval = difference(key, run_sources, held[0], run, runs[0])
+        differences.append(difference_words(interval, key in CATALOGUE and CATALOGUE[key].lower_is_better))
+    return tuple(differences)
 
 
-def difference_words(found: Interval | str, lower_is_better: bool = False) -> ShownDifference:
-    """A difference in numbers, and whether its interval leaves 0 out."""
-    if isinstance(found, str):
-        return ShownDifference("–", found, False)
-    if found.value is None or found.low is None or found.high is None:
+def difference_words(interval: Interval | str, lower_is_better: bool = False) -> ShownDifference:
+    """Return a difference in numbers, and in words whether its interval excludes 0."""
+    if isinstance(interval, str):
+        return ShownDifference("–", interval, False)
+    if interval.value is None or interval.low is None or interval.high is None:
         return ShownDifference("–", "not defined", False)
-    if found.value == found.low == found.high == 0:
+    if interval.value == interval.low == interval.high == 0:
         return ShownDifference("0", "the same", False)
-    numbers = f"{_signed(found.value)} [{_signed(found.low)}, {_signed(found.high)}]"
-    if found.low <= 0 <= found.high:
+    numbers = f"{_signed(interval.value)} [{_signed(interval.low)}, {_signed(interval.high)}]"
+    if interval.low <= 0 <= interval.high:
         return ShownDifference(numbers, "no difference shown", True)
-    better = (found.value > 0) != lower_is_better
+    better = (interval.value > 0) != lower_is_better
     return ShownDifference(numbers, "better" if better else "worse", True)
 
 
@@ -179,28 +185,28 @@ def _signed(value: float) -> str:
 
 
 def _tally(every: Sequence[ShownDifference]) -> str:
-    """What so many comparisons mean together."""
+    """Return a sentence about multiple comparisons."""
     if not every:
-        return "No figure differs that could be compared study by study."
+        return "No metric that could be compared study by study differs."
     apart = sum(one.words in ("better", "worse") for one in every)
     luck = 0.05 * len(every)
     count = "1 paired difference" if len(every) == 1 else f"{len(every)} paired differences"
     return (
-        f"Of {count} on this page {apart} {'has' if apart == 1 else 'have'} an interval that excludes 0. Of as many between equal runs about"
-        f" {luck:.1f} would, by luck alone: a single one among many says little. They are not corrected for their number, and of one"
-        " training each: another seed may move a figure as far."
+        f"Of {count} on this page, {apart} {'has' if apart == 1 else 'have'} an interval that excludes 0. Between equal runs, about {luck:.1f}"
+        " would do so by chance. The intervals are not corrected for multiple comparisons, and each run is one training: another seed"
+        " may change a metric by as much."
     )
 
 
 def _findings(
     runs: Sequence[Run], names: Sequence[str], held: Sequence[list[Source]], stage: str, title: str
 ) -> dict[str, Any] | None:
-    """Plot and table of AUROC by finding."""
+    """Return plot and table of AUROC by finding."""
     values = [per_finding(run, stage) for run in runs]
-    every = sorted({name for own in values for name in own})
-    every.sort(key=lambda name: -max((own[name].value or 0.0) for own in values if name in own))
+    every = sorted({name for metrics in values for name in metrics})
+    every.sort(key=lambda name: -max((metrics[name].value or 0.0) for metrics in values if name in metrics))
     rows = [
-        (name, [own.get(name) for own in values], _differences(f"{stage}.per_finding.{name}", runs, held))
+        (name, [metrics.get(name) for metrics in values], _differences(f"{stage}.per_finding.{name}", runs, held))
         for name in every
     ]
     drawn = [(name, metrics) for name, metrics, _ in rows if any(m and m.value is not None for m in metrics)]
@@ -210,7 +216,7 @@ def _findings(
 
 
 def _curves(runs: Sequence[Run], names: Sequence[str]) -> list[dict[str, Any]]:
-    """Curves of terms that two runs or more have, those of validation where there are any."""
+    """Return the curves of terms that at least two runs have, preferring validation curves."""
     titles = {folder: title for folder, _, title in STAGES}
     found = []
     for folder in CURVE_STAGES:
@@ -237,10 +243,10 @@ def _curves(runs: Sequence[Run], names: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def apart(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """How far runs lie apart, a row a study and a column a finding that all scored: range of the ranks, in [0, 1].
+    """Return the disagreement of runs: the range of the ranks, in [0, 1], with one row per study and one column per finding.
 
-    Within a run and finding probabilities become ranks over the studies, so that a run that is surer of everything does not
-    disagree with one that orders the studies alike.
+    Within a run and finding, probabilities are converted to ranks over the studies, so that runs with the same order of
+    studies agree, whatever the level of their probabilities.
     """
     studies = sorted(set.intersection(*(set(table.index) for table in tables)))
     names = [name for name in tables[0].columns if all(name in table.columns for table in tables)]
@@ -249,7 +255,7 @@ def apart(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
 
 
 def _disagreements(runs: Sequence[Run]) -> list[Disagreement]:
-    """Test studies on which the zero-shot ranks lie furthest apart, mean over the findings; ties by id."""
+    """Return the test studies whose zero-shot ranks differ most, mean over the findings; ties are broken by id."""
     tables = [run.zero_shot for run in runs if run.zero_shot is not None]
     ct = runs[0].ct
     if ct is None or len(tables) < len(runs):

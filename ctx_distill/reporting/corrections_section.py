@@ -1,4 +1,4 @@
-"""Pairs that stage 3 took for false negatives: both studies beside each other, and what the labels say of the corrections."""
+"""The section on pairs that stage 3 corrected as false negatives, evaluated with the labels."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ if TYPE_CHECKING:
 STRONG, BORDERLINE, WRONG = 3, 1, 2
 EPOCHS = 8
 RULE = (
-    "Chosen by rule: the strongest corrected pairs whose reports are not word for word the same, among equally strong ones those "
-    "with more findings first; the weakest one, where strengths differ; and the strongest that the labels contradict; no study twice."
+    "Selected by rule: the strongest corrected pairs whose reports are not identical, with ties broken by the number of findings; the "
+    "weakest pair, if strengths differ; and the strongest pairs that the labels contradict. No study is shown twice."
 )
 _EVIDENCE = {
-    "report": "the reports lie {value:.2f} near (cosine of the frozen expert's embeddings; threshold {threshold:.2f})",
-    "retrieved": "the X-rays retrieved for them lie {value:.2f} near (cosine; threshold {threshold:.2f})",
-    "findings": "the same findings were read from both reports",
-    "ema": "the model's own moving average gives one's image and the other's report {value:.2f} (threshold {threshold:.2f})",
+    "report": "similarity of the reports: {value:.2f} (cosine of the frozen expert's embeddings; threshold {threshold:.2f})",
+    "retrieved": "similarity of the retrieved X-rays: {value:.2f} (cosine; threshold {threshold:.2f})",
+    "findings": "the same findings were extracted from both reports",
+    "ema": "similarity of one image and the other report: {value:.2f} (moving average of the model; threshold {threshold:.2f})",
 }
 
 
 @dataclass(frozen=True)
 class Side:
-    """One study of a pair: its report in pieces (words that both have are marked), slices, and present findings."""
+    """One study of a pair: its report in pieces (shared words are marked), slices, and present findings."""
 
     study_id: str
     report: tuple[tuple[str, bool], ...]
@@ -43,7 +43,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two studies, why they were taken for interchangeable, how often, and what the labels say."""
+    """Two studies, the evidence that they are interchangeable, how often they were corrected, and their labels."""
 
     title: str
     evidence: tuple[str, ...]
@@ -55,7 +55,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Corrections:
-    """The section: an epoch a row, totals in words, and pairs in full; `totals` is "" for a run without the record."""
+    """The section: one row per epoch, totals in words, and pairs in full; `totals` is "" without a record of pairs."""
 
     epochs: tuple[tuple[str, ...], ...]
     headers: tuple[str, ...]
@@ -66,7 +66,7 @@ class Corrections:
 
 
 def corrections(run: Run) -> Corrections | None:
-    """What the page shows of the corrected false negatives; None where stage 3 corrected none or was not run."""
+    """Return the section on corrected false negatives, or None if stage 3 corrected none or was not run."""
     headers, epochs = _epochs(run)
     kept = run.corrected
     if kept is None and not epochs:
@@ -81,7 +81,7 @@ def corrections(run: Run) -> Corrections | None:
 
 
 def _epochs(run: Run) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
-    """Headers and rows of the table by epoch, from the curves."""
+    """Return headers and rows of the table by epoch, from the logs."""
     columns = {
         "train/suspected_pairs": "Suspected",
         "train/corrected_pairs": "Corrected",
@@ -112,18 +112,18 @@ def _cell(name: str, value: float | None) -> str:
 
 def _totals(run: Run, kept: pd.DataFrame | None) -> str:
     if kept is None:
-        return "Which pairs they were was not recorded in this run: it is older than align/corrected.csv. `ctx-distill align --force` writes it."
-    told = mapping(run.metrics.get("alignment", {}).get("pairs"))
+        return "The pairs of this run were not recorded, because it is older than align/corrected.csv. To write it, run `ctx-distill align --force`."
+    totals = mapping(run.metrics.get("alignment", {}).get("pairs"))
     counts = (
-        f"{told['suspected']:,} suspected and {told['corrected']:,} corrected pairs of images over all batches. "
-        if ({"suspected", "corrected"} <= told.keys())
+        f"{totals['suspected']:,} suspected and {totals['corrected']:,} corrected pairs of images over all batches. "
+        if ({"suspected", "corrected"} <= totals.keys())
         else ""
     )
-    return f"{counts}align/corrected.csv lists {len(kept):,} pairs: the strongest, the strongest that the labels contradict, and those nearest to the threshold."
+    return f"{counts}align/corrected.csv lists {len(kept):,} pairs: the strongest, the strongest that the labels contradict, and those closest to the threshold."
 
 
 def _choose(texts: dict[str, str], labels: pd.DataFrame | None, kept: pd.DataFrame) -> list[pd.Series]:
-    """Rows to show by `RULE`: the same ones for the same run."""
+    """Select the rows to show by `RULE`, deterministically."""
     frame = kept[kept["corrected_batches"] > 0]
     counts = {} if labels is None else (labels == 1).sum(axis=1).to_dict()
     pairs = list(zip(frame["study_id"], frame["other_study_id"], strict=True))
@@ -154,34 +154,34 @@ def _choose(texts: dict[str, str], labels: pd.DataFrame | None, kept: pd.DataFra
 
 
 def _texts(ct: Manifest) -> dict[str, str]:
-    """Report by study id, of the training studies."""
+    """Return the reports of the training studies by study id."""
     train = ct.split("train")
     return {str(train.frame.at[row, "study_id"]): train.report(int(row)) for row in reversed(train.frame.index)}
 
 
 def _pair(run: Run, ct: Manifest, texts: dict[str, str], labels: pd.DataFrame | None, row: pd.Series) -> Pair:
     thresholds = mapping(run.metrics.get("alignment", {}).get("thresholds"))
-    told = []
+    evidence = []
     for kind in str(row["evidence"]).split("+"):
         value, threshold = to_number(row.get(kind)), to_number(thresholds.get(kind))
         if kind in _EVIDENCE and value is not None and (threshold is not None or kind == "findings"):
-            told.append(_EVIDENCE[kind].format(value=value, threshold=threshold))
+            evidence.append(_EVIDENCE[kind].format(value=value, threshold=threshold))
     ids = (str(row["study_id"]), str(row["other_study_id"]))
     sides = [_side(ct, labels, texts, one, other) for one, other in (ids, ids[::-1])]
     differ, known = int(row["labels_differ"]), int(row["labels_known"])
-    said = (
-        "No labels of both are known."
+    verdict = (
+        "No finding is labelled in both studies."
         if not known
         else (
-            f"The labels agree on all {known} findings known of both."
+            f"The labels agree on all {known} findings that are labelled in both."
             if not differ
-            else f"The labels differ on {differ} of {known} findings known of both: this pair was corrected wrongly."
+            else f"The labels differ on {differ} of {known} findings that are labelled in both: the correction was wrong."
         )
     )
     first, last = int(row["first_epoch"]), int(row["last_epoch"])
     when = f"in epoch {first}" if first == last else f"from epoch {first} to {last}"
     counts = f"Suspected in {_times(int(row['suspected_batches']))} {when}, corrected in {_times(int(row['corrected_batches']))}."
-    return Pair(f"{ids[0]} and {ids[1]}", tuple(told), counts, said, differ > 0, (sides[0], sides[1]))
+    return Pair(f"{ids[0]} and {ids[1]}", tuple(evidence), counts, verdict, differ > 0, (sides[0], sides[1]))
 
 
 def _times(count: int) -> str:
@@ -197,6 +197,6 @@ def _side(ct: Manifest, labels: pd.DataFrame | None, texts: dict[str, str], stud
 
 
 def present(labels: pd.DataFrame, study: str) -> tuple[str, ...]:
-    """Findings whose label is 1."""
+    """Return the findings whose label is 1."""
     names: Sequence[str] = [str(name) for name in labels.columns if labels.at[study, name] == 1]
     return tuple(names)

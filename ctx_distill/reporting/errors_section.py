@@ -1,4 +1,4 @@
-"""Where the models are wrong: confusion counts at thresholds chosen on val, and the most confident errors with their reports."""
+"""The section on errors: confusion counts at thresholds chosen on val, and the most confident errors with their reports."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 MODELS: tuple[tuple[str, str], ...] = (("zero_shot", "Zero-shot"), ("classifier", "Classifier"))
 SHOWN = 3
-"""False positives, and as many false negatives, a model."""
+"""Number of false positives, and of false negatives, per model."""
 Kind = Literal["false positive", "false negative"]
 
 
 @dataclass(frozen=True)
 class Confusion:
-    """Test studies of one finding at its threshold: `called` ones have a probability at or above it."""
+    """Confusion counts of one finding at its threshold; a probability at or above it is a positive prediction."""
 
     finding: str
     threshold: float
@@ -44,13 +44,13 @@ class Confusion:
 
     @property
     def specificity(self) -> float | None:
-        """TN / (TN + FP); None without a study that has it not."""
+        """TN / (TN + FP); None without a study that lacks the finding."""
         return self.tn / (self.tn + self.fp) if self.tn + self.fp else None
 
 
 @dataclass(frozen=True)
 class Error:
-    """A wrong answer: which, how far beyond the threshold, in [0, 1]."""
+    """A wrong prediction, with its relative distance from the threshold (`margin`), in [0, 1]."""
 
     model: str
     kind: Kind
@@ -68,10 +68,10 @@ class Case:
     """An error as the page shows it.
 
     Attributes:
-        error: which.
+        error: the error.
         shown: its slices.
-        sentences: those of its report that speak of the finding.
-        reading: what the extractor makes of the report, in words, and what that says of the label.
+        sentences: sentences of the report that mention the finding.
+        reading: what the report asserts according to the extractor, and whether the label agrees.
         doubt: whether the report contradicts the label.
     """
 
@@ -84,7 +84,7 @@ class Case:
 
 @dataclass(frozen=True)
 class ModelErrors:
-    """One model's: a row a finding, the findings without a threshold and why, and the errors shown."""
+    """The errors of one model: one row per finding, the findings without a threshold and why, and the errors shown."""
 
     key: str
     name: str
@@ -94,34 +94,34 @@ class ModelErrors:
 
     @property
     def has_maps(self) -> bool:
-        """Whether one of its errors is shown with a saliency map."""
+        """Whether any of its errors is shown with a saliency map."""
         return any(case.shown.method for case in self.cases)
 
 
 def confusion(finding: str, truth: ArrayLike, probability: ArrayLike, threshold: float) -> Confusion:
-    """Count labels 1 and 0, (N,), against probabilities, (N,); other labels and blank probabilities are left out."""
+    """Return confusion counts of labels (N,) and probabilities (N,), ignoring other labels than 1 and 0 and blanks."""
     labels, scores = np.asarray(truth, dtype=np.float64), np.asarray(probability, dtype=np.float64)
     known = np.isin(labels, (0.0, 1.0)) & np.isfinite(scores)
-    has, called = labels[known] == 1, scores[known] >= threshold
-    counts = (has & called, ~has & called, has & ~called, ~has & ~called)
+    has, predicted = labels[known] == 1, scores[known] >= threshold
+    counts = (has & predicted, ~has & predicted, has & ~predicted, ~has & ~predicted)
     tp, fp, fn, tn = (int(each.sum()) for each in counts)
     return Confusion(finding, threshold, tp, fp, fn, tn)
 
 
 def thresholds(run: Run, model: str) -> dict[str, tuple[float | None, str]]:
-    """Of each finding of a model: its threshold chosen on val, or None, and the reason."""
-    found = mapping(run.metrics.get(model, {}).get("findings"))
+    """Return the threshold of each finding of a model, chosen on val, or None, with the reason."""
+    findings = mapping(run.metrics.get(model, {}).get("findings"))
     return {
-        name: (to_number(mapping(own).get("threshold")), str(mapping(own).get("threshold_reason") or "not stated"))
-        for name, own in found.items()
+        name: (to_number(mapping(row).get("threshold")), str(mapping(row).get("threshold_reason") or "not recorded"))
+        for name, row in findings.items()
     }
 
 
 def find_errors(run: Run, model: str) -> tuple[list[Confusion], list[Error]]:
-    """Confusion counts a finding and every wrong answer of a model over the studies that were scored, the most confident first.
+    """Return the confusion counts per finding, and all errors of a model over the scored studies, most confident first.
 
-    An error's margin is how far its probability lies beyond the threshold, as a share of how far it could:
-    (p - t) / (1 - t) of a false positive, (t - p) / t of a false negative. Ties go by study and finding.
+    The margin of an error is its distance from the threshold, relative to the maximum distance: (p - t) / (1 - t) for a
+    false positive, (t - p) / t for a false negative. Ties are broken by study and finding.
     """
     table = getattr(run, model)
     if table is None or run.ct is None or not run.ct.finding_names:
@@ -150,7 +150,7 @@ def find_errors(run: Run, model: str) -> tuple[list[Confusion], list[Error]]:
 
 
 def choose_errors(errors: Iterable[Error], kind: Kind, count: int = SHOWN) -> list[Error]:
-    """The first `count` errors of a kind, each of a finding and a patient that no earlier one has."""
+    """Return the first `count` errors of a kind, each of a different finding and patient."""
     chosen: list[Error] = []
     for error in errors:
         new = all(error.finding != one.finding and error.patient_id != one.patient_id for one in chosen)
@@ -160,7 +160,7 @@ def choose_errors(errors: Iterable[Error], kind: Kind, count: int = SHOWN) -> li
 
 
 def shown_errors(run: Run, model: str) -> list[Error]:
-    """The errors of a model that the page shows: false positives, then false negatives."""
+    """Return the errors of a model that the page shows: false positives, then false negatives."""
     return _shown(find_errors(run, model)[1])
 
 
@@ -169,7 +169,7 @@ def _shown(errors: list[Error]) -> list[Error]:
 
 
 def model_errors(run: Run) -> list[ModelErrors]:
-    """What the section shows; nothing for a model that was not scored against labels."""
+    """Return the section's contents, without models that were not scored against labels."""
     record = read_record(run.folder)
     found = []
     for key, name in MODELS:
@@ -196,44 +196,45 @@ def _case(run: Run, ct: Manifest, error: Error, record: dict[tuple[str, str, str
 
 
 def region_of(finding: str, ct: Manifest) -> str:
-    """The vocabulary's region of a finding; "" where none is known."""
+    """Return the vocabulary's region of a finding, or "" if unknown."""
     vocabulary = vocabulary_for(tuple(ct.finding_names))
     return vocabulary.findings[vocabulary.names.index(finding)].region or "" if finding in vocabulary.names else ""
 
 
 def speaks_of(text: str, finding: str, names: Iterable[str]) -> tuple[tuple[str, ...], int | None]:
-    """The sentences of a report that speak of a finding, and what they assert together.
+    """Return the sentences of a report that mention a finding, and what they assert.
 
     Args:
         text: the report.
         finding: one of `names`.
-        names: the manifest's findings; all are looked for, so that a phrase counts for the one that it belongs to.
+        names: the manifest's findings; all are extracted, so that a phrase counts for the finding it belongs to.
 
     Returns:
-        The sentences, each once, and 1 present, 0 absent, -1 uncertain (present outranks uncertain, uncertain absent),
-        None where the report does not speak of it.
+        The distinct sentences, and 1 present, 0 absent or -1 uncertain (present takes precedence over uncertain, uncertain
+        over absent), or None if the report does not mention the finding.
     """
     vocabulary = vocabulary_for(tuple(names))
     number = vocabulary.names.index(finding)
     sentences: list[str] = []
-    said: set[int] = set()
+    asserted: set[int] = set()
     for sentence in split_sentences(text):
-        own = {assertion for place, assertion, _ in vocabulary.read(sentence) if place == number}
-        if own:
-            said |= own
+        assertions = {assertion for place, assertion, _ in vocabulary.read(sentence) if place == number}
+        if assertions:
+            asserted |= assertions
             if sentence not in sentences:
                 sentences.append(sentence)
     order = (PRESENT, -1, ABSENT)
-    return tuple(sentences), next((value for value in order if value in said), None)
+    return tuple(sentences), next((value for value in order if value in asserted), None)
 
 
 def _reading(assertion: int | None, kind: Kind) -> tuple[str, bool]:
-    """The report in words, and whether it contradicts the label."""
-    says = {PRESENT: "asserts it", ABSENT: "denies it", None: "does not speak of it"}.get(assertion, "is unsure of it")
+    """Return what the report asserts, in words, and whether it contradicts the label."""
+    verbs = {PRESENT: "asserts it", ABSENT: "denies it", None: "does not mention it"}
+    report = f"The report {verbs.get(assertion, 'is uncertain about it')}"
     labelled = "present" if kind == "false negative" else "absent"
     doubt = (assertion == PRESENT) != (labelled == "present") and assertion in (PRESENT, ABSENT)
     if doubt:
-        return f"The report {says}, the label says {labelled}: look at the label first.", True
+        return f"{report}, but the label is {labelled}: check the label first.", True
     if assertion is None and labelled == "present":
-        return f"The report {says}, the label says {labelled}: on what the label rests is not in the text.", True
-    return f"The report {says}, as the label does." if assertion in (PRESENT, ABSENT) else f"The report {says}.", False
+        return f"{report}, but the label is {labelled}: the text does not support the label.", True
+    return f"{report}, in agreement with the label." if assertion in (PRESENT, ABSENT) else f"{report}.", False

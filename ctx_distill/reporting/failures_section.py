@@ -1,4 +1,4 @@
-"""What failed in a run, and how it looks: read from what the stages left behind."""
+"""The section on failures of a run, from the files of its stages."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from ctx_distill.run_files import CHECKPOINTS, TRAINING_FILE
+from ctx_distill.run_files import CHECKPOINTS
 from ctx_distill.runs.run_reader import STAGES, Run, mapping, to_number
 
 if TYPE_CHECKING:
     from ctx_distill.data.manifests.manifest import Manifest
 
 LISTED = 20
-"""Lines of detail a failure; the rest is counted."""
+"""Maximum detail lines per failure; the rest is counted."""
 _ATTEMPT = re.compile(r"attempt (\d+) on")
 
 
 @dataclass(frozen=True)
 class Failure:
-    """One thing that failed: of which stage (its folder and name), in a sentence, with details and where to look."""
+    """A failure: the folder and name of its stage, a sentence, details and the file with more information."""
 
     stage: str
     name: str
@@ -35,7 +35,7 @@ class Failure:
 
 
 def failures(run: Run) -> list[Failure]:
-    """Everything that failed, in the order of the stages; [] where nothing did."""
+    """Return all failures in the order of the stages."""
     found = []
     for folder, key, name in STAGES:
         place = run.folder / folder
@@ -52,11 +52,11 @@ def failures(run: Run) -> list[Failure]:
     return found + _requeues(run.folder / "slurm")
 
 
-Told = tuple[str, list[str], str]
+_Entry = tuple[str, list[str], str]
 
 
-def _broken_off(run: Run, folder: str) -> Iterator[Told]:
-    """A stage that began and has no metrics: how far it came, and what its processes last said."""
+def _broken_off(run: Run, folder: str) -> Iterator[_Entry]:
+    """Yield an entry for a stage that started but has no metrics, with its progress and the ranks' last records."""
     if run.states.get(folder) != "under way":
         return
     details = []
@@ -74,21 +74,26 @@ def _broken_off(run: Run, folder: str) -> Iterator[Told]:
         ]
         details.append("last line of its log: " + ", ".join([*reached, *values]))
     else:
-        details.append("it logged nothing")
+        details.append("no log")
     checkpoint = run.folder / folder / CHECKPOINTS / "last.ckpt"
     details.append(
-        "the same command goes on from its last checkpoint" if checkpoint.is_file() else "no checkpoint: it begins anew"
+        "repeat the command to resume from the last checkpoint"
+        if checkpoint.is_file()
+        else "no checkpoint: it will start from the beginning"
     )
     for path in sorted((run.folder / folder / "ranks").glob("rank-*.json")):
-        told = mapping(_json(path))
-        said = f"rank {told.get('rank', '?')} at step {told.get('step', '?')}: {told.get('phase', '?')}, {told.get('at', '?')}"
-        details.append(said + (f"; ended: {told['ended']}" if told.get("ended") else ""))
-    yield "Under way, or broken off: it has not written its metrics.", details, f"{folder}/"
+        record = mapping(_json(path))
+        line = (
+            f"rank {record.get('rank', '?')} at step {record.get('step', '?')}: {record.get('phase', '?')}, "
+            f"{record.get('at', '?')}"
+        )
+        details.append(line + (f"; ended: {record['ended']}" if record.get("ended") else ""))
+    yield "Running or interrupted: the stage has not written its metrics.", details, f"{folder}/"
 
 
-def _bad_losses(place: Path) -> Iterator[Told]:
-    """Steps left out for their loss or gradient, and the dumps of a run that gave up."""
-    training = mapping(_json(place / TRAINING_FILE))
+def _bad_losses(place: Path) -> Iterator[_Entry]:
+    """Yield entries for skipped steps, and for the dumps of failed training."""
+    training = mapping(_json(place / "training.json"))
     skipped, steps = to_number(training.get("skipped_steps")), to_number(training.get("steps"))
     if skipped:
         of = f" of {int(steps):,}" if steps else ""
@@ -102,16 +107,16 @@ def _bad_losses(place: Path) -> Iterator[Told]:
         bad = mapping(fault.get("not_finite"))
         details = [
             f"loss {', '.join(losses) or 'not known'}; gradient norm {_short(fault.get('gradient_norm'))}; "
-            f"last good norms {', '.join(_short(one) for one in (fault.get('last_norms') or [])[-3:]) or 'none'}",
+            f"last finite norms {', '.join(_short(one) for one in (fault.get('last_norms') or [])[-3:]) or 'none'}",
             f"manifest rows of the batch: {', '.join(rows[:32]) or 'not known'}{' …' if len(rows) > 32 else ''}",
         ]
-        details += [f"{kind} that are not finite: {len(names)}" for kind, names in sorted(bad.items()) if names]
-        what = f"Training gave up at step {fault.get('step', '?')} (epoch {fault.get('epoch', '?')}): too many bad steps in a row."
+        details += [f"non-finite {kind}: {len(names)}" for kind, names in sorted(bad.items()) if names]
+        what = f"Training failed at step {fault.get('step', '?')} (epoch {fault.get('epoch', '?')}): too many bad steps in a row."
         yield what, details, f"{place.name}/fault/{path.name}"
 
 
-def _set_aside(place: Path, manifest: Manifest | None) -> Iterator[Told]:
-    """Images that could not be read while training."""
+def _set_aside(place: Path, manifest: Manifest | None) -> Iterator[_Entry]:
+    """Yield entries for images that could not be read during training."""
     for path in sorted(place.rglob("set_aside.csv")):
         try:
             table = pd.read_csv(path, dtype={"reason": str})
@@ -124,17 +129,17 @@ def _set_aside(place: Path, manifest: Manifest | None) -> Iterator[Told]:
             name = str(manifest.frame.at[row, "image_id"]) if manifest is not None and known else f"row {row}"
             details.append(f"{name}: {reason}")
         one = len(rows) == 1
-        what = f"{len(rows):,} image{' was' if one else 's were'} unreadable; others were read in {'its' if one else 'their'} place."
+        what = f"{len(rows):,} image{' was' if one else 's were'} unreadable and replaced by {'another' if one else 'others'}."
         yield what, details, str(path.relative_to(place.parent))
 
 
-def _not_scored(metrics: dict[str, Any], done: bool) -> Iterator[Told]:
-    """Findings without a score or a threshold, and a stage that was left out."""
+def _not_scored(metrics: dict[str, Any], done: bool) -> Iterator[_Entry]:
+    """Yield entries for a skipped stage, and for findings without a score or a threshold."""
     if isinstance(metrics.get("left_out"), str):
-        yield f"Left out: {metrics['left_out']}.", [], ""
+        yield f"Skipped: {metrics['left_out']}.", [], ""
     unlabelled = metrics.get("not_scored")
     if isinstance(unlabelled, list) and unlabelled:
-        yield "Asked, but without a label column to score them by.", [", ".join(map(str, unlabelled))], ""
+        yield "Predicted but not scored, because they have no label column.", [", ".join(map(str, unlabelled))], ""
     positives, negatives = mapping(metrics.get("positives")), mapping(metrics.get("negatives"))
     undefined = []
     for name, value in sorted(mapping(metrics.get("per_finding")).items()) if done else ():
@@ -144,26 +149,26 @@ def _not_scored(metrics: dict[str, Any], done: bool) -> Iterator[Told]:
             have, lack = ("?" if count is None else f"{int(count)}" for count in counts)
             undefined.append(f"{name}: {have} studies with and {lack} without it")
     if undefined:
-        yield "Findings without a score, for want of both classes among the studies scored.", undefined, ""
+        yield "Findings without a score, because the scored studies lack one of the classes.", undefined, ""
     reasons = [
         f"{name}: {own['threshold_reason']}"
         for name, value in sorted(mapping(metrics.get("findings")).items())
         if (own := mapping(value)).get("threshold_reason")
     ]
     if reasons:
-        yield "Findings without a threshold, so without false positives and negatives.", reasons, ""
+        yield "Findings without a threshold, and so without false positives and negatives.", reasons, ""
 
 
-def _reports(metrics: dict[str, Any]) -> Iterator[Told]:
-    """Reports without a word."""
+def _reports(metrics: dict[str, Any]) -> Iterator[_Entry]:
+    """Yield an entry for empty generated reports."""
     empty, reports = to_number(metrics.get("empty")), to_number(metrics.get("reports"))
     if empty:
         yield f"{int(empty):,} of {int(reports or 0):,} generated reports are empty.", [], "reports.csv"
 
 
 def _requeues(place: Path) -> list[Failure]:
-    """SLURM jobs that took more than one attempt, with what they said of it."""
-    names, found = {folder: name for folder, _, name in STAGES}, []
+    """Return the SLURM jobs that were requeued, with the lines of their logs about it."""
+    names, requeued = {folder: name for folder, _, name in STAGES}, []
     for path in sorted(place.glob("*.out")):
         try:
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -172,10 +177,12 @@ def _requeues(place: Path) -> list[Failure]:
         attempts = [int(one.group(1)) for line in lines if (one := _ATTEMPT.search(line))]
         if max(attempts, default=1) > 1:
             again, job = max(attempts) - 1, path.stem.rsplit("-", 1)[0].replace("-", "_")
-            said = tuple(line for line in lines if "requeued" in line)
+            messages = tuple(line for line in lines if "requeued" in line)
             what = f"Its SLURM job was requeued {again} time{'s' if again > 1 else ''}."
-            found.append(Failure(job, names.get(job, f"Job {job}"), what, said[:LISTED], 0, f"slurm/{path.name}"))
-    return found
+            requeued.append(
+                Failure(job, names.get(job, f"Job {job}"), what, messages[:LISTED], 0, f"slurm/{path.name}")
+            )
+    return requeued
 
 
 def _json(path: Path) -> Any:

@@ -1,4 +1,4 @@
-"""The part of the page on few labels: the curve of `ctx-distill probe`, from `RUN/probe/few_shot.csv`."""
+"""The section on few-shot probes: the curve of `ctx-distill probe`, from `RUN/probe/few_shot.csv`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COLUMNS = (
 
 
 def few_shot_part(run: Run) -> dict[str, Any] | None:
-    """What the template shows: `plot` and `rows`; None where the run has no curve, or one of another form."""
+    """Return `plot` and `rows` for the template, or None if the run has no curve, or one of another format."""
     path = run.folder / FOLDER / FEW_SHOT_CURVE
     try:
         table = pd.read_csv(path, dtype={"shots": str})
@@ -32,11 +32,11 @@ def few_shot_part(run: Run) -> dict[str, Any] | None:
 
 
 def curve_plot(table: pd.DataFrame, style: str = "") -> str:
-    """SVG: macro AUROC with its interval over patients, an amount after the other; k and shares apart.
+    """Return an SVG of macro AUROC with intervals over patients, by number of labels, with separate curves for k and shares.
 
     Args:
-        table: with `COLUMNS`.
-        style: an element to put first, for a picture that stands alone.
+        table: a table with `COLUMNS`.
+        style: a style element for a standalone image.
     """
     known = table[table["macro_auroc"].notna()].reset_index(drop=True)
     bounds = [0.5, 1.0, *known["low"], *known["high"]]
@@ -65,7 +65,7 @@ def curve_plot(table: pd.DataFrame, style: str = "") -> str:
             )
             parts.append(svg.text(x, bottom + 18, str(row["shots"]), "tick", "middle"))
             parts.append(svg.text(x, bottom + 34, f"{row['findings']:g} findings", "tick", "middle"))
-    words = "examples of each class a finding; % of the training patients"
+    words = "examples per class and finding, or % of the training patients"
     parts.append(svg.text((left + width) / 2, bottom + 54, words, "tick", "middle"))
     told = "; ".join(
         f"{row['shots']}: {row['macro_auroc']:.3f} [{row['low']:.3f}, {row['high']:.3f}]" for _, row in known.iterrows()

@@ -1,4 +1,4 @@
-"""Labels of a manifest that the reports contradict, as faults for `ctx-distill check`."""
+"""Report labels that contradict the reports, as faults of `ctx-distill check`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ctx_distill.reporting.label_text_section import compare_labels
 
 
 def label_faults(manifest: Manifest) -> dict[str, Fault]:
-    """Image id -> a warning that names the record (from 1) and the findings whose label (1 or 0) its report denies or asserts."""
+    """Return a warning per image id, with the record (from 1) and the findings whose label (1 or 0) the report contradicts."""
     if not manifest.finding_names:
         return {}
     rows = [int(row) for row in manifest.frame.index]

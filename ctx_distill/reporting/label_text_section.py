@@ -1,4 +1,4 @@
-"""Labels of the test studies that their reports contradict: the scores follow the labels, a reader need not."""
+"""Labels of the test studies that contradict their reports; scores use the labels regardless."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from ctx_distill.data.manifests.manifest import Manifest
 
 MOST_STUDIES = 5000
-"""Of more test studies the page would be long in the making; `ctx-distill check` lists them all."""
+"""Maximum number of test studies, because extraction takes time; `ctx-distill check` has no limit."""
 
 
 def compare_labels(manifest: Manifest) -> Comparison:
-    """The labels of all rows of a manifest against their reports; `place` counts its rows.
+    """Compare the labels of all rows of a manifest with their reports; `place` is the position of the row.
 
-    A finding is read by the shipped vocabulary that knows its name, else by its name alone.
+    Findings are extracted with the shipped vocabulary that contains their name, else by their name only.
     """
     names = list(manifest.finding_names)
     vocabulary = vocabulary_for(names)
@@ -29,7 +29,7 @@ def compare_labels(manifest: Manifest) -> Comparison:
 
 
 def contradicted(run: Run) -> list[Failure]:
-    """One entry that lists them; [] where there are none, no labels, or too many studies to read here."""
+    """Return one entry that lists the contradictions; [] without contradictions or labels, or with too many studies."""
     if run.ct is None or not run.ct.finding_names:
         return []
     test = run.ct.split("test")
@@ -45,7 +45,7 @@ def contradicted(run: Run) -> list[Failure]:
         for one in found.contradictions
     ]
     what = (
-        f"{len(told):,} of {found.compared:,} labels of test studies contradict what the extractor reads in their reports; "
-        "scores follow the labels."
+        f"{len(told):,} of {found.compared:,} labels of test studies contradict the findings extracted from their reports; "
+        "scores use the labels."
     )
     return [Failure("data", "CT data", what, tuple(told[:LISTED]), max(0, len(told) - LISTED))]

@@ -1,12 +1,12 @@
-"""`ctx-distill check`: every image of a manifest read in parallel; a table, a page, a list to exclude.
+"""`ctx-distill check`: read every image of a manifest in parallel, and write a table, a page and an exclusion list.
 
-    OUT/rows.jsonl    one line an image as it was checked; what a stopped run goes on from
-    OUT/check.csv     the table: facts and faults of every image
+    OUT/rows.jsonl    one line per image, in the order of checking; an interrupted run resumes from it
+    OUT/check.csv     the table: properties and faults of every image
     OUT/exclude.csv   images with errors: image_id, path, reason
     OUT/thumbnails/   slices of suspicious images
     OUT/index.html    the page
 
-Rows go to the disk as they come, and are streamed back: 50,000 studies take no more memory than their manifest.
+Rows are written to disk immediately and read as a stream, so memory does not grow with the number of images.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from ctx_distill.reporting.pictures import ct_thumbnail, film_thumbnail
 from ctx_distill.runs.run_folder import lock_run
 
 THUMBNAILS = 200
-"""Of each kind of fault; the page shows fewer and says so."""
+"""Maximum thumbnails per kind of fault; the page shows fewer."""
 _FILMS = (".png", ".jpg", ".jpeg", ".dcm")
 _FACTS = (
     "shape",
@@ -59,7 +59,7 @@ _ORDER = {"error": 0, "warning": 1, "note": 2}
 
 @dataclass(frozen=True)
 class Image:
-    """One image to check; what worker processes are sent."""
+    """One image to check, as sent to worker processes."""
 
     row: int
     image_id: str
@@ -72,13 +72,13 @@ class Image:
 def check_manifest(
     manifest_path: Path, out: Path | None, prepared: Path | None, workers: int | None
 ) -> tuple[str, int]:
-    """Check every image, and write table, page and list.
+    """Check every image, and write table, page and exclusion list.
 
     Returns:
         Counts as lines to print, and the number of images with errors.
 
     Raises:
-        InputError: the manifest itself is refused, or the output cannot be written.
+        InputError: the manifest is invalid, or the output cannot be written.
     """
     manifest = read_manifest(manifest_path, check_images=False)
     out = out or manifest_path.with_suffix(".check")
@@ -90,7 +90,7 @@ def check_manifest(
             return _conclude(manifest, out)
     except OSError as error:
         raise InputError(
-            f"{out}: cannot be written ({error.strerror or error}); give another place with --out"
+            f"{out}: cannot be written ({error.strerror or error}). Set another folder with --out."
         ) from error
 
 
@@ -99,7 +99,7 @@ def _check_images(manifest: Manifest, out: Path, folder: PreparedFolder | None, 
     roots = frame["root"].tolist() if "root" in frame.columns else [""] * len(frame)
     unreachable, no_folders = faults_by_place(manifest.path.parent, roots, frame["image_path"].tolist())
     unreachable |= {
-        place: (f"{roots[place]!r}, which is no folder", "correct the column root")
+        place: (f"{roots[place]!r}, which is not a folder", "correct the column root")
         for place in range(len(roots)) if roots[place] in no_folders.values()
     }  # fmt: skip
     rows = out / "rows.jsonl"
@@ -110,8 +110,8 @@ def _check_images(manifest: Manifest, out: Path, folder: PreparedFolder | None, 
         for place, row in enumerate(int(row) for row in frame.index):
             image = _image(manifest, row)
             if place in unreachable:
-                found, remedy = unreachable[place]
-                _append(file, image, _unreadable(f"image_path: found {found}; {remedy}"))
+                problem, remedy = unreachable[place]
+                _append(file, image, _unreadable(f"image_path: found {problem}; {remedy}"))
                 continue
             before = prior.get(image.image_id)
             if before is not None and before == _key(image, folder):
@@ -145,7 +145,7 @@ def _image(manifest: Manifest, row: int) -> Image:
 
 
 def _key(image: Image, folder: PreparedFolder | None) -> str:
-    """What a checked row stands for; another file, override or prepared folder is checked again."""
+    """Return the key of a check; an image with another file, override or prepared folder is checked again."""
     try:
         stamp = image.source.stamp()
     except InputError:
@@ -155,7 +155,7 @@ def _key(image: Image, folder: PreparedFolder | None) -> str:
 
 
 def _check_one(folder: PreparedFolder | None, image: Image) -> tuple[dict[str, Any], bytes | None]:
-    """The row of an image and, where it is suspicious, a picture of it."""
+    """Return the row of an image and, if it is suspicious, a thumbnail."""
     key = _key(image, folder)
     try:
         if image.film:
@@ -177,7 +177,7 @@ def _check_one(folder: PreparedFolder | None, image: Image) -> tuple[dict[str, A
 
 
 def _unreadable(reason: str) -> dict[str, Any]:
-    """The row of an image that the next run looks at again."""
+    """Return the row of an unreadable image, which the next run checks again."""
     return {"key": "", "facts": {}, "faults": [asdict(Fault("error", "unreadable", reason))]}
 
 
@@ -190,18 +190,18 @@ def _thumbnail_name(image_id: str) -> str:
 
 
 def _picture(image: Image) -> bytes:
-    """Of an image that was read once already and had no fault of its own."""
+    """Return a thumbnail of an image that has already been read without faults."""
     if image.film:
         return film_thumbnail(read_radiograph(image.source.path, image.inverted))
     return ct_thumbnail(image.source.read())
 
 
 def _standing_rows(path: Path) -> dict[str, str]:
-    """Image id to key of the whole lines that an earlier run left; a torn last line is cut off, repeats keep the last."""
+    """Return the keys by image id from an earlier run; a truncated last line is removed, and repeated rows keep the last."""
     if not path.is_file():
         return {}
     keys: dict[str, str] = {}
-    whole = 0
+    complete_bytes = 0
     with path.open("rb") as file:
         for line in file:
             try:
@@ -211,14 +211,14 @@ def _standing_rows(path: Path) -> dict[str, str]:
                 break
             if not line.endswith(b"\n"):
                 break
-            whole += len(line)
+            complete_bytes += len(line)
     with path.open("rb+") as file:
-        file.truncate(whole)
+        file.truncate(complete_bytes)
     return {image: key for image, key in keys.items() if key}
 
 
 def _conclude(manifest: Manifest, out: Path) -> tuple[str, int]:
-    """Table, list and page out of the rows on the disk, with what only shows between images."""
+    """Write table, list and page from the rows on disk, adding faults that involve several images."""
     frame = manifest.frame
     people = dict(zip(frame["image_id"], zip(frame["patient_id"], frame["split"], strict=True), strict=True))
     reports = {image: manifest.report(int(row)) for row, image in zip(frame.index, frame["image_id"], strict=True)}
@@ -236,10 +236,10 @@ def _conclude(manifest: Manifest, out: Path) -> tuple[str, int]:
             faults = [Fault(**fault) for fault in record["faults"]] + check_text(reports[image])
             faults += [fault for fault in (copies.get(image), alike.get(image), contradicted.get(image)) if fault]
             by = {name: "; ".join(f"{f.code}: {f.text}" for f in faults if f.severity == name) for name in _ORDER}
-            told = [
+            properties = [
                 json.dumps(facts[name]) if isinstance(facts.get(name), list) else facts.get(name, "") for name in _FACTS
             ]
-            writer.writerow([image, *people[image], record["path"], *by.values(), *told])
+            writer.writerow([image, *people[image], record["path"], *by.values(), *properties])
             if by["error"]:
                 excluded.append((image, record["path"], by["error"]))
             faults.sort(key=lambda fault: _ORDER[fault.severity])
@@ -261,7 +261,7 @@ def _conclude(manifest: Manifest, out: Path) -> tuple[str, int]:
 
 
 def _rows(out: Path, images: Iterable[str]) -> Iterator[dict[str, Any]]:
-    """The last row of each image, in the manifest's order; the file is in the order in which images were done."""
+    """Yield the last row of each image in the manifest's order; the file is in the order of checking."""
     last: dict[str, int] = {}
     with (out / "rows.jsonl").open("rb") as file:
         place = 0
@@ -275,7 +275,7 @@ def _rows(out: Path, images: Iterable[str]) -> Iterator[dict[str, Any]]:
 
 
 def _copies(out: Path, people: dict[str, tuple[str, str]]) -> dict[str, Fault]:
-    """Images whose content stands under another id: an error between patients, a warning within one."""
+    """Return faults of duplicated images: an error between patients, a warning within one patient."""
     seen: dict[str, list[str]] = {}
     for record in _rows(out, people):
         if content := record["facts"].get("content"):

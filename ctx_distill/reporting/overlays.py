@@ -1,4 +1,4 @@
-"""Saliency maps over slices: where `RUN/saliency/` keeps them, the planes through a map's peak, and their colours."""
+"""Saliency maps over slices: their files in `RUN/saliency/`, the planes through a map's peak, and their colours."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from ctx_distill.reporting.pictures import (
 
 FOLDER = "saliency"
 RECORD = "saliency.json"
-# Viridis (Smith and van der Walt 2015): lightness grows evenly, also for colour-blind eyes and in grey print.
+# Viridis (Smith and van der Walt 2015): perceptually uniform, also for colour-blind readers and in grayscale.
 RAMP = ("#440154", "#46327e", "#365c8d", "#277f8e", "#1fa187", "#4ac16d", "#a0da39", "#fde725")
 FLOOR = 0.2
-"""Values below this share of the map's largest are left clear."""
+"""Share of the map's maximum below which values are transparent."""
 OPACITY = (0.35, 0.65)
 SOFT_REGIONS = ("heart", "mediastinum", "pericardium", "vessels", "diaphragm", "bones", "thorax")
 PLANES: dict[Plane, str] = {"axial": "Axial", "coronal": "Coronal", "sagittal": "Sagittal"}
@@ -43,12 +43,12 @@ Key = tuple[str, str, str]
 
 @dataclass(frozen=True)
 class Shown:
-    """Slices of one scan with what a model used for one finding.
+    """Slices of one scan with a model's saliency for one finding.
 
     Attributes:
-        pictures: (title, picture) each.
-        method: `grad-cam` or `gradient`; "" where there is no map and the slices go through the lungs.
-        problem: why there are no pictures, or no map, or what is odd about it; else "".
+        pictures: pairs of title and picture.
+        method: `grad-cam` or `gradient`; "" without a map, where the slices pass through the lungs.
+        problem: why pictures or the map are missing, or a remark on the map; else "".
     """
 
     pictures: tuple[tuple[str, Picture], ...]
@@ -57,7 +57,7 @@ class Shown:
 
 
 def map_file(model: str, study: str, finding: str) -> str:
-    """Where a map lies below `RUN/saliency/`: two studies, or findings that differ in a letter, never share a file."""
+    """Return a map's path below `RUN/saliency/`, unique per model, study and finding."""
 
     def part(name: str) -> str:
         slug = re.sub(r"[^\w.-]", "_", name).strip(".")
@@ -67,7 +67,7 @@ def map_file(model: str, study: str, finding: str) -> str:
 
 
 def read_record(run: Path) -> dict[Key, dict[str, Any]]:
-    """The maps that `RUN/saliency/saliency.json` lists; {} where there are none."""
+    """Return the maps listed in `RUN/saliency/saliency.json`; {} if there are none."""
     try:
         listed = json.loads((run / FOLDER / RECORD).read_text(encoding="utf-8"))["maps"]
         return {(str(one["model"]), str(one["study_id"]), str(one["finding"])): dict(one) for one in listed}
@@ -83,27 +83,30 @@ def show_finding(
     planes: tuple[Plane, ...],
     region: str = "",
 ) -> Shown:
-    """Slices through the peak of a map with the map over them; without one, through the lungs, plain.
+    """Return slices through the peak of a map, overlaid with it; without a map, slices through the lungs.
 
     Args:
         run: the run folder.
-        record: of `read_record`.
-        key: which map.
-        scan: in HU, on its own grid.
-        planes: to show.
-        region: of the finding; of a soft one the soft-tissue window is shown, else the lung window.
+        record: result of `read_record`.
+        key: key of the map.
+        scan: the scan in HU, on its original grid.
+        planes: planes to show.
+        region: region of the finding; it selects the soft-tissue or the lung window.
     """
     soft = region in SOFT_REGIONS
     body, point = find_lungs(scan)
-    one, trouble = record.get(key), "No saliency map was made of this one: the slices go through the lungs."
+    one, trouble = record.get(key), "There is no saliency map of this finding; the slices pass through the lungs."
     found: Volume | None = None
     if one is not None:
         try:
             found = read_volume(run / FOLDER / str(one["file"]))
             if found.voxels.shape != scan.voxels.shape or not np.allclose(found.affine_lps, scan.affine_lps, atol=1e-2):
-                found, trouble = None, "The saliency map is not of this scan's grid and is not shown."
+                found, trouble = None, "The saliency map is on another grid than the scan and is not shown."
             elif not found.voxels.max() > 0:
-                found, trouble = None, "The saliency map is 0 everywhere: nothing in the scan spoke for the finding."
+                found, trouble = (
+                    None,
+                    "The saliency map is 0 everywhere: nothing in the scan contributed to the finding.",
+                )
         except (OSError, ValueError, KeyError) as error:
             found, trouble = None, f"The saliency map could not be read: {error}"
     if found is None:
@@ -112,21 +115,21 @@ def show_finding(
     inside = _inside(scan)
     if not within(inside, point):
         inner = peak_within(inside, found)
-        told = "; the slices go through its largest inside." if inner else "."
-        point, note = inner or point, f"The map's largest value lies outside of the body{told}"
+        ending = "; the slices pass through its maximum inside the body." if inner else "."
+        point, note = inner or point, f"The map's maximum is outside the body{ending}"
     body = _holding(body, point)
     return Shown(tuple(_pictures(scan, found, planes, point, body, soft)), str((one or {}).get("method", "")), note)
 
 
 def _holding(box: Box, point: tuple[float, float, float]) -> Box:
-    """The box, grown where the point lies outside of it."""
+    """Return the box, extended to contain the point."""
     low = [min(a, b) for a, b in zip(box.low, point, strict=True)]
     high = [max(a, b) for a, b in zip(box.high, point, strict=True)]
     return Box((low[0], low[1], low[2]), (high[0], high[1], high[2]))
 
 
 def peak(found: Volume) -> tuple[float, float, float]:
-    """The (Left, Posterior, Superior) mm of a map's largest voxel; of equal ones the middle one in the file's order."""
+    """Return the (Left, Posterior, Superior) mm of a map's maximum; among equal voxels, the middle one in file order."""
     best = np.flatnonzero(found.voxels == found.voxels.max())
     index = np.unravel_index(int(best[len(best) // 2]), found.voxels.shape)
     left, posterior, superior = (found.affine_lps @ np.array([*index, 1.0]))[:3]
@@ -146,7 +149,7 @@ def _inside(scan: Volume) -> Inside:
 
 
 def within(inside: Inside, point: tuple[float, float, float]) -> bool:
-    """Whether the coarse voxel nearest to a point (LPS mm) is of the body or enclosed by it; True where there is no body."""
+    """Return whether a point (LPS mm) is in the body or enclosed by it, on the coarse grid; True without a body."""
     body, points = inside
     if not body.any():
         return True
@@ -155,7 +158,7 @@ def within(inside: Inside, point: tuple[float, float, float]) -> bool:
 
 
 def peak_within(inside: Inside, found: Volume) -> tuple[float, float, float] | None:
-    """Where in the body, every 4 mm, a map is largest (LPS mm); None where it is 0 throughout."""
+    """Return the position (LPS mm) of a map's maximum inside the body, on a 4 mm grid, or None if it is 0 there."""
     body, points = inside
     values = np.where(body, sample(found, points, outside=0.0), 0.0)
     if not values.max() > 0:
@@ -186,9 +189,9 @@ def _pictures(
 
 
 def colour(values: NDArray[np.float32]) -> str:
-    """A plane (rows, columns) of shares of a map's largest value as a PNG data URI in the ramp's colours.
+    """Return a plane (rows, columns) of values, relative to the map's maximum, as a PNG data URI in the ramp's colours.
 
-    Eight bands of equal width from `FLOOR` to 1, the more opaque the higher; clear below.
+    The colours are eight bands of equal width from `FLOOR` to 1, with increasing opacity; lower values are transparent.
     """
     from PIL import Image
 

@@ -1,4 +1,4 @@
-"""Differences of runs under the same draws of patients, from the files that hold what each run said of each study."""
+"""Paired differences of runs, with the same bootstrap draws of patients, from the runs' results per study."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from ctx_distill.text.extractor import Vocabulary, load_vocabulary, vocabulary_f
 Floats = NDArray[np.float64]
 REPLICATES, SEED = 1000, 0
 TOLERANCE = 2e-3
-"""A figure made again from a file (six decimals) may differ by this from the run's own; more and it is another figure."""
+"""Maximum difference between a metric recomputed from a file (six decimals) and the run's recorded value."""
 OTHER_STUDIES = "other studies, labels or findings"
 NO_FILE = "not recorded study by study"
 
 
 @dataclass(frozen=True)
 class Draws:
-    """A figure of a run with its replicates, (R,)."""
+    """A metric of a run with its bootstrap replicates, (R,)."""
 
     value: float
     replicates: Floats
@@ -40,11 +40,11 @@ class Draws:
 
 @dataclass(frozen=True)
 class Source:
-    """What figures of one file are made of.
+    """The metrics that can be recomputed from one file.
 
     Attributes:
-        identity: equal where two runs were asked the same: only then are draws paired.
-        figures: by dotted key, and `<stage>.per_finding.<finding>`; made when asked for.
+        identity: equal for two runs with the same studies, labels and findings; only then are draws paired.
+        figures: functions by dotted key, including `<stage>.per_finding.<finding>`.
     """
 
     identity: object
@@ -52,14 +52,14 @@ class Source:
 
 
 def sources(run: Run) -> list[Source]:
-    """The files of a run that figures can be made of again; those that are missing are left out."""
-    found = [_predictions(run, "zero_shot", run.zero_shot), _predictions(run, "classifier", run.classifier)]
-    found += [_reports(run), _retrieval(run), *_ranks(run)]
-    return [source for source in found if source is not None]
+    """Return the files of a run from which metrics can be recomputed; missing files are skipped."""
+    candidates = [_predictions(run, "zero_shot", run.zero_shot), _predictions(run, "classifier", run.classifier)]
+    candidates += [_reports(run), _retrieval(run), *_ranks(run)]
+    return [source for source in candidates if source is not None]
 
 
 def difference(key: str, ours: list[Source], first: list[Source], run: Run, base: Run) -> Interval | str:
-    """A figure of `run` less that of `base`, with its paired 95 % interval over patients; or why there is none."""
+    """Return a metric of `run` minus that of `base`, with its paired 95 % interval over patients, or why there is none."""
     one, other = (next((s for s in held if key in s.figures), None) for held in (ours, first))
     if one is None or other is None:
         return NO_FILE
@@ -71,7 +71,7 @@ def difference(key: str, ours: list[Source], first: list[Source], run: Run, base
     for of, drawn in ((run, mine), (base, theirs)):
         recorded = of.metric(key)
         if recorded is None or recorded.value is None or abs(recorded.value - drawn.value) > TOLERANCE:
-            return "the file gives another figure than metrics.json"
+            return "the file does not match metrics.json"
     return interval(mine.value - theirs.value, mine.replicates - theirs.replicates)
 
 
@@ -89,7 +89,7 @@ def _patients(run: Run, studies: list[str]) -> list[str]:
 
 
 def _predictions(run: Run, stage: str, table: pd.DataFrame | None) -> Source | None:
-    """AUROC, average precision, F1 and calibration of findings."""
+    """Return AUROC, average precision, F1 and calibration of findings."""
     if run.ct is None or table is None or not run.ct.finding_names:
         return None
     labels = label_table(run.ct)
@@ -136,7 +136,7 @@ def _or_nan(value: float | None) -> float:
 
 
 def _reports(run: Run) -> Source | None:
-    """Scores of generated reports."""
+    """Return the scores of generated reports."""
     if run.ct is None or run.reports is None or run.reports.empty:
         return None
     table = run.reports.drop_duplicates("study_id").sort_values("study_id")
@@ -162,7 +162,7 @@ def _reports(run: Run) -> Source | None:
 
 
 def _vocabulary(run: Run) -> Vocabulary:
-    """The one that the run's own reports were scored by."""
+    """Return the vocabulary with which the run's reports were scored."""
     if run.ct is not None and run.ct.finding_names:
         return vocabulary_for(run.ct.finding_names)
     path = run.folder / "report" / CONFIG_FILE
@@ -175,7 +175,7 @@ def _vocabulary(run: Run) -> Vocabulary:
 
 
 def _retrieval(run: Run) -> Source | None:
-    """What the retrieved X-rays share with the CTs."""
+    """Return the agreement of findings between CTs and retrieved X-rays."""
     if run.ct is None or run.xray is None or run.retrieval is None or run.retrieval.empty:
         return None
     if not run.ct.finding_names or not run.xray.finding_names:
@@ -214,7 +214,7 @@ def _retrieval(run: Run) -> Source | None:
 
 
 def _ranks(run: Run) -> list[Source]:
-    """Report to volume and back, from `zero_shot/retrieval.csv`."""
+    """Return the retrieval between reports and volumes, from `zero_shot/retrieval.csv`."""
     path = run.folder / "zero_shot" / RETRIEVAL
     if run.ct is None or not path.is_file():
         return []

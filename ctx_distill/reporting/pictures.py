@@ -1,8 +1,7 @@
-"""Pictures of the page: slices of a CT the radiologist's way round, and radiographs, as data URIs.
+"""Images of the page, as data URIs: CT slices in radiological orientation, and radiographs.
 
-A slice is sampled straight from the scan's own grid through its affine, on a square pixel in mm: so it is upright and the
-right way round whatever the file's axis order, oblique scans included, thick slices keep their proportions, and nothing
-larger than one plane is resampled.
+A slice is sampled directly from the scan's grid through its affine, with square pixels in mm. So it is oriented correctly
+for any axis order, including oblique scans, thick slices keep their proportions, and only one plane is resampled.
 """
 
 from __future__ import annotations
@@ -51,15 +50,15 @@ _LAYOUT: dict[Plane, tuple[tuple[int, int], tuple[int, int], str]] = {
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture ready for the page.
+    """An image for the page.
 
     Attributes:
         uri: `data:` URI.
         width: pixels.
         height: pixels.
         letters: patient directions at its left, right, top and bottom edge; "" for radiographs.
-        crossings: where the other planes cut it, as shares of its (width, height); None for radiographs.
-        heat: `data:` URI of a saliency map over the same extent; "" without one.
+        crossings: positions of the other planes, relative to (width, height); None for radiographs.
+        heat: `data:` URI of a saliency map of the same extent; "" without one.
     """
 
     uri: str
@@ -72,7 +71,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class CTPictures:
-    """The slices of a CT, and in words where they lie."""
+    """The slices of a CT."""
 
     axial: Picture
     axial_soft: Picture
@@ -81,7 +80,7 @@ class CTPictures:
 
 
 def ct_pictures(volume: Volume) -> CTPictures:
-    """Three orthogonal slices through the lungs, the axial one also in a soft-tissue window."""
+    """Return three orthogonal slices through the lungs, the axial one also in a soft-tissue window."""
     body, point = find_lungs(volume)
     planes: dict[Plane, Floats] = {plane: sample_plane(volume, plane, point, body) for plane in _LAYOUT}
     return CTPictures(
@@ -93,10 +92,10 @@ def ct_pictures(volume: Volume) -> CTPictures:
 
 
 def find_lungs(volume: Volume) -> tuple[Box, tuple[float, float, float]]:
-    """The box around the body, and the (Left, Posterior, Superior) mm of the planes that show most lung.
+    """Return the box around the body, and the (Left, Posterior, Superior) mm of the planes with the most lung.
 
-    Lung is air that does not touch the scan's border within its axial slice. Where there is none, as in a scan cropped
-    to one lung, all air inside the scan counts, and without air the middle of the body.
+    Lung is air that does not touch the border of its axial slice. If there is none, as in a scan cropped to one lung, all
+    air is used; without air, the middle of the body.
     """
     from scipy import ndimage
 
@@ -120,7 +119,7 @@ def find_lungs(volume: Volume) -> tuple[Box, tuple[float, float, float]]:
 
 
 def _bounds(mask: NDArray[np.bool_], axes: tuple[NDArray[np.float64], ...], extent: Box) -> Box:
-    """The box around a mask (z, y, x) with a margin of 8 mm, within the scan; whole in height."""
+    """Return the box around a mask (z, y, x) with a margin of 8 mm, within the scan, at the scan's full height."""
     low, high = list(extent.low), list(extent.high)
     for patient_axis, array_axis in ((0, 2), (1, 1)):
         others = tuple(a for a in range(3) if a != array_axis)
@@ -133,7 +132,7 @@ def _bounds(mask: NDArray[np.bool_], axes: tuple[NDArray[np.float64], ...], exte
 def sample_plane(
     volume: Volume, plane: Plane, point: tuple[float, float, float], box: Box, outside: float = AIR
 ) -> Floats:
-    """A plane through `point` as it is shown: row 0 on top, column 0 on the picture's left, square pixels, HU.
+    """Return a plane through `point` in display orientation: row 0 on top, column 0 on the left, square pixels, HU.
 
     Axial: the patient's right on the left and anterior on top. Coronal: right on the left, superior on top. Sagittal:
     anterior on the left, superior on top.
@@ -150,7 +149,7 @@ def sample_plane(
 
 
 def _line(box: Box, axis: int, sign: int, pixel: float) -> NDArray[np.float64]:
-    """Pixel centres in mm along one side of the box, in the order in which they are shown."""
+    """Return pixel centres in mm along one side of the box, in display order."""
     count = max(1, round((box.high[axis] - box.low[axis]) / pixel))
     middle = (box.low[axis] + box.high[axis]) / 2
     centres = np.asarray(middle + (np.arange(count) - (count - 1) / 2) * pixel, dtype=np.float64)
@@ -165,7 +164,7 @@ def slice_picture(
     box: Box,
     heat: str = "",
 ) -> Picture:
-    """A plane of `sample_plane` in a window; `heat` is a data URI of the same extent to lay over it."""
+    """Return a plane of `sample_plane` in a window; `heat` is the data URI of an overlay of the same extent."""
     grey = np.clip((hu - window[0]) / (window[1] - window[0]), 0.0, 1.0)
     (column_axis, column_sign), (row_axis, row_sign), letters = _LAYOUT[plane]
 
@@ -178,7 +177,7 @@ def slice_picture(
 
 
 def xray_picture(path: Path, inverted: bool = False) -> Picture:
-    """A radiograph, scaled down to fit the page; `inverted` as `read_radiograph` takes it."""
+    """Return a radiograph, scaled down for the page; for `inverted`, see `read_radiograph`."""
     from PIL import Image
 
     from ctx_distill.data.io.radiograph import read_radiograph
@@ -190,7 +189,7 @@ def xray_picture(path: Path, inverted: bool = False) -> Picture:
 
 
 def ct_thumbnail(volume: Volume) -> bytes:
-    """An axial, a coronal and a sagittal slice beside each other, lung window, as a JPEG."""
+    """Return an axial, a coronal and a sagittal slice side by side, in the lung window, as a JPEG."""
     body, point = find_lungs(volume)
     low, high = LUNG_WINDOW
     planes = [((sample_plane(volume, plane, point, body) - low) / (high - low)).clip(0, 1) for plane in _LAYOUT]
@@ -200,7 +199,7 @@ def ct_thumbnail(volume: Volume) -> bytes:
 
 
 def film_thumbnail(film: Floats) -> bytes:
-    """A radiograph (H, W) in [0, 1] as a small JPEG."""
+    """Return a radiograph (H, W) in [0, 1] as a small JPEG."""
     return _thumbnail(film, THUMBNAIL_PIXELS)
 
 
@@ -213,12 +212,12 @@ def _thumbnail(grey: Floats, longest: int) -> bytes:
 
 
 def encode(grey: Floats) -> str:
-    """A grey picture (rows, columns) in [0, 1] as a JPEG data URI."""
+    """Return a grayscale image (rows, columns) in [0, 1] as a JPEG data URI."""
     return "data:image/jpeg;base64," + base64.b64encode(jpeg(grey)).decode("ascii")
 
 
 def jpeg(grey: Floats) -> bytes:
-    """A grey picture (rows, columns) in [0, 1] as a JPEG."""
+    """Return a grayscale image (rows, columns) in [0, 1] as a JPEG."""
     from PIL import Image
 
     data = io.BytesIO()

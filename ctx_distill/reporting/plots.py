@@ -1,4 +1,4 @@
-"""The plots of the page: intervals a finding, learning curves, ROC curves. Each gives inline SVG."""
+"""The plots of the page, as inline SVG: intervals per finding, learning curves and ROC curves."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ class Curve:
 
     @property
     def is_flat(self) -> bool:
-        """Whether it has several points and each series keeps one value."""
+        """Whether the curve has several points and each series is constant."""
         several = len(self.train) > 1 or len(self.val) > 1
         return several and all(len({y for _, y in series}) <= 1 for series in (self.train, self.val))
 
 
 @dataclass(frozen=True)
 class Roc:
-    """A ROC curve: false and true positive rates, the area below, and how many of each class it rests on."""
+    """A ROC curve: false and true positive rates, the area under the curve, and the number of each class."""
 
     false_positive_rate: NDArray[np.float64]
     true_positive_rate: NDArray[np.float64]
@@ -43,9 +43,9 @@ class Roc:
 
 
 def roc(labels: NDArray[np.float64], scores: NDArray[np.float64]) -> Roc | None:
-    """ROC curve of the labels 1 and 0, (N,), by scores, (N,); others and blank scores are left out.
+    """Return the ROC curve of labels (N,) and scores (N,), ignoring other labels than 1 and 0 and blank scores.
 
-    None where one of the classes is missing.
+    Returns None if one of the classes is missing.
     """
     known = np.isin(labels, (0.0, 1.0)) & np.isfinite(scores)
     truth, score = labels[known] == 1, scores[known]
@@ -55,7 +55,7 @@ def roc(labels: NDArray[np.float64], scores: NDArray[np.float64]) -> Roc | None:
         return None
     order = np.argsort(-score, kind="stable")
     truth, score = truth[order], score[order]
-    # Studies of equal score come in together: one step, however they lie in the file.
+    # Studies of equal score form one step, whatever their order in the file.
     last = np.append(np.flatnonzero(np.diff(score)), len(score) - 1)
     rate_true = np.concatenate([[0.0], np.cumsum(truth)[last] / positives])
     rate_false = np.concatenate([[0.0], np.cumsum(~truth)[last] / negatives])
@@ -64,12 +64,12 @@ def roc(labels: NDArray[np.float64], scores: NDArray[np.float64]) -> Roc | None:
 
 
 def interval_plot(rows: Sequence[tuple[str, Sequence[Metric | None]]], series: Sequence[str], chance: float) -> str:
-    """Dot and interval a finding, the series below each other within a row.
+    """Return a plot with a dot and an interval per finding and series.
 
     Args:
-        rows: name and one metric a series, drawn in this order from the top.
+        rows: name and one metric per series, in order from the top.
         series: names of the series.
-        chance: where the dotted line of chance stands.
+        chance: position of the dotted line of chance.
     """
     values = [
         item for _, metrics in rows for m in metrics if m for item in (m.value, m.low, m.high) if item is not None
@@ -96,7 +96,7 @@ def interval_plot(rows: Sequence[tuple[str, Sequence[Metric | None]]], series: S
             if metric.low is not None and metric.high is not None:
                 parts.append(svg.line(x.position(metric.low), y, x.position(metric.high), y, f"whisker s{number}"))
             parts.append(svg.marker(SHAPES[number], x.position(metric.value), y, f"mark s{number}", 4.5))
-    label = f"AUROC of {len(rows)} findings with 95 % intervals ({', '.join(series)}); the numbers stand in the table"
+    label = f"AUROC of {len(rows)} findings with 95 % intervals ({', '.join(series)}); the numbers are in the table"
     return svg.frame(width, bottom + 26, label, parts, "wide")
 
 
@@ -104,20 +104,20 @@ SHAPES = ("dot", "square", "triangle", "diamond", "cross", "ring")
 
 
 def legend_key(number: int) -> str:
-    """The line and mark of a series as the plots draw it, for a legend."""
+    """Return the line and mark of a series for a legend."""
     mark = svg.marker(SHAPES[number], 11, 6, f"mark s{number}", 3.4)
     return f'<svg class="key" viewBox="0 0 22 12" aria-hidden="true">{svg.line(0, 6, 22, 6, f"curve s{number}")}{mark}</svg>'
 
 
 def shorten(words: str, length: int) -> str:
-    """The words, cut with an ellipsis where they are longer than `length`."""
+    """Return the words, shortened to `length` with an ellipsis."""
     return words if len(words) <= length else words[: length - 1].rstrip() + "…"
 
 
 def learning_curves(log: pd.DataFrame) -> list[Curve]:
-    """One curve a logged term of a CSVLogger file, the loss first and then the terms that have both series.
+    """Return one curve per logged term of a CSVLogger file: the loss first, then terms with both series.
 
-    Values are averaged by epoch; where fewer than three epochs were logged, the x axis is the step.
+    Values are averaged by epoch; with fewer than three epochs, the x axis is the step.
     """
     terms: dict[str, dict[str, str]] = {}
     for column in log.columns:
@@ -127,7 +127,7 @@ def learning_curves(log: pd.DataFrame) -> list[Curve]:
             if base == "total" and f"{part}/loss" not in log.columns:
                 base = "loss"  # A task that logs its weighted sum as the total of its terms.
             held = terms.setdefault(base, {})
-            # Lightning writes <term>_step and <term>_epoch for what is logged both ways: the epoch's mean is enough.
+            # For terms that are logged both per step and per epoch, the epoch mean is enough.
             if part not in held or term.endswith("_epoch"):
                 held[part] = str(column)
     unit = "epoch"
@@ -144,7 +144,7 @@ def learning_curves(log: pd.DataFrame) -> list[Curve]:
 
 
 def _points(log: pd.DataFrame, unit: str, column: str | None) -> tuple[tuple[float, float], ...]:
-    """(x, mean y) of a column, finite values only, thinned to about `MAX_POINTS` by averaging neighbours."""
+    """Return (x, mean y) of a column, finite values only, averaged to at most about `MAX_POINTS` points."""
     if column is None:
         return ()
     numbers = log[[unit, column]].apply(pd.to_numeric, errors="coerce")
@@ -158,21 +158,21 @@ def _points(log: pd.DataFrame, unit: str, column: str | None) -> tuple[tuple[flo
 
 
 def curve_plot(curve: Curve) -> str:
-    """One small multiple of the learning curves."""
+    """Return one small plot of a learning curve."""
     return series_plot(curve.term, curve.unit, (curve.train, curve.val), curve_words(curve))
 
 
 def series_plot(
     term: str, unit: str, drawn: Sequence[Sequence[tuple[float, float]]], words: str, every: bool = False
 ) -> str:
-    """Series of (x, y) points over each other, each with a dash and a mark of its own.
+    """Return a plot of several series of (x, y) points, each with its own dash and mark.
 
     Args:
-        term: what is drawn.
-        unit: of x.
-        drawn: the series; an empty one keeps its place.
-        words: the last values.
-        every: mark the first series too, and not alone the others.
+        term: name of the plotted term.
+        unit: unit of x.
+        drawn: the series; an empty series keeps its style.
+        words: the last values, in words.
+        every: also mark the points of the first series.
     """
     width, height, left, right, top, bottom = 260.0, 150.0, 44.0, 10.0, 8.0, 122.0
     xs = [x for series in drawn for x, _ in series]
@@ -200,13 +200,13 @@ def series_plot(
 
 
 def curve_words(curve: Curve) -> str:
-    """The last value of each series in words."""
+    """Return the last value of each series in words."""
     ends = [(name, series[-1][1]) for name, series in (("train", curve.train), ("val", curve.val)) if series]
     return ", ".join(f"{name} {value:.3g}" for name, value in ends)
 
 
 def roc_plot(finding: str, curves: Sequence[Roc | None], names: Sequence[str]) -> str:
-    """One small multiple of the ROC curves, the series overlaid."""
+    """Return one small plot of ROC curves, with all series."""
     size, left, top, bottom = 210.0, 44.0, 8.0, 162.0
     x, y = svg.Scale(0, 1, left, size - 12), svg.Scale(0, 1, bottom, top)
     parts = [svg.line(x.position(0), y.position(0), x.position(1), y.position(1), "chance")]

@@ -1,4 +1,4 @@
-"""How a run was made: the facts of run.json, whichever of them are there, in words."""
+"""The provenance of a run: the facts of run.json, as far as they are recorded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ctx_distill.runs.run_reader import STAGES, Run, mapping
 
 
 def how_made(run: Run) -> dict[str, Any]:
-    """Facts, manifests and stages for the template."""
+    """Return facts, manifests and stages for the template."""
     info = run.info
     expert, spec = mapping(info.get("expert")), mapping(info.get("volume_spec"))
     facts = [
@@ -42,17 +42,17 @@ def how_made(run: Run) -> dict[str, Any]:
 
 
 def _spec_words(spec: Mapping[str, Any]) -> str | None:
-    """The volume spec in one line."""
-    told = []
+    """Return the volume spec in one line."""
+    parts = []
     for key, joint, unit in (("spacing", " × ", "mm"), ("shape", " × ", "voxels (z, y, x)"), ("window", " to ", "HU")):
         value = spec.get(key)
         if isinstance(value, list | tuple):
-            told.append(f"{joint.join(f'{v:g}' if isinstance(v, int | float) else str(v) for v in value)} {unit}")
-    return "; ".join(told) or None
+            parts.append(f"{joint.join(f'{v:g}' if isinstance(v, int | float) else str(v) for v in value)} {unit}")
+    return "; ".join(parts) or None
 
 
 def _data_row(name: str, value: object) -> dict[str, Any]:
-    """One manifest as run.json tells it."""
+    """Return the facts of one manifest from run.json."""
     held = mapping(value) or {"path": value}
     splits = ", ".join(f"{split} {count}" for split, count in mapping(held.get("splits")).items())
     return {

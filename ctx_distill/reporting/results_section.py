@@ -1,4 +1,4 @@
-"""What the numbers of a run mean: the headline tiles, the results table, and everything that was measured."""
+"""The section on results: headline tiles, the results table with explanations, and all metrics."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ctx_distill.runs.run_reader import STAGES, Metric, Run, to_metric
 
 @dataclass(frozen=True)
 class MetricRow:
-    """A line of the results table; `chance` is None where there is no such level."""
+    """A row of the results table; `chance` is None without a chance level."""
 
     stage: str
     name: str
@@ -23,7 +23,7 @@ class MetricRow:
 
 @dataclass(frozen=True)
 class Tile:
-    """A headline number: its metric, or None with the reason in `note`."""
+    """A headline metric, or None with the reason in `note`."""
 
     title: str
     metric: Metric | None
@@ -31,7 +31,7 @@ class Tile:
 
 
 def result_rows(run: Run) -> list[MetricRow]:
-    """The results table: the metrics of the catalogue that the run has, in the order of the stages."""
+    """Return the results table: the run's metrics that are in the catalogue, in the order of the stages."""
     names = {key: name for _, key, name in STAGES}
     rows = []
     for key, listed in CATALOGUE.items():
@@ -44,7 +44,7 @@ def result_rows(run: Run) -> list[MetricRow]:
 
 
 def all_metrics(run: Run) -> list[tuple[str, Metric]]:
-    """Everything that was measured, by dotted key, per-finding values aside."""
+    """Return all metrics by dotted key, except values per finding."""
     found: list[tuple[str, Metric]] = []
     for _, key, _ in STAGES:
         values = {name: value for name, value in run.metrics.get(key, {}).items() if name != "left_out"}
@@ -67,7 +67,7 @@ def _flatten(prefix: str, values: Mapping[str, Any]) -> Iterator[tuple[str, Metr
 
 
 def per_finding(run: Run, stage: str) -> dict[str, Metric]:
-    """AUROC by finding of a stage (`zero_shot` or `classifier`); {} where there is none."""
+    """Return the AUROC by finding of a stage (`zero_shot` or `classifier`); {} if there is none."""
     values = run.metrics.get(stage, {}).get("per_finding")
     found: dict[str, Metric] = {}
     if isinstance(values, Mapping):
@@ -80,11 +80,11 @@ def per_finding(run: Run, stage: str) -> dict[str, Metric]:
 
 
 def tiles(run: Run) -> list[Tile]:
-    """The four headline numbers, each with its level by chance, or with the reason why it is not there."""
+    """Return the four headline metrics, each with its chance level, or the reason why it is missing."""
     jaccard, random = run.metric("retrieval.jaccard_at_1"), run.metric("retrieval.jaccard_random")
     against = ""
     if jaccard and random and jaccard.value is not None and random.value:
-        against = f"random X-ray {random.value:.3f}, so {jaccard.value / random.value:.1f} times as much"
+        against = f"{jaccard.value / random.value:.1f} times a random X-ray's {random.value:.3f}"
     f1, bleu = run.metric("report.findings_f1"), run.metric("report.bleu4")
     bleu_words = f"BLEU-4 {bleu.value:.3f}" if bleu and bleu.value is not None else ""
     report = Tile("Generated reports, findings F1", f1, bleu_words)
@@ -109,7 +109,7 @@ def tiles(run: Run) -> list[Tile]:
 
 @dataclass(frozen=True)
 class Beside:
-    """Generated reports beside the baselines: their names, a line a score, and what follows in words."""
+    """Generated reports compared with the baselines: names, one row per score, and a conclusion in words."""
 
     names: list[str]
     rows: list[tuple[str, list[Metric | None]]]
@@ -117,7 +117,7 @@ class Beside:
 
 
 def report_baselines(run: Run) -> Beside | None:
-    """The decoder's scores, then each baseline's; None where no report was generated."""
+    """Return the scores of the decoder and of each baseline, or None if no report was generated."""
     report = run.metrics.get("report", {})
     baselines = report.get("baselines")
     if not isinstance(baselines, Mapping) or not baselines:
@@ -133,43 +133,43 @@ def report_baselines(run: Run) -> Beside | None:
 
 
 def has_labels(run: Run) -> bool | None:
-    """Whether the CT manifest has label columns; None where the manifest is not there."""
+    """Return whether the CT manifest has label columns, or None without a manifest."""
     return bool(run.ct.finding_names) if run.ct is not None else None
 
 
 def _why_missing(run: Run, folder: str) -> str:
     if has_labels(run) is False and folder != "report":
-        return "left out: no label columns"
+        return "skipped: no label columns"
     state = run.states.get(folder, "not run")
-    return {"done": "not defined for this cohort", "under way": "under way"}.get(state, "not run yet")
+    return {"done": "not defined for this cohort", "under way": "running or interrupted"}.get(state, "not run yet")
 
 
 def stage_states(run: Run) -> dict[str, str]:
-    """State of each stage in words, by folder; a stage that has nothing to do in this run is "not needed"."""
+    """Return the state of each stage in words, by folder; a stage that this run does not need is "not needed"."""
     states: dict[str, str] = {folder: run.states.get(folder, "not run") for folder, _, _ in STAGES}
     if has_labels(run) is False:
-        states["classifier"] = "left out"
+        states["classifier"] = "skipped"
     if states["expert"] == "not run" and states["index"] == "done":
-        states["expert"] = "not needed"  # A pretrained expert was named: there was nothing to train.
+        states["expert"] = "not needed"  # a pretrained expert was used
     return states
 
 
 def missing_parts(run: Run) -> list[str]:
-    """Sentences about what this page leaves out and why."""
-    told = []
+    """Return sentences about missing parts of the page and their reasons."""
+    sentences = []
     if run.ct is None:
-        told.append("The CT manifest could not be read: studies, pictures and ROC curves were left out.")
+        sentences.append("The CT manifest could not be read: studies, images and ROC curves are missing.")
     elif not run.ct.finding_names:
-        told.append("This cohort has no label columns: label-based scores were left out.")
+        sentences.append("This cohort has no label columns: label-based scores are missing.")
     elif run.xray is not None and not run.xray.finding_names:
-        told.append("The X-ray manifest has no label columns: the findings of retrieved X-rays were not compared.")
+        sentences.append("The X-ray manifest has no label columns: the findings of retrieved X-rays were not compared.")
     states = stage_states(run)
     waiting: dict[str, list[str]] = {}
     for folder, _, name in STAGES:
         state = states[folder]
         waiting.setdefault(state, []).append(name)
     if "under way" in waiting:
-        told.append(f"Under way, or broken off: {', '.join(waiting['under way'])}.")
+        sentences.append(f"Running or interrupted: {', '.join(waiting['under way'])}.")
     if "not run" in waiting:
-        told.append(f"Not run yet: {', '.join(waiting['not run'])}.")
-    return [*told, *run.notes]
+        sentences.append(f"Not run yet: {', '.join(waiting['not run'])}.")
+    return [*sentences, *run.notes]

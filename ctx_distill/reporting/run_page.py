@@ -47,10 +47,9 @@ CURVE_STAGES = ("expert", "distill", "align", "classifier", "report")
 
 
 def build_page(run: Path) -> Path:
-    """Write `RUN/index.html`, one self-contained file about a run, finished or not, and `RUN/<stage>/index.html`.
+    """Write `RUN/index.html`, a self-contained page about a complete or incomplete run, and `RUN/<stage>/index.html`.
 
-    Reads the run folder and the manifests that its run.json names, nothing else. What is missing is left out, and the
-    page says so.
+    Only the run folder and the manifests in its run.json are read. The page lists missing parts.
 
     Args:
         run: the run folder.
@@ -59,58 +58,58 @@ def build_page(run: Path) -> Path:
         The run page's path.
 
     Raises:
-        InputError: where the run folder does not exist.
+        InputError: the run folder does not exist.
     """
     run = Path(run)
     path = run / PAGE
     gathered = gather(run)
-    told = contents(gathered)
+    values = contents(gathered)
     for folder, _, _ in STAGES:
         if (run / folder).is_dir():
-            write_text(run / folder / PAGE, render(told | stage_contents(gathered, folder, told)))
-    write_text(path, render(told))
+            write_text(run / folder / PAGE, render(values | stage_contents(gathered, folder, values)))
+    write_text(path, render(values))
     return path
 
 
 @functools.cache
 def environment() -> jinja2.Environment:
-    """The templates and the filters that they use."""
+    """Return the templates with their filters."""
     import jinja2
 
-    made = jinja2.Environment(
+    templates = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    made.filters |= {
+    templates.filters |= {
         "number": number,
         "count_words": count_words,
         "metric": metric_words,
         "duration": duration,
         "percent": percent,
     }
-    return made
+    return templates
 
 
 def page_style() -> Markup:
-    """The style sheet that every page carries."""
+    """Return the style sheet of all pages."""
     return Markup((TEMPLATES / "style.css").read_text(encoding="utf-8"))
 
 
-def render(told: dict[str, Any]) -> str:
-    """The HTML of `contents`."""
-    return environment().get_template("page.html.j2").render(told)
+def render(values: dict[str, Any]) -> str:
+    """Return the HTML of `contents`."""
+    return environment().get_template("page.html.j2").render(values)
 
 
 def contents(run: Run) -> dict[str, Any]:
-    """What the template of the run page shows, by its names."""
+    """Return the variables of the run page's template."""
     models = [
         name for name, table in (("Zero-shot", run.zero_shot), ("Classifier", run.classifier)) if table is not None
     ]
     chosen = studies(run)
-    return dict(  # noqa: C408  # names of the template, one a line
+    return dict(  # noqa: C408  # the template's variables, one per line
         style=page_style(),
         name=run.folder.resolve().name,
         run=run,
@@ -140,25 +139,25 @@ def contents(run: Run) -> dict[str, Any]:
     )
 
 
-def stage_contents(run: Run, folder: str, told: dict[str, Any]) -> dict[str, Any]:
-    """What the page of one stage shows in place of `told`, the run page's."""
-    kept, own = SECTIONS.get(folder, ()), of_stage(run, folder)
+def stage_contents(run: Run, folder: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Return the variables of one stage's page, from those of the run page."""
+    kept, stage_run = SECTIONS.get(folder, ()), of_stage(run, folder)
     name = next(name for place, _, name in STAGES if place == folder)
     series = {"X-ray expert": "expert"} if folder == "expert" else FINDING_SERIES
     always = ("style", "name", "stages", "has_labels", "made", "ramp", "models")
-    shown = {key: value if key in (*always, *kept) else None for key, value in told.items()}
-    up = {each: f"../{place}" for each, place in told["linked"].items()}
+    shown = {key: value if key in (*always, *kept) else None for key, value in values.items()}
+    up = {each: f"../{place}" for each, place in values["linked"].items()}
     return shown | {
-        "run": own,
-        "rows": result_rows(own),
-        "measured": all_metrics(own),
-        "findings": _per_finding(own, series),
-        "curves": _curves(own),
-        "rocs": _rocs(own),
+        "run": stage_run,
+        "rows": result_rows(stage_run),
+        "measured": all_metrics(stage_run),
+        "findings": _per_finding(stage_run, series),
+        "curves": _curves(stage_run),
+        "rocs": _rocs(stage_run),
         "missing": list(run.notes),
-        "failed": [one for one in told["failed"] if one.stage == folder],
-        "errors": [one for one in told["errors"] if one.key == folder],
-        "salient": {},  # those of the run page are of later stages' models
+        "failed": [one for one in values["failed"] if one.stage == folder],
+        "errors": [one for one in values["errors"] if one.key == folder],
+        "salient": {},  # the run page's maps are of later stages' models
         "study_parts": STUDY_PARTS_OF.get(folder, ()),
         "linked": up,
         "stage": stage_facts(run, folder, name),
@@ -166,7 +165,7 @@ def stage_contents(run: Run, folder: str, told: dict[str, Any]) -> dict[str, Any
 
 
 def number(value: object) -> str:
-    """A number for a table: three decimals, from 10 on one, whole numbers as they are, a dash for none."""
+    """Format a number for a table: three decimals, one from 10 on, integers unchanged, a dash for None."""
     found = to_number(value)
     if found is None:
         return "–"
@@ -176,13 +175,13 @@ def number(value: object) -> str:
 
 
 def count_words(value: object) -> str:
-    """A count with thousands set apart, a dash for none."""
+    """Format a count with a thousands separator, or a dash for None."""
     found = to_number(value)
     return "–" if found is None else f"{round(found):,}"
 
 
 def metric_words(metric: Metric | None) -> str:
-    """A metric with its interval: `0.812 [0.774, 0.846]`."""
+    """Format a metric with its interval: `0.812 [0.774, 0.846]`."""
     if metric is None or metric.value is None:
         return "–"
     interval = f" [{number(metric.low)}, {number(metric.high)}]" if metric.has_interval else ""
@@ -190,12 +189,12 @@ def metric_words(metric: Metric | None) -> str:
 
 
 def percent(value: float) -> str:
-    """A share in [0, 1] as a CSS percentage."""
+    """Format a share in [0, 1] as a CSS percentage."""
     return f"{100 * min(1.0, max(0.0, value)):.1f}%"
 
 
 def duration(value: object) -> str:
-    """Seconds as a person reads them."""
+    """Format seconds as hours, minutes and seconds."""
     seconds = to_number(value)
     if seconds is None:
         return "–"
@@ -207,7 +206,7 @@ def duration(value: object) -> str:
 
 
 def _per_finding(run: Run, wanted: Mapping[str, str]) -> dict[str, Any] | None:
-    """Plot and table of AUROC by finding, the `wanted` stages (name: key of its metrics) that were scored beside each other."""
+    """Return plot and table of AUROC by finding, for the `wanted` stages (metrics key by name) that were scored."""
     series = {name: per_finding(run, key) for name, key in wanted.items()}
     series = {name: values for name, values in series.items() if values}
     if not series:
@@ -227,7 +226,7 @@ def _per_finding(run: Run, wanted: Mapping[str, str]) -> dict[str, Any] | None:
 
 
 def _counts(manifest: Manifest | None) -> dict[str, tuple[int, int]]:
-    """Test studies with and without each finding."""
+    """Return the numbers of test studies with and without each finding."""
     if manifest is None or not manifest.finding_names:
         return {}
     labels = label_table(manifest.split("test"))
@@ -235,7 +234,7 @@ def _counts(manifest: Manifest | None) -> dict[str, tuple[int, int]]:
 
 
 def _curves(run: Run) -> list[dict[str, Any]]:
-    """Learning curves by stage: the first few terms, the rest, and in words those that never change."""
+    """Return the learning curves by stage: the first terms, the rest, and constant terms in words."""
     titles = {folder: name for folder, _, name in STAGES}
     found = []
     for folder in CURVE_STAGES:
@@ -255,7 +254,7 @@ def _curves(run: Run) -> list[dict[str, Any]]:
 
 
 def _rocs(run: Run) -> dict[str, Any] | None:
-    """ROC curves a finding of the test studies; the findings without both classes by name."""
+    """Return the ROC curves per finding of the test studies, and the names of findings without both classes."""
     tables = {"Zero-shot": run.zero_shot, "Classifier": run.classifier}
     held = {name: table for name, table in tables.items() if table is not None}
     if run.ct is None or not run.ct.finding_names or not held:

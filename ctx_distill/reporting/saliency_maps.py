@@ -1,9 +1,9 @@
-"""The saliency maps that a run's page shows, in `RUN/saliency/`.
+"""Write the saliency maps of a run's page to `RUN/saliency/`.
 
-    RUN/saliency/<zero_shot|classifier>/<study>/<finding>.nii.gz   float32, on the scan's own voxels, in units of the logit
-    RUN/saliency/saliency.json                                     which there are, of which model, by which method
+    RUN/saliency/<zero_shot|classifier>/<study>/<finding>.nii.gz   float32, on the scan's voxels, in units of the logit
+    RUN/saliency/saliency.json                                     list of the maps, with model and method
 
-Maps that stand already, of the same model and scan, are kept; those of another model go.
+Existing maps of the same model and scan are kept; those of other models are deleted.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from ctx_distill.runs.run_reader import gather
 
 
 def write_saliency(run: Path) -> tuple[int, int]:
-    """Make the maps that are wanted and not there.
+    """Compute the missing maps.
 
     Returns:
-        How many there are now, and how many of them were made.
+        The number of maps, and how many of them are new.
     """
     gathered = gather(run)
     wanted = wanted_maps(gathered)
@@ -44,7 +44,7 @@ def write_saliency(run: Path) -> tuple[int, int]:
             listed = [one for one in ones if one.finding in opened.findings]
             try:
                 found = _study(run, opened, gathered.ct.scan_file(listed[0].row) if listed else None, listed, standing)
-            except (InputError, OSError) as error:  # a page without a map is worth more than none
+            except (InputError, OSError) as error:  # the page is still useful without a map
                 print(f"saliency: no map of {study}: {error}")
                 continue
             made += sum(new for _, new in found)
@@ -62,7 +62,7 @@ def _write(run: Path, maps: dict[Key, dict[str, Any]]) -> None:
 
 
 def _open(run: Path, model: str) -> Any:
-    """The run's model without what is not asked: the classifier, or zero-shot by itself."""
+    """Open the run's model with the requested head only: the classifier, or zero-shot."""
     import torch
 
     from ctx_distill.inference.model import CTModel
@@ -72,14 +72,14 @@ def _open(run: Path, model: str) -> Any:
     if model == "zero_shot":
         parts = replace(parts, classifier=None)
     if (parts.classifier is None) != (model == "zero_shot") or (model == "zero_shot" and parts.dual is None):
-        raise InputError(f"{run}: holds no {model.replace('_', '-')} model. Run its stage.")
+        raise InputError(f"{run}: has no {model.replace('_', '-')} model. Run its stage.")
     return CTModel(parts).to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _study(
     run: Path, model: Any, file: Any, wanted: list[Wanted], standing: dict[Key, dict[str, Any]]
 ) -> list[tuple[dict[str, Any], bool]]:
-    """The records of one study's maps, each with whether it was made now."""
+    """Return the records of one study's maps, each with whether it is new."""
     if file is None:
         return []
     stamp, found, missing = str(file.stamp()), [], []

@@ -1,4 +1,4 @@
-"""What differs between runs: the settings of their stages, and the data that they were scored on."""
+"""Differences between runs: the settings of their stages, and the data that they were scored on."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ctx_distill.run_files import CONFIG_FILE
 from ctx_distill.runs.run_reader import STAGES, Run, mapping
 
 _OWN = ("trainer.default_root_dir", "trainer.logger")
-"""Where a run and its manifests lie is no setting of it; the manifests' fingerprints are compared instead."""
+"""Paths of a run and its manifests are not compared; the manifests' fingerprints are compared instead."""
 
 
 def setting_rows(runs: Sequence[Run]) -> list[tuple[str, str, list[str]]]:
-    """(stage, key, value of each run) of every key of the resolved `config.yaml` that differs; "–" without the key."""
+    """Return (stage, key, value per run) for every key of the resolved `config.yaml` that differs; "–" without the key."""
     rows = []
     for folder, _, title in STAGES:
         held = [_settings(run.folder, folder) for run in runs]
@@ -32,7 +32,7 @@ def setting_rows(runs: Sequence[Run]) -> list[tuple[str, str, list[str]]]:
 
 
 def _settings(run: Path, folder: str) -> dict[str, str] | None:
-    """A stage's settings by dotted key, the run's own folder written as RUN; None where it was not run."""
+    """Return a stage's settings by dotted key, with the run's folder written as RUN, or None if it was not run."""
     path = run / folder / CONFIG_FILE
     if not path.is_file():
         return None
@@ -58,36 +58,38 @@ def _flatten(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def data_warnings(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
-    """Sentences on what makes the runs' figures not comparable; none where they were scored on the same data."""
-    told = []
+    """Return sentences about differences in the data that make the runs' metrics incomparable."""
+    sentences = []
     first = runs[0]
     for run, name in zip(runs[1:], names[1:], strict=True):
         for key, title in (("ct", "CT"), ("xray", "X-ray")):
             mine, theirs = (mapping(of.info.get(key)).get("fingerprint") for of in (run, first))
             if mine and theirs and mine != theirs:
-                told.append(f"{name} has another {title} cohort than {names[0]}: figures on it cannot be compared.")
+                sentences.append(
+                    f"{name} has another {title} cohort than {names[0]}: metrics on it are not comparable."
+                )
         if run.ct is None or first.ct is None:
             continue
         studies, base = (set(of.ct.split("test").frame["study_id"]) for of in (run, first) if of.ct is not None)
         if studies != base:
-            told.append(
-                f"{name} was scored on {len(studies)} test studies, {names[0]} on {len(base)}, of which"
-                f" {len(studies & base)} are the same: figures cannot be compared."
+            sentences.append(
+                f"{name} was scored on {len(studies)} test studies, {names[0]} on {len(base)}, with"
+                f" {len(studies & base)} in common: metrics are not comparable."
             )
         elif run.ct.finding_names and first.ct.finding_names and not _same_labels(run, first):
-            told.append(
-                f"{name} and {names[0]} have other labels for the same test studies: figures cannot be compared."
+            sentences.append(
+                f"{name} and {names[0]} have different labels for the same test studies: metrics are not comparable."
             )
         for key, title, mine, theirs in (
             ("zero_shot", "zero-shot", run.zero_shot, first.zero_shot),
             ("classifier", "the classifier", run.classifier, first.classifier),
         ):
             if mine is not None and theirs is not None and set(mine.columns) != set(theirs.columns):
-                told.append(
-                    f"{name} and {names[0]} were asked for other findings by {title} ({len(set(mine.columns) & set(theirs.columns))} in"
-                    f" common): means over findings ({key}.macro) cannot be compared."
+                sentences.append(
+                    f"{name} and {names[0]} predicted different findings with {title} ({len(set(mine.columns) & set(theirs.columns))} in"
+                    f" common): means over findings ({key}.macro) are not comparable."
                 )
-    return told
+    return sentences
 
 
 def _same_labels(one: Run, other: Run) -> bool:

@@ -1,4 +1,4 @@
-"""The page of one stage: which of the run page's sections it has, and what the stage was made of."""
+"""The page of one stage: its sections, facts and inputs."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from ctx_distill.run_files import CONFIG_FILE, REQUEST_FILE
 from ctx_distill.runs.run_reader import STAGES, Run, mapping
 
 LEADS = {
-    "expert": "The X-ray expert: an image and a text tower that were trained on radiographs and their reports.",
-    "index": "The index: for each CT, the X-rays whose reports are nearest to its own.",
-    "distill": "Distillation: a CT encoder learnt from what the X-ray expert says of the X-rays retrieved for each CT.",
-    "align": "Alignment: CTs and their reports were brought together, with the pairs that are falsely negative corrected.",
-    "zero_shot": "Zero-shot: the aligned model was asked about findings by prompts alone; it saw no label.",
-    "classifier": "The classifier: a head on the CT encoder was trained on labels.",
-    "report": "The report decoder: it writes a report from a CT's tokens.",
+    "expert": "The X-ray expert: an image tower and a text tower, trained on radiographs and their reports.",
+    "index": "The retrieval index: for each CT report, the X-rays with the most similar reports.",
+    "distill": "Distillation: the CT encoder is trained towards the expert's embeddings of the X-rays retrieved for each CT.",
+    "align": "Alignment: contrastive training of CTs and reports, with correction of false negatives.",
+    "zero_shot": "Zero-shot: findings predicted by the aligned model with prompts, without labels.",
+    "classifier": "The classifier: a head on the CT encoder, trained on labels.",
+    "report": "The report decoder: generates a report from a CT's tokens.",
 }
-# Sections of the run page that a stage's page keeps as they are; the others are made of the stage's own files or left out.
+# Sections of the run page that a stage's page keeps; the others are built from the stage's files or dropped.
 SECTIONS: dict[str, tuple[str, ...]] = {
     "index": ("studies",),
     "align": ("corrections",),
@@ -31,7 +31,7 @@ STUDY_PARTS_OF: dict[str, tuple[str, ...]] = {"index": ("xray",), "report": ("re
 
 @dataclass(frozen=True)
 class StageFacts:
-    """What the template shows of a stage: facts, inputs with their fingerprints, and its configuration as YAML."""
+    """A stage for the template: facts, inputs with their fingerprints, and its configuration as YAML."""
 
     name: str
     lead: str
@@ -41,7 +41,7 @@ class StageFacts:
 
 
 def of_stage(run: Run, folder: str) -> Run:
-    """The run with the results, tables and log of one stage only."""
+    """Return the run with the results, tables and log of one stage only."""
     key = next(key for place, key, _ in STAGES if place == folder)
     return replace(
         run,
@@ -53,7 +53,7 @@ def of_stage(run: Run, folder: str) -> Run:
 
 
 def stage_facts(run: Run, folder: str, name: str) -> StageFacts:
-    """Read the stage's `request.json`, `config.yaml` and what run.json says of it; what is not there is left out."""
+    """Read a stage's `request.json`, `config.yaml` and entry in run.json; missing facts are skipped."""
     place = run.folder / folder
     try:
         request = mapping(json.loads((place / REQUEST_FILE).read_text(encoding="utf-8")))
@@ -76,8 +76,8 @@ def stage_facts(run: Run, folder: str, name: str) -> StageFacts:
         ("Overrides", " ".join(map(str, overrides)) if isinstance(overrides, list) else ""),
         ("Request", str(request.get("key") or "")),
         ("Artefact", str(recorded.get("fingerprint") or "")),
-        ("Images left out", "; ".join(f"{reason}: {count}" for reason, count in sorted(left_out.items()))),
-        ("Set aside before", ", ".join(aside)),
+        ("Images excluded", "; ".join(f"{reason}: {count}" for reason, count in sorted(left_out.items()))),
+        ("Earlier results", ", ".join(aside)),
     ]
     inputs = tuple((kind, str(value)) for kind, value in mapping(request.get("inputs")).items())
     return StageFacts(name, LEADS[folder], tuple((fact, value) for fact, value in facts if value), inputs, config)

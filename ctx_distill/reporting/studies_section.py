@@ -1,4 +1,4 @@
-"""Some test studies in full: chosen by rule, with pictures, findings, the retrieved X-ray and the generated report."""
+"""The section on studies, selected by rule, with slices, findings, the retrieved X-ray and the generated report."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class FindingScore:
 
 @dataclass(frozen=True)
 class FindingRow:
-    """A finding of a study: the truth in words, and one score a model (None where it gave none)."""
+    """A finding of a study: the label in words, and one score per model (None without a score)."""
 
     name: str
     truth: str
@@ -39,7 +39,7 @@ class FindingRow:
 
 @dataclass(frozen=True)
 class RetrievedXray:
-    """The X-ray retrieved for a study, with the findings that both, or one of them, have (None without labels)."""
+    """The X-ray retrieved for a study, with shared findings and findings of only one of them (None without labels)."""
 
     image_id: str
     similarity: float
@@ -53,7 +53,7 @@ class RetrievedXray:
 
 @dataclass(frozen=True)
 class ShownStudy:
-    """One study as the page shows it; what the run does not have is None or empty."""
+    """One study of the page; missing parts are None or empty."""
 
     study_id: str
     patient_id: str
@@ -69,7 +69,7 @@ class ShownStudy:
 
 
 def label_table(manifest: Manifest) -> pd.DataFrame:
-    """Labels by study, a column a finding: the largest over the study's images, so present before uncertain."""
+    """Return labels by study, one column per finding: the maximum over the study's images, with known before uncertain."""
     frame = pd.DataFrame(
         manifest.labels().astype(float), columns=list(manifest.finding_names), index=manifest.frame["study_id"]
     )
@@ -78,10 +78,10 @@ def label_table(manifest: Manifest) -> pd.DataFrame:
 
 
 def choose_studies(run: Run) -> list[tuple[str, str]]:
-    """Ids of the studies to show and how each was chosen: the same ones for the same run, failures among them.
+    """Select studies deterministically, and return their ids with the reason for each.
 
-    With labels and scores: the abnormal and the normal test studies are each ranked by how well the scores fit their
-    labels and taken evenly from best to worst. Without: evenly from the sorted ids.
+    With labels and scores, abnormal and normal test studies are each ranked by the fit of scores to labels, and selected
+    at even intervals from best to worst. Otherwise they are selected at even intervals from the sorted ids.
     """
     if run.ct is None:
         return []
@@ -104,21 +104,24 @@ def choose_studies(run: Run) -> list[tuple[str, str]]:
                 chosen.append((study, f"{word} {split} study; fit of {kind} scores to its labels: rank {rank}"))
         if chosen:
             return chosen
-    return [(ids[i], f"taken evenly from the sorted {split} studies") for i in _evenly(len(ids), ABNORMAL + NORMAL)]
+    return [
+        (ids[i], f"selected at even intervals from the sorted {split} studies")
+        for i in _evenly(len(ids), ABNORMAL + NORMAL)
+    ]
 
 
 def _evenly(length: int, count: int) -> list[int]:
-    """At most `count` different places from the first to the last of `length`."""
+    """Return at most `count` distinct, evenly spaced positions of `length`, including the first and the last."""
     if length <= count:
         return list(range(length))
     return sorted({int(place) for place in np.linspace(0, length - 1, count).round()})
 
 
 def study_fits(labels: pd.DataFrame, scores: pd.DataFrame) -> dict[str, tuple[float, bool]]:
-    """How well the scores of each study fit its labels, best first, and whether the study has a finding.
+    """Return, best first, the fit of each study's scores to its labels, and whether the study has a finding.
 
-    Within a finding, scores become ranks from 0 to 1 over the studies; the fit is the mean rank of the study's present
-    findings less that of its absent ones (for a normal study: less the mean rank of all). Ties go by id.
+    Scores are converted to ranks in [0, 1] over the studies, per finding. The fit is the mean rank of the study's present
+    findings minus that of its absent ones (for a normal study, minus the mean rank of all). Ties are broken by id.
     """
     names = [name for name in labels.columns if name in scores.columns]
     both = [study for study in scores.index if study in labels.index]
@@ -140,7 +143,7 @@ def study_fits(labels: pd.DataFrame, scores: pd.DataFrame) -> dict[str, tuple[fl
 
 
 def studies(run: Run) -> list[ShownStudy]:
-    """The chosen studies with everything that the run has about them."""
+    """Return the selected studies with all their results."""
     chosen = choose_studies(run)
     if run.ct is None or not chosen:
         return []
@@ -172,7 +175,7 @@ def _study(
 
 
 def read_ct(ct: Manifest, row: int) -> tuple[CTPictures | None, str]:
-    """The slices, or why there are none."""
+    """Return the slices of a CT, or None and the reason."""
 
     try:
         return ct_pictures(ct.scan_file(row).read()), ""
@@ -181,7 +184,7 @@ def read_ct(ct: Manifest, row: int) -> tuple[CTPictures | None, str]:
 
 
 def _findings(run: Run, labels: pd.DataFrame | None, study: str) -> tuple[FindingRow, ...]:
-    """Truth and scores by finding: present ones first, then by the first score, high to low."""
+    """Return label and scores by finding: present ones first, then by descending first score."""
     tables = [table for table in (run.zero_shot, run.classifier) if table is not None]
     names = list(labels.columns) if labels is not None else []
     names += [name for table in tables for name in table.columns if name not in names]
@@ -210,7 +213,7 @@ def _score(table: pd.DataFrame, study: str, name: str) -> FindingScore | None:
 def _neighbour(
     run: Run, labels: pd.DataFrame | None, xray_labels: pd.DataFrame | None, study: str
 ) -> RetrievedXray | None:
-    """The first retrieved X-ray of a study."""
+    """Return the first retrieved X-ray of a study."""
     if run.retrieval is None or run.xray is None:
         return None
     found = run.retrieval[run.retrieval["study_id"] == study].sort_values("rank", kind="stable")
@@ -219,7 +222,7 @@ def _neighbour(
     image_id, similarity = str(found.iloc[0]["xray_image_id"]), float(found.iloc[0]["similarity"])
     rows = run.xray.frame.index[run.xray.frame["image_id"] == image_id]
     if not len(rows):
-        return RetrievedXray(image_id, similarity, "", None, "This X-ray is not in the manifest any more.")
+        return RetrievedXray(image_id, similarity, "", None, "This X-ray is no longer in the manifest.")
     row = int(rows[0])
     picture, problem = None, ""
     try:
@@ -248,7 +251,7 @@ def _neighbour(
 
 
 def _reports(run: Run, study: str) -> tuple[tuple[tuple[str, bool], ...], tuple[tuple[str, bool], ...]]:
-    """True and generated report as pieces of text, each with whether both have it; empty where there is none."""
+    """Return reference and generated report as pieces of text, each with whether both contain it; empty if missing."""
     if run.reports is None:
         return (), ()
     found = run.reports[run.reports["study_id"] == study]
@@ -259,9 +262,9 @@ def _reports(run: Run, study: str) -> tuple[tuple[tuple[str, bool], ...], tuple[
 
 
 def shared_runs(words: str, other: str, length: int = 3) -> tuple[tuple[str, bool], ...]:
-    """Cut a text into pieces: runs of `length` or more words that the other text has too (True), and the rest (False).
+    """Split a text into sequences of `length` or more words that also occur in the other text (True), and the rest (False).
 
-    The pieces joined give the text, its white space made single.
+    The joined pieces are the text with normalised white space.
     """
     pieces = words.split()
     plain = [_plain(piece) for piece in pieces]
@@ -275,7 +278,7 @@ def shared_runs(words: str, other: str, length: int = 3) -> tuple[tuple[str, boo
         if joined and joined[-1][1] == mark:
             joined[-1] = (f"{joined[-1][0]} {piece}", mark)
         elif joined:
-            # The space between goes to the piece without a mark, so that no mark ends in a space.
+            # The space belongs to the unmarked piece, so that no mark ends with a space.
             if mark:
                 joined[-1] = (f"{joined[-1][0]} ", False)
             joined.append((piece if mark else f" {piece}", mark))

@@ -1,7 +1,7 @@
-"""The little of SVG that the plots need: scales, axes, paths, all as strings.
+"""SVG elements for the plots, as strings: scales, axes and paths.
 
-Drawn by hand and not by matplotlib so that the text stays text in the page's own font, colours follow the page's light
-and dark style sheet by class, a plot is a few kB, and the same numbers give the same bytes.
+Unlike matplotlib's output, text stays text in the page's font, colours follow the page's light and dark style sheet, a plot
+takes a few kB, and the output is deterministic.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ class Scale:
     end: float
 
     def position(self, value: float) -> float:
-        """The pixel of a value; values outside are put at the edge."""
+        """Return the pixel of a value; values outside the range are clamped."""
         span = self.high - self.low
         share = 0.5 if span <= 0 else min(1.0, max(0.0, (value - self.low) / span))
         return round(self.start + share * (self.end - self.start), 2)
 
 
 def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """Round numbers that cover [low, high], about `count` of them; the first is <= low and the last >= high."""
+    """Return about `count` round numbers that cover [low, high]; the first is <= low and the last >= high."""
     if not high > low:
         pad = abs(low) * 0.1 or 1.0
         low, high = low - pad, high + pad
@@ -41,7 +41,7 @@ def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 
 def tick_text(value: float, step: float) -> str:
-    """A tick's number with as many decimals as the step needs."""
+    """Format a tick with as many decimals as the step needs."""
     if abs(value) >= 1e5 or (0 < abs(value) < 1e-2 and step < 1e-4):
         digits = max(0, math.floor(math.log10(abs(value))) - math.floor(math.log10(step)))
         return f"{value:.{digits}e}".replace("e-0", "e-").replace("e+0", "e")
@@ -52,23 +52,23 @@ def tick_text(value: float, step: float) -> str:
 
 
 def text(x: float, y: float, words: str, css: str = "", anchor: str = "start") -> str:
-    """A text element; the words are escaped."""
+    """Return a text element with escaped words."""
     return f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}" class="{css}">{escape(words)}</text>'
 
 
 def line(x1: float, y1: float, x2: float, y2: float, css: str) -> str:
-    """A straight line."""
+    """Return a straight line."""
     return f'<line x1="{x1:g}" y1="{y1:g}" x2="{x2:g}" y2="{y2:g}" class="{css}"/>'
 
 
 def polyline(points: Iterable[tuple[float, float]], css: str) -> str:
-    """Points joined by lines."""
+    """Return points joined by lines."""
     joined = " ".join(f"{x:g},{y:g}" for x, y in points)
     return f'<polyline points="{joined}" class="{css}"/>' if joined else ""
 
 
 def marker(shape: str, x: float, y: float, css: str, size: float = 4.0) -> str:
-    """A dot, square, triangle, diamond, cross or ring, so that series differ in more than colour."""
+    """Return a dot, square, triangle, diamond, cross or ring, so that series differ by more than colour."""
     if shape == "square":
         return f'<rect x="{x - size:g}" y="{y - size:g}" width="{2 * size:g}" height="{2 * size:g}" class="{css}"/>'
     if shape == "triangle":
@@ -89,7 +89,7 @@ def marker(shape: str, x: float, y: float, css: str, size: float = 4.0) -> str:
 
 
 def frame(width: float, height: float, label: str, parts: Sequence[str], css: str = "") -> str:
-    """An inline SVG picture with its description for those who do not see it."""
+    """Return an inline SVG image with a text alternative."""
     body = "".join(parts)
     return (
         f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(label, quote=True)}" '

@@ -1,4 +1,4 @@
-"""Which saliency maps the page shows, and those of its studies."""
+"""Select the saliency maps that the page shows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ctx_distill.runs.run_reader import Run
 
 @dataclass(frozen=True)
 class Wanted:
-    """One map: of which model (`zero_shot` or `classifier`), study, manifest row and finding."""
+    """A map to compute: model (`zero_shot` or `classifier`), study, manifest row and finding."""
 
     model: str
     study_id: str
@@ -23,7 +23,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class StudyMap:
-    """What a study's slices show: the model's name, the finding, its probability, why that finding."""
+    """The map of a study: name of the model, finding, probability, and why the finding was selected."""
 
     model: str
     finding: str
@@ -33,7 +33,7 @@ class StudyMap:
 
 
 def wanted_maps(run: Run) -> list[Wanted]:
-    """The maps of the studies and errors on the page, each once, by study."""
+    """Return the distinct maps of the studies and errors on the page, ordered by study."""
     found: list[Wanted] = []
     if run.ct is None:
         return []
@@ -47,7 +47,7 @@ def wanted_maps(run: Run) -> list[Wanted]:
 
 
 def study_maps(run: Run, studies: Sequence[str]) -> dict[str, StudyMap]:
-    """Slices through the peak of one map a study, for those that have a map."""
+    """Return slices through the peak of one map per study, for studies with a map."""
     record, names, found = read_record(run.folder), dict(MODELS), {}
     for study in studies:
         salient = _salient(run, study)
@@ -62,13 +62,13 @@ def study_maps(run: Run, studies: Sequence[str]) -> dict[str, StudyMap]:
             scan = run.ct.scan_file(one.row).read()
             shown = show_finding(run.folder, record, key, scan, ("axial", "coronal", "sagittal"), region)
         except (ValueError, OSError):
-            continue  # the study's own slices say why
+            continue  # the study's slices report the problem
         found[study] = StudyMap(names[one.model], one.finding, probability, why, shown)
     return found
 
 
 def _salient(run: Run, study: str) -> tuple[Wanted, float, str] | None:
-    """The finding that a study's map is of: its most probable present one, else its most probable one."""
+    """Select the finding of a study's map: the most probable present finding, else the most probable one."""
     model = "classifier" if run.classifier is not None else "zero_shot"
     table = getattr(run, model)
     if run.ct is None or table is None or study not in table.index:
@@ -83,7 +83,7 @@ def _salient(run: Run, study: str) -> tuple[Wanted, float, str] | None:
     if scores.empty:
         return None
     held = scores[present] if present else scores
-    why = "the most probable of the findings that it has" if present else "the most probable finding"
+    why = "the most probable finding that is present" if present else "the most probable finding"
     row = int(run.ct.frame.index[run.ct.frame["study_id"] == study][0])
     finding = str(held.idxmax())
     return Wanted(model, study, row, finding), float(held.max()), why

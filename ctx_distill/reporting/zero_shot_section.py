@@ -1,4 +1,4 @@
-"""The part of the page on zero-shot: scores at thresholds, calibration, and retrieval between reports and volumes."""
+"""The section on zero-shot: scores at thresholds, calibration, and retrieval between reports and volumes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ctx_distill.runs.run_reader import Metric, Run, mapping, to_metric, to_numb
 
 
 def zero_shot_part(run: Run) -> dict[str, Any] | None:
-    """What the template shows; None where the run has none of it, also where its files have another form."""
+    """Return the template's variables, or None if the run has no such results or they have another format."""
     metrics = mapping(run.metrics.get("zero_shot"))
     findings = {name: mapping(own) for name, own in mapping(metrics.get("findings")).items()}
     rows = [
@@ -44,20 +44,20 @@ def zero_shot_part(run: Run) -> dict[str, Any] | None:
 
 
 def _recalls(found: dict[str, Any]) -> list[tuple[Metric | None, Metric | None]]:
-    """(recall@k, by chance) for each rank."""
+    """Return recall@k and its chance level for each k."""
     return [
         (to_metric(found.get(f"recall_at_{k}")), to_metric(found.get(f"recall_at_{k}_random"))) for k in RANKS
     ]  # fmt: skip
 
 
 def _reliability_plot(bins: object) -> Markup | None:
-    """Share of studies with a finding over the probability given, all findings together."""
+    """Return a plot of the share of studies with a finding over the predicted probability, for all findings."""
     points = []
     for item in bins if isinstance(bins, list) else []:
         held = mapping(item)
-        given, seen, count = (to_number(held.get(key)) for key in ("probability", "frequency", "count"))
-        if given is not None and seen is not None and count is not None:
-            points.append((given, seen, int(count)))
+        predicted, observed, count = (to_number(held.get(key)) for key in ("probability", "frequency", "count"))
+        if predicted is not None and observed is not None and count is not None:
+            points.append((predicted, observed, int(count)))
     if not points:
         return None
     size, left, top, bottom = 300.0, 48.0, 10.0, 250.0
@@ -69,11 +69,15 @@ def _reliability_plot(bins: object) -> Markup | None:
         parts.append(svg.text(x.position(value), bottom + 16, f"{value:g}", "tick", "middle"))
         parts.append(svg.text(left - 6, y.position(value) + 3.5, f"{value:g}", "tick", "end"))
     parts.append(svg.line(x.position(0), y.position(0), x.position(1), y.position(1), "chance"))
-    parts.append(svg.polyline([(x.position(given), y.position(seen)) for given, seen, _ in points], "curve s0"))
-    parts.extend(svg.marker("dot", x.position(given), y.position(seen), "mark s0", 4) for given, seen, _ in points)
-    parts.append(svg.text((x.position(0) + x.position(1)) / 2, bottom + 32, "probability given", "tick", "middle"))
+    pixels = [(x.position(predicted), y.position(observed)) for predicted, observed, _ in points]
+    parts.append(svg.polyline(pixels, "curve s0"))
+    parts.extend(svg.marker("dot", across, down, "mark s0", 4) for across, down in pixels)
+    parts.append(svg.text((x.position(0) + x.position(1)) / 2, bottom + 32, "predicted probability", "tick", "middle"))
     middle = (y.position(0) + y.position(1)) / 2
     turned = f'<g transform="rotate(-90 12 {middle:g})">'
     parts.append(turned + svg.text(12, middle, "share with the finding", "tick", "middle") + "</g>")
-    told = "; ".join(f"given {given:.2f}, seen {seen:.2f}, {count} answers" for given, seen, count in points)
-    return Markup(svg.frame(size, 290, f"Reliability curve: {told}", parts, "small"))
+    values = "; ".join(
+        f"predicted {predicted:.2f}, observed {observed:.2f}, {count} predictions"
+        for predicted, observed, count in points
+    )
+    return Markup(svg.frame(size, 290, f"Reliability curve: {values}", parts, "small"))

@@ -1,4 +1,4 @@
-"""Building the index: from keys in memory or memory-mapped, added part by part, its recall measured against exact."""
+"""Build the index in parts from keys in memory or memory-mapped, and measure its recall against exact search."""
 
 from __future__ import annotations
 
@@ -18,40 +18,40 @@ HNSW_NEIGHBOURS = 32
 SEARCH_WIDTH = {"ivf": 8, "hnsw": 64}
 CHUNK = 65_536
 POINTS_A_LIST = 39
-"""What FAISS's k-means wants at least, an inverted list."""
+"""Minimum keys per inverted list for FAISS's k-means."""
 TRAINING_POINTS = 64
-"""Keys a list that k-means learns from; more change the recall little."""
+"""Training keys per list for k-means; more hardly change the recall."""
 
 
 def recall_at_1(index: XrayIndex, keys: Keys, queries: Tensor) -> float:
-    """Share of queries whose first neighbour is as near as the nearest of all keys.
+    """Return the share of queries whose first neighbour is as similar as the most similar of all keys.
 
     Args:
         index: an index over the keys.
         keys: (N, D).
         queries: (Q, D) unit rows.
     """
-    asked = as_matrix(queries)
-    best = np.full(len(asked), -np.inf, dtype=np.float32)
+    matrix = as_matrix(queries)
+    best = np.full(len(matrix), -np.inf, dtype=np.float32)
     for start in range(0, len(keys), CHUNK):
         part = as_matrix(keys[start : start + CHUNK])
-        best = np.maximum(best, knn(asked, part, 1)[0][:, 0])
-    found, _ = index.search(queries, 1)
-    return float((found[:, 0].cpu().numpy() >= best - 1e-5).mean())
+        best = np.maximum(best, knn(matrix, part, 1)[0][:, 0])
+    similarity, _ = index.search(queries, 1)
+    return float((similarity[:, 0].cpu().numpy() >= best - 1e-5).mean())
 
 
 def construct(
     keys: Keys, kind: IndexKind = "exact", device: Device = "auto", search_width: int | None = None
 ) -> XrayIndex:
-    """An index over the keys, its recall not measured; see `build_index`. An exact one holds equal keys once.
+    """Build an index without measuring its recall; see `build_index`. An exact index stores equal keys once.
 
-    Keys are read part by part, so that memory-mapped ones are never held a second time beside the index.
+    Keys are read in parts, so that memory-mapped keys are not copied into memory.
     """
     faiss = faiss_module()
     rows, dimension = keys.shape
     equal = None
     if rows == 0:
-        raise InputError("no X-rays to index; expected at least one. See what the X-ray manifest's filters left out.")
+        raise InputError("no X-rays to index; expected at least one. Check what the X-ray manifest's filters excluded.")
     if kind == "exact":
         index: Any = faiss.IndexFlatIP(dimension)
         equal = equal_keys(keys)
@@ -79,7 +79,9 @@ def _finite(part: NDArray[np.float32], start: int) -> NDArray[np.float32]:
     good = np.isfinite(part.sum(axis=1))
     if not good.all():
         bad = start + int(np.flatnonzero(~good)[0])
-        raise InputError(f"key {bad} of the X-ray index is not finite. Check the expert's weights and the item's text.")
+        raise InputError(
+            f"key {bad} of the X-ray index is not finite. Check the expert's weights and the X-ray's report."
+        )
     return part
 
 
@@ -95,15 +97,15 @@ def build_index(
 
     Args:
         keys: (N, D) unit rows.
-        kind: `exact`; `ivf` (inverted lists, about 4 sqrt(N) of them); `hnsw` (a graph).
-        device: `auto`: the GPU where FAISS has one.
-        search_width: lists visited a query (ivf, default 8), or candidates that the walk through the graph keeps (hnsw,
-            default 64).
-        probes: (Q, D) queries to measure recall@1 of an approximate index with; default: up to 256 keys, disturbed.
-        minimum_recall: refuse an approximate index below it.
+        kind: `exact`, `ivf` (about 4 sqrt(N) inverted lists) or `hnsw` (a graph).
+        device: `auto` uses the GPU if FAISS supports it.
+        search_width: lists visited per query (ivf, default 8), or candidates kept during the graph search (hnsw, default
+            64).
+        probes: (Q, D) queries for the recall@1 of an approximate index. Default: up to 256 keys with added noise.
+        minimum_recall: minimum recall@1 of an approximate index.
 
     Raises:
-        InputError: no keys, keys that are not finite, or recall below the minimum.
+        InputError: there are no keys, a key is not finite, or the recall is too low.
     """
     built = construct(keys, kind, device, search_width)
     if kind != "exact":
@@ -113,13 +115,14 @@ def build_index(
         if minimum_recall is not None and built.recall < minimum_recall:
             raise InputError(
                 f"recall@1 of the {kind} index is {built.recall:.3f}; expected at least {minimum_recall}. "
-                f"Raise model.init_args.search_width (now {search_width or SEARCH_WIDTH[kind]}), or set index_kind=exact."
+                f"Increase model.init_args.search_width (now {search_width or SEARCH_WIDTH[kind]}), or set "
+                "index_kind=exact."
             )
     return built
 
 
 def disturbed(keys: Keys, queries: int = 256) -> Tensor:
-    """(Q, D): up to so many keys, drawn at random and disturbed by noise of length .3."""
+    """Return up to `queries` random keys (Q, D), with added noise of norm 0.3."""
     rows, dimension = keys.shape
     draw = np.random.default_rng(0)
     base = as_matrix(keys[draw.choice(rows, min(rows, queries), replace=False)])

@@ -1,12 +1,11 @@
-"""Keys that are equal: found once, so that an exact index holds each distinct key once and still answers for all.
+"""Deduplicate keys: an exact index stores each distinct key once, with a table of the positions that share it.
 
-Reports are often identical word for word (normal X-rays above all), and so are their keys. A search among all of them
-would have to compare thousands of ties one by one; a search among distinct keys names one, and the positions that share
-it follow from a table.
+Reports are often identical (of normal X-rays above all), and so are their keys. Searching all of them would compare
+thousands of ties; searching distinct keys returns one, and the table gives the positions that share it.
 
-Equal keys are found by random hyperplanes (Charikar 2002, "Similarity estimation techniques from rounding algorithms"):
-keys on the same side of all planes are compared with the first of them. Keys that are equal can only be missed where one
-lies on a plane to the last bit; they then count as distinct, which costs time and changes no result.
+Equal keys are detected with random hyperplanes (Charikar 2002, "Similarity estimation techniques from rounding
+algorithms"): keys on the same side of all planes are compared with the first of them. Equal keys can be missed only if
+one is on a plane up to rounding. They then count as distinct, which costs time but does not change results.
 """
 
 from __future__ import annotations
@@ -27,18 +26,18 @@ EQUAL_FILE = "equal_keys.safetensors"
 PLANES = 128
 CHUNK = 65_536
 ROUNDS = 64
-"""Distinct keys per cell of the planes that are told apart; the members of a cell that are left count as distinct each."""
+"""Maximum distinct keys resolved per cell of the planes; the remaining members of a cell count as distinct."""
 
 Keys = Tensor | NDArray[np.floating]
 
 
 @dataclass(frozen=True)
 class EqualKeys:
-    """Which positions hold the same key. Distinct keys are numbered in the order of their first positions.
+    """Table of the positions that share a key. Distinct keys are numbered in the order of their first positions.
 
     Attributes:
-        order: (N,) int64, all positions, distinct key by distinct key, rising within each.
-        starts: (G + 1,) int64, where in `order` each distinct key's positions begin; the last is N.
+        order: (N,) int64, all positions, grouped by distinct key and ascending within each group.
+        starts: (G + 1,) int64, start of each distinct key's group in `order`; the last is N.
     """
 
     order: NDArray[np.int64]
@@ -49,18 +48,18 @@ class EqualKeys:
 
     @property
     def firsts(self) -> NDArray[np.int64]:
-        """(G,): the first position of each distinct key."""
+        """First position of each distinct key, (G,)."""
         return self.order[self.starts[:-1]]
 
     def sizes(self, distinct: NDArray[np.int64]) -> NDArray[np.int64]:
-        """How many positions hold each of some distinct keys."""
+        """Return the number of positions of each of the given distinct keys."""
         return self.starts[distinct + 1] - self.starts[distinct]
 
     def positions(self, distinct: NDArray[np.int64], most: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The first positions, at most so many of each, of some distinct keys (n,).
+        """Return the first positions of distinct keys (n,), at most `most` of each.
 
         Returns:
-            (M,) places 0 to n - 1 in `distinct`, and (M,) positions.
+            Indices (M,) into `distinct`, and positions (M,).
         """
         taken = np.minimum(self.sizes(distinct), most)
         places = np.repeat(np.arange(len(distinct)), taken)
@@ -68,13 +67,13 @@ class EqualKeys:
         return places, self.order[self.starts[distinct][places] + within]
 
     def part(self, start: int, end: int) -> EqualKeys:
-        """The table of the distinct keys from `start` to `end`, numbered from 0; positions stay what they are."""
+        """Return the table of the distinct keys from `start` to `end`, renumbered from 0, with unchanged positions."""
         return EqualKeys(
             self.order[self.starts[start] : self.starts[end]], self.starts[start : end + 1] - self.starts[start]
         )
 
     def save(self, path: Path) -> None:
-        """Write the table, completely or not at all."""
+        """Write the table atomically."""
         part = path.with_name(f".{path.name}.part")
         save_file({"order": torch.from_numpy(self.order), "starts": torch.from_numpy(self.starts)}, part)
         part.replace(path)
@@ -84,25 +83,25 @@ class EqualKeys:
         """Read a table, memory-mapped.
 
         Raises:
-            InputError: the file is damaged.
+            InputError: the file is corrupt.
         """
         try:
             with safe_open(path, framework="pt") as handle:
                 table = cls(handle.get_tensor("order").numpy(), handle.get_tensor("starts").numpy())
         except (SafetensorError, OSError) as error:
-            raise InputError(f"{path}: not a readable table of equal keys ({error}). Run stage 1 again.") from error
+            raise InputError(f"{path}: not a readable table of equal keys ({error}). Rerun stage 1.") from error
         if not len(table.starts) or table.starts[0] != 0 or table.starts[-1] != len(table.order):
-            raise InputError(f"{path}: the table of equal keys is damaged. Run stage 1 again.")
+            raise InputError(f"{path}: the table of equal keys is corrupt. Rerun stage 1.")
         return table
 
 
 def equal_keys(keys: Keys) -> EqualKeys | None:
-    """The table of equal keys among (N, D); None where all are distinct."""
+    """Return the table of equal keys among (N, D), or None if all are distinct."""
     return tabulate(first_near(keys, 0.0))
 
 
 def tabulate(first: NDArray[np.int64]) -> EqualKeys | None:
-    """The table in which each position shares the key of another, its first one (N,); None where all are their own."""
+    """Return the table built from each position's first equal position (N,), or None if all positions are distinct."""
     order = np.argsort(first, kind="stable")
     starts = np.flatnonzero(np.diff(first[order], prepend=-1))
     if len(starts) == len(first):
@@ -111,9 +110,9 @@ def tabulate(first: NDArray[np.int64]) -> EqualKeys | None:
 
 
 def first_near(keys: Keys, tolerance: float) -> NDArray[np.int64]:
-    """(N,) the first position whose key is at most `tolerance` (Euclidean) from each of the keys (N, D); its own mostly.
+    """Return, for each key (N, D), the first position whose key is within `tolerance` (Euclidean distance), (N,).
 
-    Keys are read part by part; beside them some 60 bytes per key are held.
+    Keys are read in parts; about 60 further bytes per key are held in memory.
     """
     cells = _cells(keys)
     first = np.arange(len(cells))
@@ -138,10 +137,10 @@ def first_near(keys: Keys, tolerance: float) -> NDArray[np.int64]:
 
 
 def _cells(keys: Keys) -> NDArray[np.uint64]:
-    """(N, PLANES / 64): on which side of each plane each key is, as bits.
+    """Return the side of each plane on which each key is, as bits (N, PLANES / 64).
 
-    Planes pass beside the keys' mean, not through it: a key that most positions share is (nearly) the mean, and its last
-    bits must not decide.
+    The planes do not pass through the keys' mean: a key that most positions share is close to the mean, and its rounding
+    must not decide.
     """
     rows, dimension = keys.shape
     sample = _rows(keys, np.linspace(0, rows - 1, min(rows, 4096)).astype(np.int64))

@@ -1,10 +1,10 @@
-"""Exact nearest keys whose result does not depend on the batch, or on how the keys were cut into parts.
+"""Exact nearest keys, bit-identical for any batch and any partition of the keys.
 
-A matrix product of FAISS rounds differently with the number of queries and keys, so that near ties change places. Here
-FAISS only names candidates; their similarities are computed again in float64, one key and query at a time, rounded to
-float32 and sorted, ties by position. A query then gets the same bits alone, in a batch, and from parts merged.
+FAISS's matrix products round differently for different numbers of queries and keys, so near ties can change their order.
+Here FAISS only returns candidates. Their similarities are recomputed in float64, one pair at a time, rounded to float32
+and sorted, with ties broken by position. The result is then the same for a single query, a batch, and merged parts.
 
-Where keys repeat, the index holds the distinct ones, and a table says which positions share one (`EqualKeys`).
+If keys repeat, the index holds the distinct ones, and a table maps them to positions (`EqualKeys`).
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from ctx_distill.retrieval.equal import EqualKeys
 Find = Callable[[NDArray[np.float32], int], tuple[NDArray[np.float32], NDArray[np.int64]]]
 SPARE = 16
 WIDE = 2048
-"""The most candidates that FAISS finds on a GPU."""
+"""Maximum number of candidates of FAISS on a GPU."""
 ROUNDING = 1e-5
-"""More than a float32 inner product of unit rows is off by."""
+"""Upper bound of the rounding error of a float32 inner product of unit rows."""
 TIE = 2.0**-22
-"""More than two similarities differ by that are equal once rounded to float32."""
+"""Upper bound of the difference of two similarities that are equal in float32."""
 FLOAT64 = 1e-12
-"""More than a float64 inner product of unit rows is off by."""
+"""Upper bound of the rounding error of a float64 inner product of unit rows."""
 CHUNK = 8_192
 TOGETHER = 64
-"""Queries that are compared with all keys at once; bounds the memory."""
+"""Queries compared with all keys at once; limits the memory."""
 
 
 def exact_neighbours(
@@ -39,16 +39,16 @@ def exact_neighbours(
     equal: EqualKeys | None = None,
     widths: Sequence[int] = (),
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """The k nearest keys of each query, nearest first, ties by position.
+    """Return the k nearest keys of each query, nearest first, with ties in order of position.
 
     Args:
-        find: the nearest candidates by an inner product in float32: (B, D), width -> similarity and number of the key,
-            both (B, width), nearest first.
-        keys: (G, D) unit rows, distinct ones where `equal` is given; may be memory-mapped.
+        find: returns candidates by float32 inner product: maps (B, D) and width to similarities and key numbers, both
+            (B, width), nearest first.
+        keys: (G, D) unit rows, distinct if `equal` is set; may be memory-mapped.
         queries: (B, D) unit rows.
-        k: 1 to the number of positions.
-        equal: which positions share each key; None: key and position are the same.
-        widths: numbers of candidates to try, beside k + 16, before a query is compared with all keys.
+        k: neighbours, from 1 to the number of positions.
+        equal: positions that share each key; None if keys and positions are the same.
+        widths: numbers of candidates to try, in addition to k + 16, before a query is compared with all keys.
 
     Returns:
         Similarity (B, k) float32 and position (B, k) int64.
@@ -60,43 +60,44 @@ def exact_neighbours(
         if not len(unsure):
             return similarity, position
         left = []
-        for place, rough, found in zip(unsure, *find(queries[unsure], width), strict=True):
-            chosen = found[rough >= _kth(rough, found, k, equal) - 2 * ROUNDING]
+        for place, rough, numbers in zip(unsure, *find(queries[unsure], width), strict=True):
+            chosen = numbers[rough >= _kth(rough, numbers, k, equal) - 2 * ROUNDING]
             near = _similarities(keys[chosen], queries[place]).astype(np.float32)
             similarity[place], position[place] = _best(near, chosen, k, equal)
-            # Keys as near as the last neighbour may be missing among the candidates.
+            # The candidates may lack keys that are as similar as the last neighbour.
             if width < len(keys) and rough[-1] >= similarity[place, -1] - ROUNDING:
                 left.append(place)
         unsure = np.array(left, dtype=np.int64)
     for start in range(0, len(unsure), TOGETHER):
         places = unsure[start : start + TOGETHER]
         compared = _compared_with_all(keys, queries[places], similarity[places, -1] - ROUNDING, k)
-        for place, (near, found) in zip(places, compared, strict=True):
-            similarity[place], position[place] = _best(near, found, k, equal)
+        for place, (near, numbers) in zip(places, compared, strict=True):
+            similarity[place], position[place] = _best(near, numbers, k, equal)
     return similarity, position
 
 
-def _kth(rough: NDArray[np.float32], found: NDArray[np.int64], k: int, equal: EqualKeys | None) -> float:
-    """Similarity of the candidate, they come nearest first, with which k positions are complete."""
+def _kth(rough: NDArray[np.float32], numbers: NDArray[np.int64], k: int, equal: EqualKeys | None) -> float:
+    """Return the similarity of the candidate that completes k positions; candidates are ordered nearest first."""
     if equal is None:
         return float(rough[min(k, len(rough)) - 1])
-    complete = int((np.cumsum(equal.sizes(found)) < k).sum())
+    complete = int((np.cumsum(equal.sizes(numbers)) < k).sum())
     return float(rough[min(complete, len(rough) - 1)])
 
 
 def _best(
-    similarity: NDArray[np.float32], found: NDArray[np.int64], k: int, equal: EqualKeys | None
+    similarity: NDArray[np.float32], numbers: NDArray[np.int64], k: int, equal: EqualKeys | None
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """The k best positions of some keys, (n,) similarities and numbers."""
+    """Return similarity and position of the k best positions, given similarities and numbers (n,) of keys."""
+    positions = numbers
     if equal is not None:
-        places, found = equal.positions(found, k)
+        places, positions = equal.positions(numbers, k)
         similarity = similarity[places]
-    order = np.lexsort((found, -similarity))[:k]
-    return similarity[order], found[order]
+    order = np.lexsort((positions, -similarity))[:k]
+    return similarity[order], positions[order]
 
 
 def _similarities(keys: NDArray[np.float32], query: NDArray[np.float32]) -> NDArray[np.float64]:
-    """(n,) of keys (n, D): each row is summed by itself, so that its bits do not depend on the others."""
+    """Return the similarities (n,) of keys (n, D); each row is summed separately, so its bits do not depend on others."""
     summed: NDArray[np.float64] = (keys.astype(np.float64) * query.astype(np.float64)).sum(axis=1)
     return summed
 
@@ -104,12 +105,12 @@ def _similarities(keys: NDArray[np.float32], query: NDArray[np.float32]) -> NDAr
 def _compared_with_all(
     keys: NDArray[np.float32], queries: NDArray[np.float32], bound: NDArray[np.float32], k: int
 ) -> list[tuple[NDArray[np.float32], NDArray[np.int64]]]:
-    """For each query the similarity, rounded to float32, and the number of the keys that may be among its k nearest.
+    """Return, per query, similarity (in float32) and number of the keys that may be among its k nearest.
 
     Args:
         keys: (G, D).
         queries: (B, D).
-        bound: (B,) that a key's similarity in float32 must reach.
+        bound: (B,) minimum similarity of a key, in float32.
         k: neighbours.
     """
     reached = []
@@ -137,7 +138,7 @@ def _compared_with_all(
 def _rounded(
     similarity: NDArray[np.float64], keys: NDArray[np.float32], numbers: NDArray[np.int64], query: NDArray[np.float32]
 ) -> NDArray[np.float32]:
-    """Rounded to float32; those so near to the middle of two float32 that the way of summing decides, summed as everywhere."""
+    """Round to float32; values close to the middle of two float32 numbers are recomputed with `_similarities`."""
     rounded = similarity.astype(np.float32)
     unsure = np.flatnonzero((similarity - FLOAT64).astype(np.float32) != (similarity + FLOAT64).astype(np.float32))
     rounded[unsure] = _similarities(keys[numbers[unsure]], query).astype(np.float32)
@@ -147,6 +148,6 @@ def _rounded(
 def merge(
     similarity: NDArray[np.float32], position: NDArray[np.int64], k: int
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """The k best of the neighbours that several parts found, (B, M) each, nearest first, ties by position."""
+    """Return the k best of the neighbours from several parts, (B, M) each, nearest first, ties in order of position."""
     order = np.lexsort((position, -similarity), axis=-1)[:, :k]
     return np.take_along_axis(similarity, order, axis=1), np.take_along_axis(position, order, axis=1)

@@ -1,8 +1,7 @@
-"""The FAISS index over the keys of the X-ray pool. The only module that imports faiss, and only inside functions.
+"""The FAISS index over the keys of the X-ray pool. This is the only module that imports faiss, and only inside functions.
 
-faiss after torch, always: imported before torch, a parallel search followed by a fork hangs the forked DataLoader
-workers. Importing this module imports torch first. DataLoader workers never search: lookups belong to the training
-process, and a worker that asks is refused.
+faiss must be imported after torch: otherwise, a parallel search followed by a fork hangs the DataLoader workers. Importing
+this module imports torch first. Only the training process may search; a search in a DataLoader worker raises an error.
 """
 
 from __future__ import annotations
@@ -27,48 +26,48 @@ Device = Literal["auto", "cpu", "gpu"]
 Placement = Literal["replicated", "sharded"]
 INDEX_FILE = "index.faiss"
 BLAS_FROM_BATCH = 2
-"""Flat search goes through BLAS from this many queries on: 3.7 to 7 times faster at batches of 20 to 128."""
+"""Minimum number of queries for which flat search uses BLAS: 3.7 to 7 times faster at batches of 20 to 128."""
 
 
 def installed_faiss() -> list[str]:
-    """Names of the installed distributions that hold a `faiss` module, normalised, sorted."""
-    found = importlib.metadata.distributions()
-    names = {(distribution.metadata["Name"] or "").lower().replace("_", "-") for distribution in found}
+    """Return the sorted, normalised names of the installed distributions with a `faiss` module."""
+    distributions = importlib.metadata.distributions()
+    names = {(distribution.metadata["Name"] or "").lower().replace("_", "-") for distribution in distributions}
     return sorted(name for name in names if name in ("faiss", "faiss-cpu") or name.startswith("faiss-gpu"))
 
 
 def refuse_two_faiss() -> None:
-    """Check that exactly one faiss distribution is installed; all install into one `faiss/` folder.
+    """Check that exactly one faiss distribution is installed, because all install into the same `faiss/` folder.
 
     Raises:
-        InputError: none, or several.
+        InputError: none or several are installed.
     """
-    found = installed_faiss()
-    if not found:
+    installed = installed_faiss()
+    if not installed:
         raise InputError(
-            'faiss is not installed; the X-ray index needs one of its wheels. Run pip install "ctx-distill[cpu]" on a '
-            'machine without an NVIDIA GPU, or pip install "ctx-distill[gpu]" on one with it.'
+            'faiss is not installed; the X-ray index needs it. Run pip install "ctx-distill[cpu]", or on a machine with an '
+            'NVIDIA GPU pip install "ctx-distill[gpu]".'
         )
-    if len(found) > 1:
+    if len(installed) > 1:
         raise InputError(
-            f"{' and '.join(found)} are installed together and overwrite each other's files in faiss/; expected one. "
-            f"Run pip uninstall -y {' '.join(found)}, then install ctx-distill[cpu] or ctx-distill[gpu] again."
+            f"{' and '.join(installed)} are installed together and overwrite each other's files in faiss/; expected one. "
+            f"Run pip uninstall -y {' '.join(installed)}, then reinstall ctx-distill[cpu] or ctx-distill[gpu]."
         )
 
 
 def faiss_module() -> Any:
-    """The faiss module.
+    """Return the faiss module.
 
     Raises:
-        InputError: none or several are installed.
-        RuntimeError: asked for in a DataLoader worker.
+        InputError: no or several faiss distributions are installed.
+        RuntimeError: called in a DataLoader worker.
     """
     refuse_worker()
     return _import_faiss()
 
 
 def refuse_worker() -> None:
-    """Lookups belong to the training process: FAISS in a forked DataLoader worker hangs or fails.
+    """Check that this is not a DataLoader worker, where FAISS hangs or fails after a fork.
 
     Raises:
         RuntimeError: this is a DataLoader worker.
@@ -76,8 +75,8 @@ def refuse_worker() -> None:
     worker = get_worker_info()
     if worker is not None:
         raise RuntimeError(
-            f"DataLoader worker {worker.id} of {worker.num_workers} asked the X-ray index; expected the training process "
-            "alone to ask it. Look neighbours up in the task's step, not in a dataset, transform or collate function."
+            f"DataLoader worker {worker.id} of {worker.num_workers} searched the X-ray index; expected a search in the "
+            "training process. Look up neighbours in the task's step, not in a dataset, transform or collate function."
         )
 
 
@@ -98,10 +97,10 @@ def as_matrix(rows: Tensor | NDArray[np.floating]) -> NDArray[np.float32]:
 
 
 class KeyIndex(Protocol):
-    """What answers for the nearest keys: `XrayIndex`, or `ShardedIndex` over the ranks."""
+    """Interface of an index of keys: `XrayIndex`, or `ShardedIndex` over the ranks."""
 
     def __len__(self) -> int:
-        """Number of keys."""
+        """Return the number of keys."""
         ...
 
     @property
@@ -110,16 +109,16 @@ class KeyIndex(Protocol):
         ...
 
     def place(self, device: torch.device) -> None:
-        """Open the index where a rank computes: on that GPU, or on the CPU; without it, the first search opens it."""
+        """Move the index to the rank's device; otherwise, the first search does."""
         ...
 
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Similarity (B, k) float32 and position (B, k) int64 of the k nearest keys of queries (B, D)."""
+        """Return similarity (B, k) float32 and position (B, k) int64 of the k nearest keys of queries (B, D)."""
         ...
 
 
 def check_query(dimension: int, expected: int, k: int, rows: int) -> None:
-    """Check what an index is asked.
+    """Check the arguments of a search.
 
     Raises:
         InputError: the dimension differs, or k is larger than the index.
@@ -127,30 +126,30 @@ def check_query(dimension: int, expected: int, k: int, rows: int) -> None:
     if dimension != expected:
         raise InputError(
             f"queries have {dimension} dimensions, the X-ray index {expected}. "
-            "Embed the reports with the expert that the index was built with, or build the index again."
+            "Embed the reports with the expert that the index was built with, or rebuild the index."
         )
     if not 1 <= k <= rows:
-        raise InputError(f"{k} neighbours asked of an index of {rows} X-rays. Ask for 1 to {rows}.")
+        raise InputError(f"{k} neighbours requested from an index of {rows} X-rays; expected 1 to {rows}.")
 
 
 class XrayIndex:
-    """Nearest keys by inner product (cosine, as keys and queries are unit rows).
+    """Search for the nearest keys by inner product, which is the cosine of unit rows.
 
-    It opens on the CPU, and goes to a GPU when `place` names it or, without, at the first search.
+    The index is opened on the CPU, and moved to a GPU by `place` or by the first search.
 
     Args:
-        index: of FAISS, on the CPU: over all keys, or over the distinct ones where `equal` is given.
+        index: a FAISS index on the CPU, over all keys, or over the distinct ones if `equal` is set.
         kind: exact, ivf or hnsw.
-        device: where searches run: `auto` is the rank's GPU where it has one and FAISS sees it.
+        device: device of the search; `auto` uses the rank's GPU if FAISS supports it.
         recall: see below.
-        equal: which positions share each key of an exact index; None: each has its own.
+        equal: positions that share each key of an exact index; None if all keys are distinct.
 
     Attributes:
         kind: exact, ivf or hnsw.
-        recall: recall@1 against the exact index, measured when an approximate index was built; None otherwise.
+        recall: recall@1 against exact search, measured when an approximate index was built; otherwise None.
 
     Raises:
-        InputError: `device` is `gpu`, and FAISS sees none.
+        InputError: `device` is `gpu`, but FAISS has no GPU.
     """
 
     def __init__(
@@ -172,7 +171,7 @@ class XrayIndex:
         return int(self._cpu.ntotal) if self.equal is None else len(self.equal.order)
 
     def place(self, device: torch.device) -> None:
-        """See `KeyIndex.place`. HNSW stays on the CPU: FAISS has no GPU form of it."""
+        """See `KeyIndex.place`. HNSW stays on the CPU, because FAISS has no GPU version."""
         gpu = None if self.kind == "hnsw" else gpu_of(self._device, device)
         self._placed = self._cpu if gpu is None else _on_gpu(self._cpu, gpu)
 
@@ -189,23 +188,23 @@ class XrayIndex:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether searches run on a GPU."""
+        """Whether the search runs on a GPU."""
         return self._index is not self._cpu
 
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The k nearest keys of each query, nearest first.
+        """Return the k nearest keys of each query, nearest first.
 
         Args:
-            queries: (B, D) unit rows, any floating type and device.
+            queries: (B, D) unit rows, of any floating type and on any device.
             k: neighbours.
 
         Returns:
-            Similarity (B, k) float32 and position (B, k) int64, on the queries' device. Never an empty place. Exact
-            search breaks ties by position, and a query's result does not depend on the others of its batch.
+            Similarity (B, k) float32 and position (B, k) int64, on the queries' device; no entry is empty. Exact search
+            breaks ties by position, and its result is independent of the batch.
 
         Raises:
             InputError: the dimension differs, or k is larger than the index.
-            RuntimeError: asked in a DataLoader worker.
+            RuntimeError: called in a DataLoader worker.
         """
         refuse_worker()
         array = as_matrix(queries)
@@ -216,25 +215,25 @@ class XrayIndex:
             similarity, position = exact_neighbours(self._find, self.keys, array, k, self.equal, self._widths)
         else:
             similarity, position = self._find(array, k)
-            # Approximate indexes leave places empty (-1) where few lists or links were visited: search those in full.
+            # Approximate indexes return empty entries (-1) if too few lists or links were visited; search these fully.
             short = np.flatnonzero((position < 0).any(axis=1))
             if len(short):
                 similarity[short], position[short] = self._exhaustive(array[short], k)
         return torch.from_numpy(similarity).to(queries.device), torch.from_numpy(position).to(queries.device)
 
     def _find(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        found: tuple[NDArray[np.float32], NDArray[np.int64]]
-        found = (self._cpu if k > WIDE else self._index).search(queries, k)
-        return found
+        neighbours: tuple[NDArray[np.float32], NDArray[np.int64]]
+        neighbours = (self._cpu if k > WIDE else self._index).search(queries, k)
+        return neighbours
 
     @property
     def _widths(self) -> tuple[int, ...]:
-        # On the CPU a search for so many candidates costs more than comparing with all keys.
+        # On the CPU, a search for so many candidates is slower than comparing with all keys.
         return (WIDE,) if self.on_gpu else ()
 
     @functools.cached_property
     def keys(self) -> NDArray[np.float32]:
-        """The (distinct) keys of an exact index in place, without a copy."""
+        """The (distinct) keys of an exact index, without a copy."""
         rows = int(self._cpu.ntotal)
         flat = faiss_module().rev_swig_ptr(self._cpu.get_xb(), rows * self.dimension)
         keys: NDArray[np.float32] = flat.reshape(rows, self.dimension)
@@ -244,13 +243,13 @@ class XrayIndex:
         if self.kind == "ivf":
             wide = faiss_module().SearchParametersIVF(nprobe=self._cpu.nlist)
             similarity, position = self._cpu.search(queries, k, params=wide)
-        else:  # keys that no link of the HNSW graph reaches are found by comparing with all
+        else:  # some keys cannot be reached in the HNSW graph, so compare with all keys
             keys = self._cpu.reconstruct_n(0, len(self))
             similarity, position = knn(queries, keys, k)
         return similarity, position
 
     def save(self, path: Path) -> None:
-        """Write the index, completely or not at all; beside it the table of equal keys, where it has one."""
+        """Write the index atomically, with its table of equal keys if it has one."""
         if self.equal is None:
             path.with_name(EQUAL_FILE).unlink(missing_ok=True)
         else:
@@ -261,32 +260,33 @@ class XrayIndex:
 
     @classmethod
     def load(cls, path: Path, device: Device = "auto") -> XrayIndex:
-        """Read an index and its table of equal keys, memory-mapped, so that ranks of one host share their pages.
+        """Read an index and its table of equal keys, memory-mapped, so that ranks of one host share the pages.
 
         Raises:
-            InputError: a file is missing, damaged, or not one of this project's indexes.
+            InputError: a file is missing or corrupt, or is of an unsupported index type.
         """
         faiss = faiss_module()
         if not path.is_file():
-            raise InputError(f"{path}: no X-ray index here. Run stage 1 (`ctx-distill index`) to build it.")
+            raise InputError(f"{path}: no X-ray index. Run stage 1 (`ctx-distill index`) to build it.")
         try:
             index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
         except (RuntimeError, MemoryError) as error:
             reason = str(error).strip().splitlines()[-1][-120:]
-            raise InputError(f"{path}: not a readable FAISS index ({reason}). Run stage 1 again.") from error
+            raise InputError(f"{path}: not a readable FAISS index ({reason}). Rerun stage 1.") from error
         kinds: dict[str, IndexKind] = {"IndexFlat": "exact", "IndexFlatIP": "exact", "IndexIVFFlat": "ivf"}
         kinds["IndexHNSWFlat"] = "hnsw"
         kind = kinds.get(type(index).__name__)
         if kind is None or index.metric_type != faiss.METRIC_INNER_PRODUCT:
             raise InputError(
-                f"{path}: holds a {type(index).__name__}; expected a flat, IVF or HNSW index by inner product. "
-                "Run stage 1 again."
+                f"{path}: contains a {type(index).__name__}; expected a flat, IVF or HNSW index with inner product. "
+                "Rerun stage 1."
             )
         table = path.with_name(EQUAL_FILE)
         equal = EqualKeys.load(table) if table.is_file() else None
         if equal is not None and len(equal) != index.ntotal:
             raise InputError(
-                f"{table}: names {len(equal)} distinct keys, {path.name} beside it holds {index.ntotal}. Run stage 1 again."
+                f"{table}: has {len(equal)} distinct keys, but {path.name} has {index.ntotal}; expected the same number. "
+                "Rerun stage 1."
             )
         return cls(index, kind, device, equal=equal)
 
@@ -294,35 +294,35 @@ class XrayIndex:
 def knn(
     queries: NDArray[np.float32], keys: NDArray[np.float32], k: int
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """The k nearest of keys (N, D) that lie in no index, by inner product, compared with all: (B, k) each."""
+    """Return similarity and position (B, k) of the k nearest of keys (N, D), by brute force without an index."""
     faiss = faiss_module()
-    found: tuple[NDArray[np.float32], NDArray[np.int64]]
-    found = faiss.knn(queries, keys, k, metric=faiss.METRIC_INNER_PRODUCT)
-    return found
+    neighbours: tuple[NDArray[np.float32], NDArray[np.int64]]
+    neighbours = faiss.knn(queries, keys, k, metric=faiss.METRIC_INNER_PRODUCT)
+    return neighbours
 
 
 def gpu_wanted(device: Device) -> bool:
-    """Whether an index goes onto this process's GPU.
+    """Return whether an index should be placed on this process's GPU.
 
     Raises:
-        InputError: it is to, and FAISS sees no GPU.
+        InputError: `device` is `gpu`, but FAISS has no GPU.
     """
     faiss = faiss_module()
     gpus = faiss.get_num_gpus() if hasattr(faiss, "StandardGpuResources") else 0
     if device == "gpu" and gpus == 0:
         raise InputError(
-            "the X-ray index was asked onto a GPU, but FAISS sees none. "
+            "the device of the X-ray index is gpu, but FAISS has no GPU. "
             'Install "ctx-distill[gpu]" on a machine with an NVIDIA driver, or set device to auto or cpu.'
         )
     return device != "cpu" and gpus > 0
 
 
 def gpu_of(device: Device, rank_device: torch.device) -> int | None:
-    """The number of the GPU that an index goes to; None: it stays on the CPU.
+    """Return the number of the GPU for an index, or None for the CPU.
 
     Args:
-        device: as the settings ask for it.
-        rank_device: where this rank computes.
+        device: the setting.
+        rank_device: device of this rank.
     """
     if not gpu_wanted(device):
         return None
@@ -332,12 +332,12 @@ def gpu_of(device: Device, rank_device: torch.device) -> int | None:
 
 
 def current_device() -> torch.device:
-    """The GPU that this process has set, or the CPU."""
+    """Return this process's current GPU, or the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def flat_on_gpu(keys: NDArray[np.float32], gpu: int, chunk: int = 262_144) -> Any:
-    """An exact index over keys (N, D) on a GPU, filled part by part: the host holds no copy."""
+    """Build an exact index over keys (N, D) on a GPU, in parts, without a copy on the host."""
     faiss = faiss_module()
     config = faiss.GpuIndexFlatConfig()
     config.device = gpu

@@ -1,4 +1,4 @@
-"""What the index is searched by: the X-ray's report, its image, or both; and the query that fits."""
+"""Keys of the index, from the X-ray's report, its image or both, and the matching queries."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ KEY_KINDS: tuple[KeyKind, ...] = ("text", "image", "both")
 
 
 def make_keys(kind: KeyKind, text: Tensor, image: Tensor, centred: bool) -> Tensor:
-    """Keys of the pool (method, stage 1: key = text, image or mixed).
+    """Return the keys of the pool (method, stage 1).
 
-    `both` is (**ours**) the two unit vectors end to end over sqrt(2): with the query of `make_queries`, the inner
-    product is the mean of the two cosines.
+    `both` (**ours**) concatenates the two unit vectors and divides by sqrt(2), so that the inner product with the query
+    of `make_queries` is the mean of the two cosines.
 
     Args:
         kind: `text`: v_j; `image`: u_j; `both`.
-        text: (N, D) unit rows v_j; not read for `image`.
-        image: (N, D) unit rows u_j; not read for `text`.
-        centred: take the mean off each part by itself, as image and text embeddings of one joint space lie in two
-            cones apart (Liang et al. 2022, "Mind the Gap").
+        text: (N, D) unit rows v_j; unused for `image`.
+        image: (N, D) unit rows u_j; unused for `text`.
+        centred: subtract the mean of each part separately, because image and text embeddings of a joint space form two
+            separate cones (Liang et al. 2022, "Mind the Gap").
 
     Returns:
         (N, D), or (N, 2 D) of `both`, unit rows.
@@ -36,7 +36,7 @@ def make_keys(kind: KeyKind, text: Tensor, image: Tensor, centred: bool) -> Tens
     rows = [{"text": text, "image": image}[part] for part in ("text", "image") if kind in (part, "both")]
     means = [part.mean(dim=0) if centred else None for part in rows]
     keys = rows[0].new_empty(len(rows[0]), sum(part.shape[1] for part in rows))
-    for start in range(0, len(keys), CHUNK):  # of a large pool one copy is enough
+    for start in range(0, len(keys), CHUNK):  # in chunks, to avoid a second copy of a large pool
         cut = [part[start : start + CHUNK] for part in rows]
         cut = [part if mean is None else centre(part, mean) for part, mean in zip(cut, means, strict=True)]
         keys[start : start + CHUNK] = torch.cat(cut, dim=1) / math.sqrt(len(rows))
@@ -44,14 +44,14 @@ def make_keys(kind: KeyKind, text: Tensor, image: Tensor, centred: bool) -> Tens
 
 
 def share_keys(text: Tensor, texts: Sequence[str]) -> None:
-    """Give equal texts the embedding of the first of them, in place.
+    """Replace the embeddings of equal texts by that of the first of them, in place.
 
-    Their own differ in the last bits, in bf16 in more, as the other texts of a batch do. Left so, the order of X-rays with
-    the same report would depend on the batches, and thus on the number of ranks.
+    Embeddings of equal texts differ in their last bits with the batch. The order of X-rays with the same report would
+    otherwise depend on the batches, and so on the number of ranks.
 
     Args:
-        text: (N, D).
-        texts: N.
+        text: (N, D) embeddings.
+        texts: N texts.
     """
     codes, _ = pd.factorize(np.array(texts, dtype=object))
     first = np.unique(codes, return_index=True)[1][codes]
@@ -60,15 +60,14 @@ def share_keys(text: Tensor, texts: Sequence[str]) -> None:
 
 
 def make_queries(kind: KeyKind, reports: Tensor, mean: Tensor | None = None) -> Tensor:
-    """Queries for keys of a kind, from report embeddings.
+    """Return queries for keys of a kind, from report embeddings.
 
-    A report is compared with either part by the same vector q_i: in the joint space of a contrastively trained expert
-    it lies beside images as well as beside texts.
+    With `both`, the same vector q_i is compared with texts and with images, which share the expert's joint space.
 
     Args:
-        kind: of the keys.
+        kind: kind of the keys.
         reports: (B, D) unit rows q_i.
-        mean: (D,) of the queries, taken off first where the keys were centred.
+        mean: (D,) mean of the queries, which is subtracted first; None if the keys were not centred.
 
     Returns:
         (B, D), or (B, 2 D) for `both`, unit rows.
@@ -79,5 +78,5 @@ def make_queries(kind: KeyKind, reports: Tensor, mean: Tensor | None = None) -> 
 
 
 def centre(rows: Tensor, mean: Tensor) -> Tensor:
-    """Unit rows (N, D) of what is left without the mean (D,)."""
+    """Subtract the mean (D,) and return unit rows (N, D)."""
     return F.normalize(rows - mean, dim=-1)

@@ -1,4 +1,4 @@
-"""From CT reports to teacher targets: search, re-rank, weigh and mix the nearest X-rays (method, stage 1 and 2)."""
+"""Compute teacher targets from CT reports: search, re-rank, weight and mix the nearest X-rays (method, stages 1 and 2)."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ LookupMode = Literal["nearest", "mean", "softmax", "sample"]
 
 
 class Neighbours(TypedDict):
-    """A lookup's result.
+    """The result of a lookup.
 
     Keys:
-        features: (B, D_v) unit rows: the teacher target.
-        positions: (B, k) int64, nearest (or best agreeing) first.
-        weights: (B, k), rows sum to 1: each neighbour's part in `features`.
-        similarity: (B, k) of key and query.
+        features: (B, D_v) unit rows, the teacher targets.
+        positions: (B, k) int64, most similar (or best agreeing) first.
+        weights: (B, k), each neighbour's weight in `features`; rows sum to 1.
+        similarity: (B, k), similarity of key and query.
     """
 
     features: Tensor
@@ -31,22 +31,22 @@ class Neighbours(TypedDict):
 
 
 class NeighbourLookup:
-    """Teacher targets of CT studies out of an X-ray index.
+    """Look up teacher targets of CT studies in an X-ray index.
 
     Args:
         store: the index artefact.
-        k: neighbours a query.
-        mode: `nearest`: the first alone; `mean`: all alike; `softmax`: by softmax(similarity / temperature);
-            `sample`: one, drawn by that softmax.
-        temperature: of `softmax` and `sample`.
-        findings_rerank: take `candidates` neighbours and prefer those whose findings agree with the CT's (**ours**: a
-            finding that an X-ray shows must agree in sign); among equals, the nearer.
-        visible: (F,) bool, findings that an X-ray shows; default: all.
-        candidates: neighbours that the re-rank chooses from; default 8 k, at least 32.
-        shuffle_seed: control: each X-ray stands for another, random but fixed one of the pool. None: off.
+        k: neighbours per query.
+        mode: `nearest`: the first neighbour only; `mean`: equal weights; `softmax`: weights
+            softmax(similarity / temperature); `sample`: one neighbour, drawn with these weights.
+        temperature: temperature of `softmax` and `sample`.
+        findings_rerank: search for `candidates` neighbours and prefer those whose findings agree with the CT's (**ours**:
+            findings visible on an X-ray must agree in sign); ties are broken by similarity.
+        visible: (F,) bool, whether a finding is visible on an X-ray. Default: all.
+        candidates: neighbours for the re-rank. Default: 8 k, at least 32.
+        shuffle_seed: control: each X-ray is replaced by another, random but fixed one of the pool. None disables it.
 
     Raises:
-        InputError: the pool is smaller than k, or a re-rank is asked of an index without findings.
+        InputError: the pool is smaller than k, or the re-rank is enabled but the index has no findings.
     """
 
     def __init__(
@@ -65,18 +65,20 @@ class NeighbourLookup:
         if temperature <= 0:
             raise ValueError(f"lookup temperature is {temperature}; expected a positive number")
         if not 1 <= k <= len(store):
-            raise InputError(f"{k} neighbours asked of an index of {len(store)} X-rays. Ask for 1 to {len(store)}.")
+            raise InputError(
+                f"{k} neighbours requested from an index of {len(store)} X-rays; expected 1 to {len(store)}."
+            )
         if findings_rerank and store.findings is None:
             raise InputError(
-                f"{store.folder}: the findings re-rank needs the pool's findings, and this index was built without. "
-                "Build it again with findings, or switch the re-rank off."
+                f"{store.folder}: the findings re-rank needs the pool's findings, but this index was built without them. "
+                "Rebuild it with findings, or disable the re-rank."
             )
         self.store, self.k, self.mode, self.temperature = store, k, mode, temperature
         self.findings_rerank, self.visible = findings_rerank, visible
         self.candidates = min(len(store), max(k, candidates if candidates is not None else max(8 * k, 32)))
         self.permutation: Tensor | None = None
         if shuffle_seed is not None:
-            # One random cycle through the whole pool: no X-ray stands for itself.
+            # One random cycle through the pool, so that no X-ray is mapped to itself.
             order = torch.randperm(len(store), generator=torch.Generator().manual_seed(shuffle_seed))
             self.permutation = torch.empty_like(order).scatter_(0, order, order.roll(1))
 
@@ -85,20 +87,23 @@ class NeighbourLookup:
         """Look up one batch.
 
         Args:
-            queries: (B, D_k) unit rows: the reports in the key space.
-            findings: (B, F) the CT reports' findings (1, 0, -1 uncertain, NaN), in the index's order of names; the
-                re-rank needs them.
-            draws: (B,) uniform in [0, 1), of `sample`: a query's neighbour is a function of its own; default: torch's own.
+            queries: (B, D_k) unit rows, the reports in the key space.
+            findings: (B, F) findings of the CT reports (1, 0, -1 uncertain, NaN), in the index's order; required for the
+                re-rank.
+            draws: (B,) uniform in [0, 1), one per query for `sample`. Default: drawn from torch's generator.
+
+        Returns:
+            The targets, with positions, weights and similarities.
         """
         similarity, positions = self.store.search(queries, self.candidates if self.findings_rerank else self.k)
         if self.findings_rerank and self.store.findings is not None:
             if findings is None:
-                raise ValueError("lookup with findings_rerank got no findings")
+                raise ValueError("lookup with findings_rerank got no findings; expected (B, F)")
             similarity, positions = self._rerank(similarity, positions, findings, self.store.findings)
         weights = self._weights(similarity, draws)
         if self.permutation is not None:
             positions = self.permutation[positions.cpu()].to(positions.device)
-        # In float64: the sum's last bits depend on the number of rows, and a row's target must not.
+        # In float64, because the last bits of a float32 sum depend on the number of rows.
         mixed = (self.store.values(positions).double() * weights[..., None].double()).sum(dim=1)
         return {
             "features": F.normalize(mixed, dim=-1).float(),
@@ -111,12 +116,12 @@ class NeighbourLookup:
         self, similarity: Tensor, positions: Tensor, findings: Tensor, pool_findings: Tensor
     ) -> tuple[Tensor, Tensor]:
         pool = pool_findings[positions.cpu()].to(positions.device)
-        own = findings.to(positions.device)[:, None]
-        # What a text does not mention counts as absent; what either is uncertain of is not compared.
-        differs = ((own == 1) != (pool == 1)) & (own != -1) & (pool != -1)
+        query = findings.to(positions.device)[:, None]
+        # A finding that is not mentioned counts as absent; uncertain findings are not compared.
+        differs = ((query == 1) != (pool == 1)) & (query != -1) & (pool != -1)
         if self.visible is not None:
             differs &= self.visible.to(positions.device)
-        # Neighbours come nearest first, so a stable sort by disagreement keeps the nearer one first among equals.
+        # Neighbours are ordered by similarity, so a stable sort by disagreement breaks ties by similarity.
         order = differs.sum(dim=-1).argsort(dim=1, stable=True)[:, : self.k]
         return similarity.gather(1, order), positions.gather(1, order)
 
@@ -130,5 +135,5 @@ class NeighbourLookup:
             cumulative = (similarity.cpu().double() / self.temperature).softmax(dim=1).cumsum(dim=1)
             draws = torch.rand(len(similarity)) if draws is None else draws
             chosen = torch.searchsorted(cumulative, draws.double()[:, None], right=True)[:, 0]
-            chosen = chosen.clamp_max(similarity.shape[1] - 1)  # the last sum may be a bit below 1
+            chosen = chosen.clamp_max(similarity.shape[1] - 1)  # the last sum may be slightly below 1
         return F.one_hot(chosen, similarity.shape[1]).to(similarity)

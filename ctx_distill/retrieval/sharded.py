@@ -1,4 +1,4 @@
-"""An index whose keys lie in parts over the ranks: queries are gathered, each rank searches its part, results merge."""
+"""An index whose keys are sharded over the ranks: gather the queries, search each shard, and merge the results."""
 
 from __future__ import annotations
 
@@ -28,21 +28,20 @@ from ctx_distill.retrieval.index import (
 
 
 class ShardedIndex:
-    """Exact nearest keys of a table that no rank holds whole.
+    """Exact search over keys that are sharded over the ranks.
 
-    Every search is collective: each rank calls it equally often and in the same order, with as many queries as it has,
-    none included. Collectives run on the CPU, in the group of `distributed.host_group`, so that they never come between
-    those of the gradients. The result is that of `XrayIndex` of kind `exact`, bit for bit, at
-    any number of ranks. With one rank, or without a process group, the one part is the whole.
+    Every search is collective: all ranks must call it equally often and in the same order, with any number of queries,
+    including 0. Collectives run on the CPU, in the group of `distributed.host_group`, so that they do not interleave with
+    those of the gradients. The result is bit-identical to `XrayIndex` of kind `exact` for any number of ranks.
 
     Args:
-        keys: (G, D) unit rows, memory-mapped: a rank reads its part of them, G / ranks rows, alone. All keys, or the
-            distinct ones where `equal` is given.
-        device: of the part, which is all that a GPU holds; see `XrayIndex`.
-        equal: which positions share each key; None: each has its own.
+        keys: (G, D) unit rows, memory-mapped; a rank reads only its G / ranks rows. All keys, or the distinct ones if
+            `equal` is set.
+        device: device of the shard; see `XrayIndex`.
+        equal: positions that share each key; None if all keys are distinct.
 
     Raises:
-        InputError: `device` is `gpu`, and FAISS sees none.
+        InputError: `device` is `gpu`, but FAISS has no GPU.
     """
 
     def __init__(self, keys: Tensor, device: Device = "auto", equal: EqualKeys | None = None) -> None:
@@ -59,9 +58,9 @@ class ShardedIndex:
 
     @classmethod
     def of(cls, index: XrayIndex, device: Device = "auto") -> ShardedIndex:
-        """The keys of an exact index, where they are, in parts over the ranks."""
+        """Shard the keys of an exact index over the ranks, without a copy."""
         sharded = cls(torch.from_numpy(index.keys), device, index.equal)
-        sharded._owner = index  # of the memory
+        sharded._owner = index  # keeps the memory of the keys alive
         return sharded
 
     def __len__(self) -> int:
@@ -73,50 +72,50 @@ class ShardedIndex:
         return int(self._table.shape[1])
 
     def place(self, device: torch.device) -> None:
-        """See `KeyIndex.place`; the part is taken at the first search, which all ranks make together."""
+        """See `KeyIndex.place`; the shard is opened by the first search, which is collective."""
         self._rank_device = device
 
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The k nearest keys of each query of this rank, nearest first, ties by position; collective.
+        """Return the k nearest keys of this rank's queries, nearest first, ties in order of position (collective).
 
         Args:
-            queries: (b, D) unit rows, any floating type and device; b may differ between ranks and be 0.
+            queries: (b, D) unit rows, of any floating type and on any device; b may differ between ranks and be 0.
             k: neighbours, the same on every rank.
 
         Returns:
             Similarity (b, k) float32 and position (b, k) int64, on the queries' device.
 
         Raises:
-            InputError: the dimension differs, or k is larger than the index; on every rank, whichever asked.
-            RuntimeError: ranks ask for different k, or this is a DataLoader worker.
+            InputError: the dimension differs, or k is larger than the index, on any rank.
+            RuntimeError: k differs between ranks, or this is a DataLoader worker.
         """
         refuse_worker()
-        own = as_matrix(queries)
-        self._take_part()
-        asked = self._gather(np.array([[len(own), own.shape[1], k]], dtype=np.int64))[:, 0]
-        counts = asked[:, 0].tolist()
-        if (asked[:, 2] != k).any():
+        local = as_matrix(queries)
+        self._open_shard()
+        requests = self._gather(np.array([[len(local), local.shape[1], k]], dtype=np.int64))[:, 0]
+        counts = requests[:, 0].tolist()
+        if (requests[:, 2] != k).any():
             raise RuntimeError(
-                f"ranks ask the sharded X-ray index for {asked[:, 2].tolist()} neighbours; expected one k"
+                f"ranks request {requests[:, 2].tolist()} neighbours from the sharded X-ray index; expected the same k"
             )
-        for dimension in asked[:, 1].tolist():
+        for dimension in requests[:, 1].tolist():
             check_query(dimension, self.dimension, k, len(self))
         if not sum(counts):
             return queries.new_zeros((0, k), dtype=torch.float32), queries.new_zeros((0, k), dtype=torch.int64)
         padded = np.zeros((max(counts), self.dimension), dtype=np.float32)
-        padded[: len(own)] = own
+        padded[: len(local)] = local
         queried = np.concatenate([part[:count] for part, count in zip(self._gather(padded), counts, strict=True)])
         similarity, position = self._search_part(queried, k)
-        # One collective for both: a float32 is kept whole by a float64, whose bits travel as an integer.
+        # One collective for both: the similarity, exact in float64, is sent as the bits of an integer.
         packed = np.stack([similarity.astype(np.float64).view(np.int64), position])
         first = sum(counts[: rank()])
-        found = self._gather(packed)[:, :, first : first + len(own)].transpose(1, 2, 0, 3)
-        found = found.reshape(2, len(own), world_size() * k)
-        best, place = merge(found[0].view(np.float64).astype(np.float32), found[1], k)
+        results = self._gather(packed)[:, :, first : first + len(local)].transpose(1, 2, 0, 3)
+        results = results.reshape(2, len(local), world_size() * k)
+        best, place = merge(results[0].view(np.float64).astype(np.float32), results[1], k)
         return torch.from_numpy(best).to(queries.device), torch.from_numpy(place).to(queries.device)
 
-    def _take_part(self) -> None:
-        """Open this rank's part and the process group, again where the ranks are no longer those of before."""
+    def _open_shard(self) -> None:
+        """Open this rank's shard and the process group, again if the process group has changed."""
         world = dist.group.WORLD if world_size() > 1 else "alone"
         if self._world is world:
             return
@@ -132,28 +131,29 @@ class ShardedIndex:
         self._world = world
 
     def _search_part(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """(Q, k) of this rank's keys; where it has fewer than k, places that lose against any."""
+        """Return the neighbours (Q, k) among this rank's keys, padded with entries of similarity -inf."""
         similarity = np.full((len(queries), k), -np.inf, dtype=np.float32)
         position = np.full((len(queries), k), len(self), dtype=np.int64)
         equal = self._part_equal
         within = min(k, len(self._part) if equal is None else len(equal.order))
         if within and len(queries):
             widths = () if self._on_gpu is None else (WIDE,)
-            found = exact_neighbours(self._find, self._part, queries, within, equal, widths)
-            similarity[:, :within], position[:, :within] = found[0], found[1] + (self._start if equal is None else 0)
+            nearest = exact_neighbours(self._find, self._part, queries, within, equal, widths)
+            similarity[:, :within] = nearest[0]
+            position[:, :within] = nearest[1] + (self._start if equal is None else 0)
         return similarity, position
 
     def _find(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         if self._on_gpu is None or k > WIDE:
             return knn(queries, self._part, k)
-        found: tuple[NDArray[np.float32], NDArray[np.int64]] = self._on_gpu.search(queries, k)
-        return found
+        neighbours: tuple[NDArray[np.float32], NDArray[np.int64]] = self._on_gpu.search(queries, k)
+        return neighbours
 
     def _gather(self, rows: NDArray[Any]) -> NDArray[Any]:
-        """(ranks, ...) arrays of one shape, in rank order."""
+        """Gather arrays of one shape, (ranks, ...), in rank order."""
         if self._group is None:
             return rows[None]
-        own = torch.from_numpy(rows)
-        parts = [torch.empty_like(own) for _ in range(world_size())]
-        dist.all_gather(parts, own, group=self._group)
+        local = torch.from_numpy(rows)
+        parts = [torch.empty_like(local) for _ in range(world_size())]
+        dist.all_gather(parts, local, group=self._group)
         return torch.stack(parts).numpy()

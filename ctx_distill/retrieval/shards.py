@@ -1,11 +1,11 @@
-"""The parts of the pool's embeddings that the ranks of a predict job write as they go, and how they are joined.
+"""Write and merge the shards of the pool's embeddings.
 
-The pool is embedded block by block; of each, every rank writes its part. A job that was stopped resumes with the blocks
-that are incomplete. A block is always embedded as a whole, so that its batches, and with them the last bits of its
-features, are those of a job that never stopped.
+The pool is embedded in blocks, of which every rank writes a shard. An interrupted job resumes with the incomplete blocks. A
+block is always embedded completely, so that its batches, and the last bits of its features, are those of an uninterrupted
+job.
 
-A job that resumes with another number of ranks, or with parts of another size, keeps every part that is there, complete
-block or not. Its own blocks are cut from the rows that are left, and are numbered on from the earlier ones.
+A job that resumes with another number of ranks, or another block size, keeps all existing shards. Its blocks consist of the
+remaining rows, and their numbers continue those of the earlier blocks.
 """
 
 from __future__ import annotations
@@ -30,33 +30,33 @@ SHARDS = "shard-*.safetensors"
 
 
 def open_shards(folder: Path, request: str, ranks: int, part_items: int) -> int:
-    """Make a folder of shards ready for a job, and print in one line what happens to what an earlier job left there.
+    """Prepare a folder of shards for a job, and print what happens to the shards of an earlier job.
 
-    Shards of another request are deleted. Those of the same request stay; where the earlier job had another layout (number
-    of ranks, size of parts), the new one's blocks begin behind its blocks.
+    Shards of another request are deleted. Those of the same request are kept; if the earlier job had another layout
+    (number of ranks, block size), the new blocks are numbered after the old ones.
 
     Args:
-        folder: of the shards.
-        request: a hash of everything that the embeddings depend on, but for the layout.
-        ranks: of this job.
+        folder: folder of the shards.
+        request: a hash of everything that the embeddings depend on, except the layout.
+        ranks: number of ranks of this job.
         part_items: rows per rank and block.
 
     Returns:
-        The first block of this job's layout. Shards of earlier blocks never change again.
+        The first block of this job's layout. Shards of earlier blocks do not change any more.
     """
     path = folder / REQUEST_FILE
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        layouts = list(found["layouts"]) if found["request"] == request else None
+        record = json.loads(path.read_text(encoding="utf-8"))
+        layouts = list(record["layouts"]) if record["request"] == request else None
     except (OSError, ValueError, KeyError, TypeError):
         layouts = None
     if layouts is None:
         if any(folder.glob(SHARDS)):
-            print(f"{folder}: holds parts of other inputs, settings or versions; the pool is embedded from the start")
+            print(f"{folder}: has shards of other inputs, settings or versions; the pool is embedded from the start")
         shutil.rmtree(folder, ignore_errors=True)
         layouts = []
-    own = {"ranks": ranks, "part_items": part_items}
-    if not layouts or {name: layouts[-1][name] for name in own} != own:
+    layout = {"ranks": ranks, "part_items": part_items}
+    if not layouts or {name: layouts[-1][name] for name in layout} != layout:
         kept = []
         for shard in folder.glob(SHARDS):
             if _opens(shard):
@@ -66,22 +66,22 @@ def open_shards(folder: Path, request: str, ranks: int, part_items: int) -> int:
         if layouts:
             last = layouts[-1]
             print(
-                f"{folder}: embedded by {last['ranks']} ranks in parts of {last['part_items']} so far; these "
-                f"{len(kept)} parts are kept, and {ranks} ranks embed the rest in parts of {part_items}"
+                f"{folder}: {len(kept)} shards of {last['ranks']} ranks in parts of {last['part_items']} are kept; {ranks} "
+                f"ranks embed the rest in parts of {part_items}"
             )
-        layouts.append({**own, "first_block": 1 + max(map(_block, kept), default=-1)})
+        layouts.append({**layout, "first_block": 1 + max(map(_block, kept), default=-1)})
         write_json(path, {"request": request, "layouts": layouts})
     return int(layouts[-1]["first_block"])
 
 
 def kept_rows(folder: Path, first_block: int) -> Tensor:
-    """The manifest rows, (n,) int64, that jobs of earlier layouts embedded: those of the shards before a block."""
+    """Return the manifest rows, (n,) int64, that earlier layouts have embedded, in shards before `first_block`."""
     rows = [map_tensors(path)["row"] for path in sorted(folder.glob(SHARDS)) if _block(path) < first_block]
     return torch.cat([torch.empty(0, dtype=torch.int64), *rows])
 
 
 def shard_path(folder: Path, rank: int, block: int) -> Path:
-    """Where a rank's part of a block lies."""
+    """Return the path of a rank's shard of a block."""
     return folder / f"shard-{block:06d}-{rank:05d}.safetensors"
 
 
@@ -90,7 +90,7 @@ def _block(path: Path) -> int:
 
 
 def standing_blocks(folder: Path, world_size: int, blocks: int, first_block: int = 0) -> list[int]:
-    """Those of so many blocks from the first on of which every rank's part can be opened."""
+    """Return the complete blocks, of `blocks` blocks from `first_block`: those whose shards can all be opened."""
     return [
         block
         for block in range(first_block, first_block + blocks)
@@ -109,16 +109,19 @@ def _opens(path: Path) -> bool:
 def write_shard(
     folder: Path, rank: int, world_size: int, keys: Tensor, values: Tensor, rows: Tensor, block: int = 0
 ) -> Path:
-    """Write one rank's part of a block of the pool's embeddings, whole or not at all.
+    """Write one rank's shard of a block atomically.
 
     Args:
-        folder: of the shards.
+        folder: folder of the shards.
         rank: this rank.
-        world_size: number of ranks, so that a missing shard is noticed.
+        world_size: number of ranks, to detect missing shards.
         keys: (n, D_k).
         values: (n, D_v).
-        rows: (n,) int64, the manifest row of each.
-        block: which part of the pool.
+        rows: (n,) int64, manifest rows.
+        block: number of the block.
+
+    Returns:
+        The path of the shard.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = shard_path(folder, rank, block)
@@ -134,21 +137,21 @@ def write_shard(
 
 
 def merge_shards(folder: Path, rows: Sequence[int] | Tensor, first_block: int = 0) -> dict[str, Tensor]:
-    """Join the shards of all ranks into one table; shards are memory-mapped and copied one after the other.
+    """Merge the shards of all ranks into one table; shards are memory-mapped and copied one by one.
 
     Args:
-        folder: of the shards.
-        rows: (N,) the manifest rows that must be there, in the order wanted.
-        first_block: of the last job's layout; blocks of earlier layouts may lack the shards of some ranks.
+        folder: folder of the shards.
+        rows: (N,) the expected manifest rows, in the requested order.
+        first_block: first block of the last layout; blocks of earlier layouts may be incomplete.
 
     Returns:
-        `keys` (N, D_k), `values` (N, D_v) and `row` (N,), in that order.
+        `keys` (N, D_k), `values` (N, D_v) and `row` (N,), in the order of `rows`.
 
     Raises:
-        InputError: a shard is missing, left over or unreadable, or a row is missing, doubled or not expected.
+        InputError: a shard is missing, unexpected or unreadable, or a row is missing, duplicated or unexpected.
     """
     paths = sorted(folder.glob(SHARDS))
-    again = "Delete the folder and run the predict job again."
+    again = "Delete the folder and rerun the stage."
     parts, places, sizes = [], [], set()
     for path in paths:
         try:
@@ -166,20 +169,22 @@ def merge_shards(folder: Path, rows: Sequence[int] | Tensor, first_block: int = 
     complete = [(block, rank) for block in numbers for rank in range(max(sizes, default=0))]
     if (len(sizes) != 1 and not (first_block and not sizes)) or sorted(places) != complete:
         raise InputError(
-            f"{folder}: holds shards of ranks {ranks} of runs with {sorted(sizes)} ranks, {len(places)} in "
+            f"{folder}: has shards of ranks {ranks} of runs with {sorted(sizes)} ranks, {len(places)} in "
             f"{len(blocks)} blocks; expected every rank of one run in every block. {again}"
         )
     wanted = torch.as_tensor(rows, dtype=torch.int64)
-    found, counts = torch.cat([part[2] for part in parts]).unique(return_counts=True)  # type: ignore[no-untyped-call]
+    present, counts = torch.cat([part[2] for part in parts]).unique(return_counts=True)  # type: ignore[no-untyped-call]
     problems = {
-        "doubled": found[counts > 1],
-        "missing": wanted[~torch.isin(wanted, found)],
-        "not expected": found[~torch.isin(found, wanted)],
+        "duplicated": present[counts > 1],
+        "missing": wanted[~torch.isin(wanted, present)],
+        "not expected": present[~torch.isin(present, wanted)],
     }
-    told = [f"{len(bad)} {what} (first: row {int(bad[0])})" for what, bad in problems.items() if len(bad)]
-    if told or len(set(wanted.tolist())) != len(wanted):
-        told = told or ["rows asked for twice"]
-        raise InputError(f"{folder}: shards do not hold every row exactly once: {', '.join(told)}. {again}")
+    messages = [f"{len(bad)} {what} (first: row {int(bad[0])})" for what, bad in problems.items() if len(bad)]
+    if messages or len(set(wanted.tolist())) != len(wanted):
+        messages = messages or ["rows requested twice"]
+        raise InputError(
+            f"{folder}: the shards must contain every row exactly once; problems: {', '.join(messages)}. {again}"
+        )
     order = wanted.argsort()
     keys, values = (torch.empty(len(wanted), parts[0][which].shape[1]) for which in (0, 1))
     for part in parts:

@@ -1,12 +1,15 @@
-"""The feature store of stage 1: keys v_j, values u_j and who they belong to, in one order, as an artefact.
+"""The feature store of stage 1: keys v_j, values u_j and their items, in one order, as an artefact.
 
-An index artefact folder holds `artefact.json`, `model.safetensors` (`keys` (N, D_k), `values` (N, D_v) and, where
-given, `findings` (N, F)), `items.csv`, `index.faiss`, where keys repeat `equal_keys.safetensors` (an exact `index.faiss`
-then holds each distinct key once), and, where the texts were embedded by another encoder than the expert,
-`report_encoder.json`. Keys and values live in `model.safetensors`, not in .npy
-files, because safetensors memory-maps a tensor as well as NumPy does (ranks of one host share the pages) and the
-artefact's fingerprint then covers them. `items.csv` is covered by its hash in the config; `index.faiss` and the table of
-equal keys are derived from the keys and checked for size; where the report encoder lies is no part of the fingerprint, what it is is one.
+An index artefact contains:
+
+- `artefact.json`;
+- `model.safetensors`: `keys` (N, D_k), `values` (N, D_v) and optionally `findings` (N, F), memory-mapped and covered by
+  the artefact's fingerprint;
+- `items.csv`, covered by its hash in the config;
+- `index.faiss` and, if keys repeat, `equal_keys.safetensors`, both derived from the keys; an exact index then stores each
+  distinct key once. Their sizes are checked;
+- `report_encoder.json`, if the reports were embedded by a separate encoder. The encoder's path is not part of the
+  fingerprint, but the encoder's own fingerprint is.
 """
 
 from __future__ import annotations
@@ -37,19 +40,19 @@ ITEM_COLUMNS = ("position", "study_id", "image_id", "patient_id", "row", "split"
 EXPERT = "xray-expert"
 REPORT_ENCODER = "report-encoder"
 REPORT_ENCODER_FILE = "report_encoder.json"
-AGAIN = "Run stage 1 (`ctx-distill index`) to build it again."
+AGAIN = "Run stage 1 (`ctx-distill index`) to rebuild it."
 SAME_KEY = 1e-6
-"""Keys at most so far apart (Euclidean) are stored as one: what the last bits of an embedding differ by between batches."""
+"""Euclidean distance below which keys are stored as one: rounding differences of an embedding between batches."""
 
 
 @dataclass(frozen=True)
 class ReportSource:
-    """The encoder of the texts, where it is not the expert.
+    """The separate encoder of the reports.
 
     Attributes:
         source: folder or `hf-hub:organisation/name`.
         revision: commit of a hub source.
-        fingerprint: of the encoder.
+        fingerprint: fingerprint of the encoder.
     """
 
     source: str
@@ -73,36 +76,39 @@ def write_index_artefact(
     value_type: Literal["float32", "float16"] = "float32",
     report_source: ReportSource | None = None,
 ) -> XrayIndexArtefact:
-    """Build the index and write the artefact, whole or not at all.
+    """Build the index and write the artefact atomically.
 
     Args:
         folder: the artefact's folder.
-        keys: (N, D_k) unit rows; of those within `SAME_KEY` of one another the first is stored for all.
-        values: (N, D_v) unit rows: the teacher's features.
+        keys: (N, D_k) unit rows; of keys within `SAME_KEY` of each other, the first is stored for all.
+        values: (N, D_v) unit rows, the teacher's features.
         items: N rows in the same order, with study_id, image_id, patient_id, row (of the manifest) and split.
-        upstream: fingerprints by name; `xray-expert` must be among them.
-        config: plain JSON values to keep (`key`, the kind of the keys; `query_centre`; what was left out).
-        texts: N report texts, kept as the column `report`.
-        findings: (N, F) read from the texts (1, 0, -1 uncertain, NaN), for the findings re-rank.
+        upstream: fingerprints by name; must include `xray-expert`.
+        config: JSON values to store (`key`, the kind of the keys; `query_centre`; counts of excluded X-rays).
+        texts: N reports, stored as the column `report`.
+        findings: (N, F) findings of the reports (1, 0, -1 uncertain, NaN), for the findings re-rank.
         finding_names: their F names.
-        kind: of the index.
-        minimum_recall: refuse an approximate index below it.
-        search_width: of an approximate index; see `build_index`.
-        value_type: how values are stored.
-        report_source: what embedded the texts; None: the expert.
+        kind: kind of the index.
+        minimum_recall: minimum recall@1 of an approximate index.
+        search_width: search width of an approximate index; see `build_index`.
+        value_type: type of the stored values.
+        report_source: the encoder of the reports; None if it is the expert.
+
+    Returns:
+        The opened artefact.
 
     Raises:
-        InputError: see `build_index`.
-        ValueError: the parts do not fit together.
+        InputError: a value is not finite, or see `build_index`.
+        ValueError: lengths or columns do not match.
     """
     rows = len(keys)
     lengths = {"values": len(values), "items": len(items)}
     lengths |= {} if texts is None else {"texts": len(texts)}
     lengths |= {} if findings is None else {"findings": len(findings)}
     if wrong := {name: length for name, length in lengths.items() if length != rows}:
-        raise ValueError(f"index artefact got {rows} keys but {wrong}; expected the same number of each")
+        raise ValueError(f"index artefact got {rows} keys but {wrong}; expected equal lengths")
     if missing := [name for name in ITEM_COLUMNS[1:] if name not in items.columns]:
-        raise ValueError(f"index artefact's items lack {', '.join(missing)}")
+        raise ValueError(f"index artefact's items lack {', '.join(missing)}; expected {', '.join(ITEM_COLUMNS[1:])}")
     if EXPERT not in upstream:
         raise ValueError(f"index artefact needs the {EXPERT} fingerprint in upstream; got {sorted(upstream)}")
     if report_source is not None:
@@ -112,7 +118,7 @@ def write_index_artefact(
         table["report"] = list(texts)
     if not bool(torch.isfinite(values.sum(dim=1)).all()):
         bad = int((~torch.isfinite(values.sum(dim=1))).nonzero()[0])
-        raise InputError(f"value {bad} of the X-ray index is not finite. Check the expert's weights and that image.")
+        raise InputError(f"value {bad} of the X-ray index is not finite. Check the expert's weights and the image.")
     content = table.to_csv(index=False, quoting=csv.QUOTE_MINIMAL, lineterminator="\n")
     keys = keys.detach().cpu().float()
     first = torch.from_numpy(first_near(keys, SAME_KEY))
@@ -131,7 +137,7 @@ def write_index_artefact(
         "index_recall": index.recall,
         "finding_names": list(finding_names) if finding_names is not None else None,
         "items_hash": hash_json(content),
-        # The fingerprint covers the config: an index of another expert or manifest is another index.
+        # Part of the config, so that the fingerprint depends on the expert and the manifest.
         "made_from": dict(upstream),
     }
 
@@ -147,28 +153,28 @@ def write_index_artefact(
 
 
 def map_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, memory-mapped: pages are read when touched. Do not write into them."""
+    """Return all tensors of a safetensors file, memory-mapped. Do not write to them."""
     with safe_open(path, framework="pt") as handle:
         return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 - not a mapping
 
 
 @dataclass(frozen=True)
 class XrayIndexArtefact:
-    """An index artefact, open for lookups.
+    """An opened index artefact.
 
     Attributes:
-        folder: where it lies.
-        fingerprint: of keys, values, items, expert and manifest.
-        expert_fingerprint: of the X-ray expert that embedded the pool.
+        folder: folder of the artefact.
+        fingerprint: covers keys, values, items, expert and manifest.
+        expert_fingerprint: fingerprint of the X-ray expert that embedded the pool.
         upstream: all upstream fingerprints.
-        config: what `write_index_artefact` got, with key_dim, value_dim, items, index_kind, index_recall.
-        items: N rows: position, study_id, image_id, patient_id, row, split, and report where kept.
+        config: the `config` of `write_index_artefact`, with key_dim, value_dim, items, index_kind and index_recall.
+        items: N rows: position, study_id, image_id, patient_id, row, split, and optionally report.
         keys: (N, D_k), memory-mapped.
-        features: (N, D_v) the values, memory-mapped.
+        features: (N, D_v), the values, memory-mapped.
         findings: (N, F) or None.
-        device: of the index; see `open`.
-        placement: of the index; see `open`.
-        report_source: what embedded the texts; None: the expert.
+        device: see `open`.
+        placement: see `open`.
+        report_source: the encoder of the reports; None if it is the expert.
     """
 
     folder: Path
@@ -193,18 +199,18 @@ class XrayIndexArtefact:
         placement: Placement = "replicated",
         searched: bool = True,
     ) -> XrayIndexArtefact:
-        """Open an artefact; keys and values stay on disk until touched.
+        """Open an artefact; keys and values are memory-mapped.
 
         Args:
-            folder: where it lies.
-            device: of the index, once `place` or the first search moves it there.
-            placement: `replicated`: this process searches the whole index, of whatever kind it was built;
-                `sharded`: each rank searches its part of the keys, exactly (see `ShardedIndex`).
-            verify: read all of keys and values once and compare with the fingerprint.
-            searched: open the index, on the CPU; False leaves it closed until something asks for it.
+            folder: folder of the artefact.
+            device: device of the index after `place` or the first search.
+            placement: `replicated`: this process searches the complete index, of any kind; `sharded`: each rank searches
+                its shard of the keys exactly (see `ShardedIndex`).
+            verify: read all keys and values and compare them with the fingerprint.
+            searched: open the index now, on the CPU; otherwise it is opened on first use.
 
         Raises:
-            InputError: a part is missing, damaged, or does not fit the others.
+            InputError: a part is missing or corrupt, or does not match the others.
         """
         artefact = read_artefact(folder, "xray-index")
         weights, items_path = folder / WEIGHTS_FILE, folder / ITEMS_FILE
@@ -215,11 +221,11 @@ class XrayIndexArtefact:
             tensors = map_tensors(weights)
             features, keys = tensors["values"], tensors["keys"]
         except (SafetensorError, KeyError, OSError) as error:
-            raise InputError(f"{weights}: not the features of an X-ray index ({error}). {AGAIN}") from error
+            raise InputError(f"{weights}: not a readable feature file of an X-ray index ({error}). {AGAIN}") from error
         if verify:
             content = {"kind": artefact.kind, "config": artefact.config, "weights": hash_file(weights)}
             if hash_json(content) != artefact.fingerprint:
-                raise InputError(f"{weights}: does not agree with the artefact's fingerprint. {AGAIN}")
+                raise InputError(f"{weights}: does not match the artefact's fingerprint. {AGAIN}")
         table = items_path.read_bytes().decode(errors="replace")
         if hash_json(table) != artefact.config.get("items_hash"):
             raise InputError(f"{items_path}: changed since the index was built. {AGAIN}")
@@ -235,7 +241,7 @@ class XrayIndexArtefact:
         if len(set(parts.values())) > 1 or not len(features) == len(items) == len(keys):
             raise InputError(_misfit(folder, parts, len(features), len(items)))
         if EXPERT not in artefact.upstream:
-            raise InputError(f"{folder}: the X-ray index does not name its {EXPERT}. {AGAIN}")
+            raise InputError(f"{folder}: the X-ray index has no {EXPERT} fingerprint. {AGAIN}")
         store = cls(
             folder=folder,
             fingerprint=artefact.fingerprint,
@@ -251,15 +257,15 @@ class XrayIndexArtefact:
             report_source=_read_report_source(folder, artefact.upstream.get(REPORT_ENCODER)),
         )
         if searched:
-            store.index  # noqa: B018 - opened and checked here
+            store.index  # noqa: B018 - opens and checks the index
         return store
 
     @cached_property
     def index(self) -> KeyIndex:
-        """The index over the keys, opened on the CPU when it is first asked for; see `place`.
+        """The index over the keys, opened on the CPU on first use; see `place`.
 
         Raises:
-            InputError: it is damaged, or does not fit the other parts.
+            InputError: the index is corrupt, or does not match the other parts.
         """
         device: Device = "cpu" if self.placement == "sharded" else self.device
         index = XrayIndex.load(self.folder / INDEX_FILE, device)
@@ -272,7 +278,7 @@ class XrayIndexArtefact:
         return ShardedIndex(self.keys, self.device) if index.equal is None else ShardedIndex.of(index, self.device)
 
     def place(self, device: torch.device) -> None:
-        """Move the index to where a rank computes, as the `device` of `open` asks: from a task's `setup`."""
+        """Move the index to the rank's device, if the `device` of `open` allows it; to be called in a task's `setup`."""
         self.index.place(device)
 
     def __len__(self) -> int:
@@ -280,41 +286,41 @@ class XrayIndexArtefact:
 
     @property
     def key(self) -> KeyKind:
-        """What the keys were made of."""
+        """Kind of the keys."""
         kind: KeyKind = self.config.get("key", "text")
         return kind
 
     @property
     def key_dim(self) -> int:
-        """D_k: width of the keys."""
+        """D_k, the dimension of the keys."""
         return int(self.keys.shape[1])
 
     @property
     def query_dim(self) -> int:
-        """D_t: width of the report embeddings that `search` takes."""
+        """D_t, the dimension of the report embeddings that `search` expects."""
         return self.key_dim // 2 if self.key == "both" else self.key_dim
 
     @property
     def finding_names(self) -> list[str]:
-        """The F columns of `findings`; empty where there are none."""
+        """Names of the F columns of `findings`; empty without findings."""
         return list(self.config.get("finding_names") or [])
 
     @property
     def value_dim(self) -> int:
-        """D_v: what the student is distilled towards."""
+        """D_v, the dimension of the values."""
         return int(self.features.shape[1])
 
     @cached_property
     def query_centre(self) -> Tensor | None:
-        """(D_t,): the mean query, taken off before a search where the index was built with centring."""
+        """Mean query (D_t,), which is subtracted before a search; None without centring."""
         centre = self.config.get("query_centre")
         return None if centre is None else torch.tensor(centre)
 
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The k nearest X-rays of each report: queries of the keys' kind are made here, and centred where keys were.
+        """Return the k nearest X-rays of each report; queries are centred and converted to the kind of the keys here.
 
         Args:
-            queries: (B, D_t) unit rows: the reports as the index's report encoder embeds them.
+            queries: (B, D_t) unit rows, the reports embedded by the index's report encoder.
             k: neighbours.
 
         Returns:
@@ -325,13 +331,13 @@ class XrayIndexArtefact:
         """
         if queries.shape[1] != self.query_dim:
             raise InputError(
-                f"queries have {queries.shape[1]} dimensions; the X-ray index {self.folder} takes {self.query_dim}. "
-                "Embed the reports with the encoder that the index was built with, or build the index again."
+                f"queries have {queries.shape[1]} dimensions; the X-ray index {self.folder} expects {self.query_dim}. "
+                "Embed the reports with the encoder that the index was built with, or rebuild the index."
             )
         return self.index.search(make_queries(self.key, queries, self.query_centre), k)
 
     def values(self, positions: Tensor) -> Tensor:
-        """Features of items.
+        """Return the features of items.
 
         Args:
             positions: (...,) int64.
@@ -345,7 +351,7 @@ class XrayIndexArtefact:
 
 def _misfit(folder: Path, parts: Mapping[str, tuple[Any, ...]], values: int, items: int) -> str:
     sizes = ", ".join(f"{name} {rows} x {dimension}" for name, (rows, dimension) in parts.items())
-    return f"{folder}: the index's parts do not fit together ({sizes}, {values} values, {items} items). {AGAIN}"
+    return f"{folder}: the parts of the index do not match ({sizes}, {values} values, {items} items). {AGAIN}"
 
 
 def _read_report_source(folder: Path, fingerprint: str | None) -> ReportSource | None:
@@ -356,4 +362,4 @@ def _read_report_source(folder: Path, fingerprint: str | None) -> ReportSource |
         place = json.loads(path.read_text(encoding="utf-8"))
         return ReportSource(place["source"], place["revision"], fingerprint)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: does not say where the index's report encoder is ({error}). {AGAIN}") from error
+        raise InputError(f"{path}: no readable source of the index's report encoder ({error}). {AGAIN}") from error

@@ -1,4 +1,4 @@
-"""What every stage's LightningModule promises to the pipeline."""
+"""Base classes of the stages' LightningModules."""
 
 from __future__ import annotations
 
@@ -46,16 +46,16 @@ from ctx_distill.training.schedule import WarmupCosine
 from ctx_distill.training.sharding import Shards, by_layout, shard_for_training
 
 TIMINGS = ("train/lookup_ms", "train/lookup_share")
-"""Names of logged values that a run repeated would not give again; they are no metrics."""
+"""Logged values that are not reproducible, and therefore not metrics."""
 LARGEST_LOGIT_SCALE = math.log(100)
-"""CLIP's bound of the learnt temperature (Radford et al. 2021)."""
+"""CLIP's upper bound of the log logit scale (Radford et al. 2021)."""
 
 
 class StageTask(L.LightningModule):
-    """A stage: it runs under a trainer, leaves its artefact and tables in its folder, and returns its metrics."""
+    """A stage: runs under a trainer, writes its artefact and tables to its folder, and returns its metrics."""
 
     def describe(self) -> dict[str, Any]:
-        """Facts for `run.json`."""
+        """Return facts for `run.json`."""
         return {}
 
     @abstractmethod
@@ -63,25 +63,25 @@ class StageTask(L.LightningModule):
         """Run the stage.
 
         Args:
-            trainer: set up for this stage; logs go to its loggers.
+            trainer: the trainer of this stage, with its loggers.
             datamodule: the stage's data.
-            folder: the stage's folder; the artefact goes to `folder / "artefact"`.
+            folder: the stage's folder; the artefact is written to `folder / "artefact"`.
 
         Returns:
-            Metrics as JSON values; called on every rank, used on rank zero.
+            Metrics as JSON values. Called on every rank; the result of rank zero is used.
         """
 
 
 class TrainedTask(StageTask):
-    """A stage that trains: goes on from its last checkpoint as if it had not stopped, and finishes with the chosen weights.
+    """A stage that trains: resumes from its last checkpoint, and finishes with the selected weights.
 
     Args:
-        optimizer: makes the optimizer from parameter groups.
-        scheduler: makes a learning-rate schedule that is stepped once an optimiser step; None: linear warm-up, then
-            half a cosine down to zero at the last step.
-        warmup: share of the steps that the default schedule warms up.
-        select: which weights go on: those after the last epoch, or those with the lowest validation loss.
-        survival: checkpoints, bad losses, hangs.
+        optimizer: creates the optimizer from parameter groups.
+        scheduler: creates a learning-rate schedule that is stepped once per optimiser step; None uses linear warm-up
+            followed by a half cosine to zero at the last step.
+        warmup: share of the steps in which the default schedule warms up.
+        select: weights to finish with: those after the last epoch, or those with the lowest validation loss.
+        survival: settings of fault tolerance: checkpoints, non-finite losses, hangs.
     """
 
     compute = ComputeSettings()
@@ -111,20 +111,21 @@ class TrainedTask(StageTask):
     def finish(self, trainer: L.Trainer, datamodule: L.LightningDataModule, folder: Path) -> dict[str, Any]:
         """Write the artefact and return the metrics, after training.
 
-        What takes rank 0 long alone goes through `run_on_rank_zero`, since the other ranks wait in the next collective.
+        Long work on rank 0 must go through `run_on_rank_zero`, because the other ranks wait in the next collective.
         """
 
     def run(self, trainer: L.Trainer, datamodule: L.LightningDataModule, folder: Path) -> dict[str, Any]:
-        """Train, from the last checkpoint where there is one, then finish."""
-        found = standing(folder / CHECKPOINTS, self._identity(folder))
-        if found is not None and trainer.is_global_zero:
-            print(f"resuming from {found.path}, step {found.step}")
-        history = cut_logs(trainer, folder / LOG, found.step if found else 0)
+        """Train, from the last checkpoint if there is one, then finish."""
+        checkpoint = standing(folder / CHECKPOINTS, self._identity(folder))
+        if checkpoint is not None and trainer.is_global_zero:
+            print(f"resuming from {checkpoint.path}, step {checkpoint.step}")
+        history = cut_logs(trainer, folder / LOG, checkpoint.step if checkpoint else 0)
         self.train()
+        path = str(checkpoint.path) if checkpoint else None
         try:
-            trainer.fit(self, datamodule=datamodule, ckpt_path=str(found.path) if found else None, weights_only=True)
+            trainer.fit(self, datamodule=datamodule, ckpt_path=path, weights_only=True)
         except SystemExit:
-            if trainer.interrupted:  # Lightning ends the process at Ctrl-C, without a word
+            if trainer.interrupted:  # on Ctrl-C, Lightning exits without a message
                 raise KeyboardInterrupt from None
             raise
         if rank() == 0:
@@ -143,13 +144,16 @@ class TrainedTask(StageTask):
         return metrics
 
     def _identity(self, folder: Path) -> dict[str, str | None]:
-        """What a checkpoint of this run says of itself: its stage, and the key of what was asked of it."""
+        """Return the identity that checkpoints of this run carry: the stage and the request key."""
         request = folder / REQUEST_FILE
         key = json.loads(request.read_text()).get("key") if request.is_file() else None
         return {"stage": type(self).__name__, "request": key}
 
     def _load_best(self, folder: Path) -> None:
-        """Take the chosen weights; collective. Rank 0 wrote the file: others may still see none, or the one before."""
+        """Load the weights with the lowest validation loss (collective).
+
+        Rank 0 reads and broadcasts them, because other ranks may not see its file yet, or may see an older one.
+        """
 
         def load() -> None:
             path = folder / CHECKPOINTS / BEST
@@ -161,11 +165,11 @@ class TrainedTask(StageTask):
         copy_from_rank_zero(self)
 
     def unfit_for_shards(self) -> dict[str, bool]:
-        """What keeps this stage from FSDP2: settings by name, and whether they are asked for."""
-        return {f"{type(self).__name__} (stages 2 and 3 can)": True}
+        """Return settings that are incompatible with FSDP2, by name, and whether they are enabled."""
+        return {f"{type(self).__name__} (only stages 2 and 3 support it)": True}
 
     def configure_model(self) -> None:
-        """Set how CT encoders are computed; shard what is trained where the strategy asks for it."""
+        """Configure the computation of CT encoders, and shard the trained modules if the strategy requires it."""
         device = self.trainer.strategy.root_device
         check_compiler(self.compute, device)
         for module in self.modules():
@@ -174,9 +178,9 @@ class TrainedTask(StageTask):
         self.shards = shard_for_training(self, self.unfit_for_shards()) or self.shards
 
     def configure_callbacks(self) -> list[Callback]:
-        """Checkpoints; with `select: best` also of the lowest validation loss, where there is a `val` split.
+        """Return the callbacks; with `select: best` and a `val` split, also keep the lowest validation loss.
 
-        The monitored loss never sees labels in stages 1 to 3.
+        In stages 1 to 3, the monitored loss never uses labels.
         """
         folder = Path(self.trainer.default_root_dir)
         datamodule = getattr(self.trainer, "datamodule", None)
@@ -191,67 +195,67 @@ class TrainedTask(StageTask):
         return [self.checkpoints, self.guard, Watchdog(self.survival.hang_minutes)]
 
     def rank_state(self) -> dict[str, Any]:
-        """What this rank has summed of the epoch, and a hash of the order of the rows that it has seen."""
+        """Return this rank's sums of the epoch, and a hash of the order of the rows that it has processed."""
         return {"means": {split: means.state() for split, means in self._means.items()}, "order": self._order}
 
     def load_rank_state(self, state: dict[str, Any]) -> None:
-        """Take `rank_state` back."""
+        """Restore `rank_state`."""
         for split, means in self._means.items():
             means.load(state["means"][split])
         self._order = state["order"]
 
     def merge_rank_states(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """One rank's state out of those of another number of ranks.
+        """Merge the states of another number of ranks into one.
 
-        What is summed is of the global batch, and so the same on every rank. The orders are chained to one.
+        Sums are over the global batch, so they are the same on every rank. The order hashes are combined.
         """
         return {**states[0], "order": hash_json([state["order"] for state in states])}
 
     def resume_schedule(self, step: int, in_epoch: int, per_epoch: int) -> None:
-        """Have the default schedule go on as a function of the share of the training that is done.
+        """Continue the default schedule by training progress, after the number of ranks has changed.
 
-        A custom scheduler counts optimiser steps, and their number has changed.
+        A custom scheduler counts optimiser steps, whose number has changed, so it cannot be adjusted.
 
         Args:
             step: optimiser steps so far.
-            in_epoch: steps that are left of the epoch at hand.
-            per_epoch: steps of a whole epoch.
+            in_epoch: steps remaining in the current epoch.
+            per_epoch: steps of a complete epoch.
         """
         epochs, most = self.trainer.max_epochs or 0, self.trainer.max_steps
         if self.rate_schedule is None:
             if rank() == 0:
                 print(
-                    "model.init_args.scheduler counts optimiser steps, and their number changes with the number of ranks: it "
-                    "resumes from its step, which is another share of the training. Remove it to use the default "
-                    "schedule, which follows the share of the training that is done."
+                    "model.init_args.scheduler counts optimiser steps, whose number has changed with the number of ranks. It "
+                    "resumes at the same step, which is a different share of the training. Remove it to use the default "
+                    "schedule, which follows the progress of the training."
                 )
             return
         if epochs < 0 or 0 < most <= self.rate_schedule.steps:
-            return  # a training of so many steps has as many with any number of ranks
+            return  # with max_steps, the number of steps does not depend on the number of ranks
         epoch = self.trainer.current_epoch + 1
         self.rate_schedule.resume(step, in_epoch, per_epoch * (epochs - epoch), epoch / epochs)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Chain the rows of this batch to those before."""
+        """Update the hash of the row order."""
         del batch_idx
         rows = ",".join(str(row) for row in batch.row.tolist())
         self._order = hashlib.sha256(f"{self._order} {rows}".encode()).hexdigest()
 
     def row_seeds(self, rows: Tensor, *purpose: str) -> list[int]:
-        """Return one seed per row: a function of the run's seed, the epoch, the row and what it is for.
+        """Return one seed per row, which depends on the run's seed, the epoch, the row and the purpose only.
 
         Args:
             rows: (b,) manifest rows.
-            purpose: tells draws of one row apart; none for the augmentation.
+            purpose: distinguishes several draws for one row; empty for the augmentation.
         """
         return [seed_of(self.current_epoch, row, *purpose) for row in rows.tolist()]
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Groups for the optimizer; `lr_factor` scales a group's learning rate."""
+        """Return the parameter groups; `lr_factor` scales a group's learning rate."""
         return decay_groups(self)
 
     def configure_optimizers(self) -> Any:
-        """Optimizer with weight decay on matrices only, and the schedule stepped per step."""
+        """Return the optimizer, with weight decay on matrices only, and the schedule, stepped per optimiser step."""
         refuse_no_steps(self.trainer)
         groups = by_layout(self.parameter_groups())
         factors = [group.pop("lr_factor", 1.0) for group in groups]
@@ -272,42 +276,42 @@ class TrainedTask(StageTask):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip as the trainer is set; by norm with the norm that the guard has computed already."""
+        """Clip as configured in the trainer; clipping by norm reuses the norm that the guard has computed."""
         if self.guard is not None and gradient_clip_val and gradient_clip_algorithm != "value":
             self.guard.clip(optimizer, float(gradient_clip_val))
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def log_terms(self, terms: dict[str, Tensor], split: Literal["train", "val"], rows: int) -> None:
-        """Sum named terms for the mean of the epoch, logged at its end as `split/term`.
+        """Accumulate named terms for the epoch mean, which is logged as `split/term`.
 
         Args:
-            terms: () each, of the global batch: the same on every rank.
-            split: whose.
-            rows: of the global batch: the weight of its terms in the mean.
+            terms: () each, of the global batch, the same on every rank.
+            split: split of the batch.
+            rows: rows of the global batch, the weight of the terms in the mean.
         """
         self._means[split].add(terms, rows)
 
     def gather_once(self, rows: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
-        """Values (b, ...) of the global batch; of a held-out row that the sampler repeated to fill up, once."""
+        """Gather values (b, ...) of the global batch, dropping held-out rows that the sampler repeated as padding."""
         first = first_rows(gather_with_gradient(rows)).nonzero()[:, 0]
         return tuple(gather_with_gradient(value)[first] for value in values)
 
     @staticmethod
     def global_rows(rows: Tensor) -> int:
-        """Number of rows of the global batch; one that the sampler repeated counts once."""
+        """Return the number of rows of the global batch, counting repeated rows once."""
         return int(first_rows(gather_with_gradient(rows)).sum())
 
     def on_train_epoch_end(self) -> None:
-        """Log the means of the epoch."""
+        """Log the epoch means."""
         self._log_means("train")
 
     def on_validation_epoch_start(self) -> None:
-        """Begin the sums anew."""
+        """Reset the validation sums."""
         self._means["val"].drain()
 
     def on_validation_epoch_end(self) -> None:
-        """Log the means of the validation."""
+        """Log the validation means."""
         self._log_means("val")
 
     def _log_means(self, split: str) -> None:
@@ -315,15 +319,15 @@ class TrainedTask(StageTask):
             self.log(f"{split}/{name}", value)
 
     def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Leave a validation where a signal asks for it: it is done again from the checkpoint before it."""
+        """Stop on a signal; the validation is repeated from the checkpoint before it."""
         del batch, batch_idx, dataloader_idx
         stop_if_asked("in validation")
 
 
 def refuse_no_steps(trainer: L.Trainer) -> None:
-    """Refuse trainer settings under which no optimizer step would be made; the same on every rank.
+    """Check that the trainer's limits allow optimiser steps; the result is the same on every rank.
 
-    Too few rows for the ranks are refused by `ManifestDataModule.train_dataloader`.
+    Too few rows for the ranks are rejected by `ManifestDataModule.train_dataloader`.
 
     Raises:
         InputError: a limit is 0.
@@ -331,15 +335,16 @@ def refuse_no_steps(trainer: L.Trainer) -> None:
     for name in ("max_epochs", "max_steps", "limit_train_batches"):
         if getattr(trainer, name) == 0:
             raise InputError(
-                f"trainer.{name} is 0, so nothing would be trained. Raise it, or leave it out of the configuration."
+                f"trainer.{name} is 0, so nothing would be trained; expected 1 or more. Increase it, or remove it from the "
+                "configuration."
             )
 
 
 def check_volume_spec(artefact: Artefact, datamodule: CTDataModule) -> None:
-    """Check that volumes are brought to what an encoder was trained on.
+    """Check that volumes are preprocessed as in the encoder's training.
 
     Raises:
-        InputError: another spacing, shape or window; the message names both.
+        InputError: spacing, shape or window differ.
     """
     require_same(
         "the volume spec of this stage", hash_json(datamodule.volume.to_config()),
@@ -349,12 +354,12 @@ def check_volume_spec(artefact: Artefact, datamodule: CTDataModule) -> None:
 
 
 def adamw(params: Any) -> torch.optim.Optimizer:
-    """The optimizer where a configuration names none."""
+    """Return the default optimizer."""
     return torch.optim.AdamW(params, lr=1e-3, weight_decay=0.05)
 
 
 def last_values(task: TrainedTask) -> dict[str, Any]:
-    """The last logged value of every `train/` and `val/` term, as JSON values; without timings."""
+    """Return the last logged value of every `train/` and `val/` term, except timings, as JSON values."""
     before = task.checkpoints.logged if task.checkpoints is not None else {}
     values = {**before, **{name: float(value) for name, value in task.trainer.callback_metrics.items()}}
     return {
@@ -365,17 +370,17 @@ def last_values(task: TrainedTask) -> dict[str, Any]:
 
 
 def decay_groups(module: nn.Module, without: Iterable[Tensor] = ()) -> list[dict[str, Any]]:
-    """Trainable parameters in two groups: matrices, which decay, and vectors and scalars, which do not.
+    """Return trainable parameters in two groups: matrices with weight decay, and vectors and scalars without.
 
     Args:
-        module: whose parameters.
-        without: those that are left out.
+        module: the module.
+        without: parameters to exclude.
     """
-    left_out = {id(parameter) for parameter in without}
+    excluded = {id(parameter) for parameter in without}
 
     def pick(matrices: bool) -> Iterator[Tensor]:
-        mine = (p for p in module.parameters() if p.requires_grad and id(p) not in left_out)
-        return (p for p in mine if (p.ndim > 1) == matrices)
+        trainable = (p for p in module.parameters() if p.requires_grad and id(p) not in excluded)
+        return (p for p in trainable if (p.ndim > 1) == matrices)
 
     matrices, vectors = list(pick(True)), list(pick(False))
     groups: list[dict[str, Any]] = [{"params": matrices}] if matrices else []
@@ -383,10 +388,10 @@ def decay_groups(module: nn.Module, without: Iterable[Tensor] = ()) -> list[dict
 
 
 def stop_if_asked(where: str) -> None:
-    """End the run where a signal has asked any rank for it; collective.
+    """Stop the run if any rank has received a stop signal (collective).
 
     Raises:
-        StopRequested: it has.
+        StopRequested: a rank has received one.
     """
     if any_rank(signals.requested() is not None)[0]:
         raise signals.StopRequested(where)

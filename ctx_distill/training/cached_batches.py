@@ -1,4 +1,4 @@
-"""Batches of CT volumes that wait on the host and are encoded a few at a time (`ctx_distill.training.gradient_cache`)."""
+"""Batches of CT volumes that stay on the host and are encoded in micro-batches (`ctx_distill.training.gradient_cache`)."""
 
 from __future__ import annotations
 
@@ -17,37 +17,36 @@ HostStorage = Literal["float32", "float16"]
 
 
 def check_micro_batch(micro_batch: int | None) -> None:
-    """Refuse a micro-batch without rows.
+    """Check the size of a micro-batch.
 
     Raises:
-        InputError: it is below 1.
+        InputError: the size is below 1.
     """
     if micro_batch is not None and micro_batch < 1:
         raise InputError(
-            f"micro_batch is {micro_batch}; expected 1 or more volumes, or null for the whole batch at once. "
+            f"micro_batch is {micro_batch}; expected 1 or more volumes, or null for the complete batch at once. "
             "Set --model.init_args.micro_batch=16."
         )
 
 
 def on_host(batch: CTBatch, storage: HostStorage, move: Callable[[CTBatch], CTBatch]) -> CTBatch:
-    """The batch moved to the device, less its volumes.
+    """Move a batch to the device, except its volumes.
 
     Args:
         batch: on the host.
-        storage: type in which the volumes wait. float16 halves their memory; of values in [-1, 1] it is off by at
-            most 2^-12, which is 0.25 HU in a window of 2,000 HU (**ours**).
-        move: brings a batch to the device.
+        storage: type of the waiting volumes. float16 halves their memory; its error on values in [-1, 1] is at most
+            2^-12, which is 0.25 HU in a window of 2,000 HU (**ours**).
+        move: moves a batch to the device.
     """
     volume = batch.volume
-    if (
-        storage == "float16"
-    ):  # in page-locked memory where the loader's was, so that parts of it are copied without waiting
+    if storage == "float16":
+        # Pinned if the loader's memory was pinned, so that micro-batches are copied asynchronously.
         volume = torch.empty(volume.shape, dtype=torch.float16, pin_memory=volume.is_pinned()).copy_(volume)
     return replace(move(replace(batch, volume=volume[:0])), volume=volume)
 
 
 def split_rows(batch: CTBatch, rows: int) -> list[CTBatch]:
-    """The batch in parts of `rows` rows, the last one of what is left; tensors are views."""
+    """Split a batch into parts of `rows` rows; the last one may be smaller. Tensors are views."""
 
     def part(value: Any, start: int) -> Any:
         return None if value is None else value[start : start + rows]
@@ -65,15 +64,15 @@ def encode_in_micro_batches(
     device: torch.device,
     dtype: torch.dtype,
 ) -> tuple[Tensor, ...]:
-    """Per-row tensors of a batch whose volumes wait on the host.
+    """Encode a batch whose volumes are on the host.
 
     Args:
-        encode: gives tensors (b, ...) of a batch on the device; see `encode_cached` for what it may do.
+        encode: returns tensors (b, ...) of a batch on the device; see `encode_cached` for its constraints.
         batch: volumes on the host, the rest on the device.
         micro_batch: volumes on the device at once.
-        parameters: what `encode` learns.
-        device: of the model.
-        dtype: of the volumes that `encode` gets.
+        parameters: trainable parameters of `encode`.
+        device: device of the model.
+        dtype: type of the volumes passed to `encode`.
 
     Returns:
         The tensors of `encode`, each (B, ...), with the gradients of encoding all rows at once.

@@ -1,4 +1,4 @@
-"""Means of an epoch that a checkpoint in its midst can hold; Lightning's own are lost with the process."""
+"""Epoch means that can be checkpointed in mid-epoch, unlike Lightning's."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor
 
 
 class EpochMeans:
-    """Weighted sums of named values since the last `drain`, in double precision, on the values' own device."""
+    """Weighted sums of named values since the last `drain`, in double precision, on the device of the values."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
 
     def add(self, terms: dict[str, Tensor], weight: float) -> None:
-        """Add a batch's values, () each; one that is not finite is left out, as the step that it belongs to is."""
+        """Add a batch's values, () each; non-finite ones are skipped, like the steps they belong to."""
         for name, value in terms.items():
             value = value.detach().double()
             finite = value.isfinite()
@@ -23,15 +23,15 @@ class EpochMeans:
             self._sums[name] = self._sums[name].to(part.device) + part if name in self._sums else part
 
     def drain(self) -> dict[str, Tensor]:
-        """The means, () float32 each; the sums begin anew."""
+        """Return the means, () float32 each, and reset the sums."""
         means = {name: (value / weight).float() for name, (value, weight) in self._sums.items()}
         self._sums = {}
         return means
 
     def state(self) -> dict[str, Any]:
-        """The sums, for a checkpoint."""
+        """Return the sums for a checkpoint."""
         return {name: value.cpu() for name, value in self._sums.items()}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Take `state` back."""
+        """Restore `state`."""
         self._sums = dict(state)

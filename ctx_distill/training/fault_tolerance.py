@@ -1,4 +1,4 @@
-"""Fault tolerance of a training stage: how often it writes checkpoints, when it gives up, when it calls a rank hung."""
+"""Settings of fault tolerance: checkpoint interval, limit of skipped steps, hang timeout."""
 
 from __future__ import annotations
 
@@ -8,19 +8,22 @@ from ctx_distill.errors import InputError
 
 REMOVED = {
     "explosion": "a finite gradient is never skipped now; trainer.gradient_clip_val clips a large one",
-    "back_off": "the learning rate is the schedule's after a skipped step",
+    "back_off": "a skipped step no longer changes the learning rate",
 }
-"""Former settings, and why they are gone."""
+"""Removed settings, and why they were removed."""
 
 
 @dataclass(frozen=True)
 class SurvivalSettings:
-    """Settings that every training stage shares; they change nothing of a run that meets no fault.
+    """Fault tolerance of a training stage; the settings have no effect on a run without faults.
 
     Attributes:
-        checkpoint_minutes: a checkpoint is written after every epoch, and within an epoch after so many minutes.
-        largest_skips: steps in a row with a loss or gradient that is not finite after which the run ends with an error.
-        hang_minutes: a rank without a step for so long ends the run with an error that names it; 0 switches it off.
+        checkpoint_minutes: minutes between checkpoints within an epoch; one is also written after every epoch.
+        largest_skips: consecutive steps with a non-finite loss or gradient after which the run fails.
+        hang_minutes: minutes without progress after which the run fails and reports the hung rank; 0 disables it.
+
+    Raises:
+        InputError: a value is out of range.
     """
 
     checkpoint_minutes: float = 15.0
@@ -30,6 +33,6 @@ class SurvivalSettings:
     def __post_init__(self) -> None:
         if not (self.checkpoint_minutes > 0 and self.largest_skips > 0 and self.hang_minutes >= 0):
             raise InputError(
-                f"survival: {self}; expected checkpoint_minutes above 0, largest_skips of 1 or more, hang_minutes of 0 "
+                f"survival: {self}; expected checkpoint_minutes above 0, largest_skips of 1 or more, and hang_minutes of 0 "
                 "or more."
             )

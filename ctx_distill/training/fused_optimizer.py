@@ -1,4 +1,4 @@
-"""Torch's fused Adam and AdamW on a GPU: one kernel per step, which can leave a bad step out without the host waiting for it."""
+"""Use torch's fused Adam and AdamW on a GPU: one kernel per step, which can skip a bad step without synchronisation."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import torch
 from torch.optim import Adam, AdamW, Optimizer
 
 FUSED_DEVICES = ("cuda",)
-"""On a CPU torch's default is as fast, and the host waits for nothing."""
+"""On a CPU, torch's default is as fast and needs no synchronisation."""
 
 
 def fused_on(device: torch.device, optimizer: Optimizer) -> Optimizer:
-    """Return the optimizer with fused kernels where `device` has them and the settings leave it open.
+    """Return the optimizer with fused kernels, if `device` supports them and the settings do not choose otherwise.
 
     Args:
-        device: of the parameters.
-        optimizer: one that has not made a step. Adam and AdamW are made again with `fused=True`, unless their settings name
-            `fused`, `foreach`, `capturable` or `differentiable`; others stay as they are.
+        device: device of the parameters.
+        optimizer: an optimizer before its first step. Adam and AdamW are recreated with `fused=True`, unless `fused`,
+            `foreach`, `capturable` or `differentiable` is set. Other optimizers are returned unchanged.
     """
-    given = optimizer.defaults
-    chosen = any(given.get(name) is not None for name in ("fused", "foreach"))
+    defaults = optimizer.defaults
+    chosen = any(defaults.get(name) is not None for name in ("fused", "foreach"))
     if type(optimizer) not in (Adam, AdamW) or device.type not in FUSED_DEVICES or chosen:
         return optimizer
-    if given.get("capturable") or given.get("differentiable"):
+    if defaults.get("capturable") or defaults.get("differentiable"):
         return optimizer
     groups = [
         {name: value for name, value in group.items() if name not in ("fused", "foreach")}

@@ -1,17 +1,16 @@
-"""Features of a batch too large to encode at once, with exact gradients (GradCache, Gao et al. 2021, arXiv 2101.06983).
+"""Encode a large batch in micro-batches, with exact gradients (GradCache, Gao et al. 2021, arXiv 2101.06983).
 
-A contrastive loss needs the features of the whole batch at once, but not the activations behind them:
+A contrastive loss needs the features of the complete batch at once, but not their activations:
 
-    1. encode every micro-batch without a graph and keep only its features (and the random state it began with),
-    2. loss and d loss / d features on the whole, gathered batch,
-    3. encode every micro-batch again, from the same random state, and backpropagate its rows of d loss / d features.
+    1. encode every micro-batch without a graph, and keep its features and its initial random state,
+    2. compute the loss and d loss / d features on the complete, gathered batch,
+    3. encode every micro-batch again from the same random state, and backpropagate its rows of d loss / d features.
 
-Memory is then that of one micro-batch's activations and of the whole batch's features; time is one more forward.
+Memory is that of one micro-batch's activations plus the complete batch's features, at the cost of a second forward pass.
 
-Steps 1 and 3 are forward and backward of one autograd node (**ours**; the paper's own code runs the steps one by one).
-So whatever stands around a plain step stays as it is: gradient scaling, clipping, accumulation. So does DDP: all
-micro-batches but the last leave its reducer alone, as under `no_sync`, because step 3 adds the gradients up outside
-it, and hands it each parameter's sum once.
+Steps 1 and 3 are the forward and backward of one autograd node (**ours**; the authors' code runs the steps separately).
+Gradient scaling, clipping and accumulation therefore work unchanged. So does DDP: step 3 sums the gradients outside the
+reducer and passes it each parameter's sum once.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ M = TypeVar("M")
 
 @dataclass(frozen=True)
 class _RandomState:
-    """torch's generators at one moment: the CPU's, and the device's where that is another."""
+    """States of torch's generators: the CPU's, and the device's if it is not the CPU."""
 
     device: torch.device
     cpu: Tensor
@@ -43,7 +42,7 @@ class _RandomState:
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
-        """Draw from this state inside; the generators go on from where they were afterwards."""
+        """Use this state inside the block, and restore the generators afterwards."""
         with torch.random.fork_rng([] if self.accelerator is None else [self.device], device_type=self.device.type):
             torch.set_rng_state(self.cpu)
             if self.accelerator is not None:
@@ -66,7 +65,7 @@ class _Encode(torch.autograd.Function):
         ctx.autocast = (torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type))
         ctx.states, ctx.rows = [], []
         parts: list[tuple[Tensor, ...]] = []
-        # Weights cast without a graph must not stay in autocast's cache, where a later pass would find them.
+        # Weights cast without a graph must not stay in autocast's cache, where a later pass would reuse them.
         with torch.autocast(device.type, enabled=ctx.autocast[0], dtype=ctx.autocast[1], cache_enabled=False):
             for micro_batch in micro_batches:
                 ctx.states.append(_RandomState.now(device))
@@ -98,7 +97,7 @@ class _Encode(torch.autograd.Function):
             for place, part in enumerate(parts):
                 if part is not None:
                     total = totals[place]
-                    # Not in place: autograd may give two parameters one and the same tensor.
+                    # Not in place, because autograd may return the same tensor for two parameters.
                     totals[place] = part if total is None else total + part
         return (None, None, None, *totals)
 
@@ -109,30 +108,30 @@ def encode_cached(
     parameters: Iterable[Tensor],
     device: torch.device,
 ) -> tuple[Tensor, ...]:
-    """Features of all micro-batches, holding the activations of one at a time in forward and in backward.
+    """Encode all micro-batches, holding the activations of only one at a time in forward and backward.
 
-    Gradients are those of encoding each micro-batch with a graph and concatenating, dropout and augmentation included.
+    The gradients are those of encoding each micro-batch with a graph and concatenating, including dropout and
+    augmentation.
 
     Args:
-        encode: gives the same number of tensors (b, ...) for each micro-batch: features, or per-row terms of a loss.
-            It is called twice a micro-batch, so what it draws must come from torch's own generators, what it counts
-            (running statistics) counts twice, and it must not talk to other ranks. It is the place to bring inputs to
-            the device, or to read them.
-        micro_batches: what `encode` takes, of any size each.
-        parameters: what `encode` learns; those that ask for no gradient are passed over, and nothing else gets one.
-        device: where `encode` computes; its random state is replayed.
+        encode: returns the same number of tensors (b, ...) for each micro-batch: features, or per-row loss terms. It is
+            called twice per micro-batch. So its randomness must come from torch's generators, running statistics are
+            updated twice, and it must not communicate with other ranks. It should move inputs to the device.
+        micro_batches: inputs of `encode`, each of any size.
+        parameters: trainable parameters of `encode`; frozen ones are skipped, and no other tensor gets a gradient.
+        device: device of `encode`, whose random state is replayed.
 
     Returns:
         The tensors of `encode`, each (sum of b, ...).
 
     Raises:
-        ValueError: no micro-batch, or no parameter that learns.
+        ValueError: there is no micro-batch, or no trainable parameter.
     """
-    learnt = tuple(parameter for parameter in parameters if parameter.requires_grad)
-    if not len(micro_batches) or not learnt:
+    trainable = tuple(parameter for parameter in parameters if parameter.requires_grad)
+    if not len(micro_batches) or not trainable:
         raise ValueError(
-            f"encode_cached got {len(micro_batches)} micro-batches and {len(learnt)} parameters with a gradient; "
+            f"encode_cached got {len(micro_batches)} micro-batches and {len(trainable)} parameters with a gradient; "
             "expected at least one of each"
         )
-    features: tuple[Tensor, ...] = _Encode.apply(encode, micro_batches, device, *learnt)
+    features: tuple[Tensor, ...] = _Encode.apply(encode, micro_batches, device, *trainable)
     return features

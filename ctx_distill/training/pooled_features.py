@@ -1,6 +1,6 @@
-"""The CT encoder's pooled features of a manifest on disk: computed once, read by whatever is fitted on them.
+"""Store the CT encoder's pooled features of a manifest on disk, for probes.
 
-They take 4 D_c bytes per row on disk and 8 D_c bytes where they are read: 3 and 6 KB at D_c = 768, so 6 GB at a million rows.
+They take 4 D_c bytes per row on disk and 8 D_c bytes in memory (3 KB and 6 KB at D_c = 768).
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ FEATURES = "features.safetensors"
 
 
 def features_key(encoder: str, manifest: str) -> str:
-    """What features belong to.
+    """Return the key that identifies features.
 
     Args:
-        encoder: fingerprint of the artefact that holds the encoder.
+        encoder: fingerprint of the artefact that contains the encoder.
         manifest: fingerprint of the manifest.
     """
     return hash_json([encoder, manifest])
 
 
 def write_features(folder: Path, key: str, pooled: NDArray[np.float32]) -> None:
-    """Write the features (N, D_c) of all N rows of a manifest into a folder."""
+    """Write the features (N, D_c) of all N rows of a manifest to a folder."""
     write_bytes(folder / FEATURES, save({"pooled": pooled}, metadata={"key": key}))
 
 
 def read_features(folder: Path, key: str) -> NDArray[np.float64] | None:
-    """(N, D_c) by manifest row; None where none stand, where they belong to something else, or are damaged."""
+    """Return the features (N, D_c) by manifest row, or None if they are missing, corrupt or have another key."""
     path = folder / FEATURES
     if not path.is_file():
         return None

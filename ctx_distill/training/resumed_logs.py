@@ -1,4 +1,4 @@
-"""Curves of a run that was stopped and goes on: rows of the CSV log and events of TensorBoard, each step once."""
+"""Logs of a resumed run: keep each step once in the CSV log and in TensorBoard."""
 
 from __future__ import annotations
 
@@ -14,19 +14,18 @@ from ctx_distill.files import write_bytes
 
 
 def cut_logs(trainer: L.Trainer, curves: Path, step: int) -> Path:
-    """Cut the logs back to the restored step; what was logged before it is put aside until the rest is there.
+    """Cut the logs back to the restored step, and move earlier rows to a second file until training is over.
 
-    Rank 0 alone cuts. It is the trainer that knows the rank: there is no process group yet.
-
-    Lightning's CSV logger begins a new file in a run that is resumed; TensorBoard is told to forget what comes later.
+    Only rank 0 cuts. The rank is taken from the trainer, because there is no process group yet. Lightning's CSV logger
+    starts a new file in a resumed run; TensorBoard purges later steps.
 
     Args:
-        trainer: with its loggers.
+        trainer: the trainer with its loggers.
         curves: the CSV logger's table.
-        step: number of optimiser steps that are kept.
+        step: number of optimiser steps to keep.
 
     Returns:
-        Where the kept rows lie, for `join_history`.
+        The file of the kept rows, for `join_history`.
     """
     history = curves.with_name("metrics.before.csv")
     for logger in trainer.loggers:
@@ -43,7 +42,7 @@ def cut_logs(trainer: L.Trainer, curves: Path, step: int) -> Path:
 
 
 def join_history(history: Path, curves: Path) -> None:
-    """Put the kept rows of before a resume in front of those since, less the steps that were run again."""
+    """Prepend the rows from before a resume, except those of repeated steps."""
     if not history.is_file():
         return
     before, since = _logged_rows(history), _logged_rows(curves)
@@ -53,7 +52,7 @@ def join_history(history: Path, curves: Path) -> None:
 
 
 def _logged_rows(path: Path) -> list[dict[str, str]]:
-    """Rows of a table of the CSV logger, as they are written; of no file none."""
+    """Return the rows of a CSV log; an empty list if the file does not exist."""
     if not path.is_file():
         return []
     with path.open(newline="", encoding="utf-8") as file:
@@ -61,7 +60,7 @@ def _logged_rows(path: Path) -> list[dict[str, str]]:
 
 
 def _write_rows(path: Path, rows: list[dict[str, str]]) -> None:
-    """Write rows as the CSV logger does: columns sorted."""
+    """Write rows as the CSV logger does, with sorted columns."""
     text = io.StringIO()
     writer = csv.DictWriter(text, sorted({name for row in rows for name in row}))
     writer.writeheader()

@@ -1,8 +1,8 @@
-"""What a frozen tower makes of a manifest row never changes: it is computed when the row is first seen, and kept.
+"""Cache the features of a frozen tower by manifest row.
 
-Rows are computed one at a time. In a batch the last bits of a feature depend on the others in it, and a run that was
-resumed meets a row in other company than one that never stopped. So a row has the same bits whether it was kept in memory,
-on disk, or is computed again because there was no room for it.
+Rows are computed one at a time. In a batch, the last bits of a feature depend on the batch, and a resumed run may batch
+rows differently. Computed alone, a row's features are bit-identical whether they come from memory, from disk, or are
+recomputed.
 """
 
 from __future__ import annotations
@@ -23,23 +23,26 @@ from ctx_distill.models.report_encoder import ReportEncoder
 from ctx_distill.training.row_scratch import RowScratch, open_scratch
 
 WORTH_A_LINE = 100_000_000
-"""Bytes in memory from which on a cache prints what it holds."""
+"""Size in memory, in bytes, from which a cache prints its contents."""
 MEMORY_GB = 4.0
-"""Gigabytes of features that one cache keeps in memory, per rank, where no setting says otherwise."""
+"""Default memory of a cache, in gigabytes per rank."""
 
 
 @dataclass(frozen=True)
 class CacheSettings:
-    """Where the features of manifest rows are kept: in memory up to a limit, then on disk; the rest is computed again.
+    """Limits of a feature cache: memory first, then disk; features that do not fit are recomputed.
 
-    The settings change speed, memory and disk space, never a result, so they are no part of a stage's request: a complete
-    stage stays complete, and an interrupted one resumes, under other limits.
+    The settings change speed, memory and disk space, but no result. They are therefore not part of a stage's request: a
+    stage remains complete, or resumes, under other limits.
 
     Attributes:
         memory_gb: gigabytes in memory, per rank.
-        disk_gb: gigabytes on disk, per machine: its ranks share one file. At most half of the free space is used. 0 uses no
-            disk.
-        folder: of that file; None takes the stage's folder. A local disk is faster than a shared file system.
+        disk_gb: gigabytes on disk, per machine, whose ranks share one file. At most half of the free space is used; 0
+            disables the disk.
+        folder: folder of that file; None uses the stage's folder. A local disk is faster than a shared file system.
+
+    Raises:
+        InputError: a limit is negative.
     """
 
     memory_gb: float = MEMORY_GB
@@ -54,12 +57,12 @@ class CacheSettings:
 
 
 class RowFeatures:
-    """Features that depend on a manifest row alone, bit for bit, kept within limits.
+    """A bounded cache of features that depend on the manifest row only.
 
-    Nothing is dropped for something newer: over a sweep of rows that do not fit, that would miss every time.
+    Entries are never evicted: repeated sweeps over more rows than fit would miss every time.
 
     Args:
-        settings: the limits. The disk is used once `open_disk` was called.
+        settings: the limits. The disk is used once `open_disk` has been called.
     """
 
     def __init__(self, settings: CacheSettings = CacheSettings()) -> None:
@@ -71,11 +74,11 @@ class RowFeatures:
         self._reported = False
 
     def open_disk(self, trainer: L.Trainer, rows: Sequence[int]) -> None:
-        """Use the disk too; collective. The file is unlinked at once, and freed at `close` or when the process ends.
+        """Also use the disk (collective). The file is unlinked at once, and freed on `close` or at the process's end.
 
         Args:
-            trainer: knows the ranks and the stage's folder.
-            rows: the manifest rows that are seen again and again, which get the places on disk, in this order.
+            trainer: provides the ranks and the stage's folder.
+            rows: the manifest rows that are used repeatedly; they are assigned places on disk in this order.
         """
         if self._scratch is None:
             folder = Path(self.settings.folder) if self.settings.folder is not None else None
@@ -86,28 +89,28 @@ class RowFeatures:
 
         Args:
             rows: b manifest rows, at least one.
-            compute: gives the features (1, ...) of one place in `rows`, which it gets as a slice, so that what lies on a GPU is cut
-                there; called for rows that are not kept.
+            compute: returns the features (1, ...) of one position in `rows`, which is passed as a slice so that tensors on
+                a GPU are sliced there; called for rows that are not cached.
         """
-        finds = (partial(self._find, row, place, compute) for place, row in enumerate(rows))
-        return torch.stack([self._memory.get(row, find) for row, find in zip(rows, finds, strict=True)])
+        loads = (partial(self._load, row, place, compute) for place, row in enumerate(rows))
+        return torch.stack([self._memory.get(row, load) for row, load in zip(rows, loads, strict=True)])
 
-    def _find(self, row: int, place: int, compute: Callable[[slice], Tensor]) -> Tensor:
-        found = self._scratch.read(row) if self._scratch is not None else None
-        if found is not None:
-            return found
-        # A copy of its own: a view would keep all that it is a view of in memory.
-        made = compute(slice(place, place + 1))[0].to("cpu", copy=True).contiguous()
-        self._row_bytes = made.nbytes
-        if not self._memory.fits(made) and (self._scratch is None or not self._scratch.write(row, made)):
+    def _load(self, row: int, place: int, compute: Callable[[slice], Tensor]) -> Tensor:
+        stored = self._scratch.read(row) if self._scratch is not None else None
+        if stored is not None:
+            return stored
+        # A copy, because a view would keep its base in memory.
+        computed = compute(slice(place, place + 1))[0].to("cpu", copy=True).contiguous()
+        self._row_bytes = computed.nbytes
+        if not self._memory.fits(computed) and (self._scratch is None or not self._scratch.write(row, computed)):
             self._unkept.add(row)
-        return made
+        return computed
 
     def report_once(self, what: str) -> None:
-        """Print what the cache holds, on rank zero, at the first call for which it has been used.
+        """Print the contents of the cache once, on rank zero, after it has been used.
 
         Args:
-            what: the stage and its features.
+            what: name of the stage and of the features.
         """
         if self._row_bytes and not self._reported:
             self._reported = True
@@ -119,13 +122,13 @@ class RowFeatures:
         return on_disk or self._memory.held_bytes >= WORTH_A_LINE or bool(self._unkept)
 
     def describe(self) -> str:
-        """Return what the cache holds, for the log."""
+        """Return a description of the contents, for the log."""
         on_disk = self._scratch.stored_rows() if self._scratch is not None else 0
         size = self._row_bytes
         return (
             f"{size:,} bytes per row; {len(self._memory):,} rows ({self._memory.held_bytes / 1e6:,.1f} MB) in this rank's"
-            f" memory, {on_disk:,} ({on_disk * size / 1e6:,.1f} MB) on this machine's disk, {len(self._unkept):,} computed"
-            " again whenever they are needed"
+            f" memory, {on_disk:,} ({on_disk * size / 1e6:,.1f} MB) on this machine's disk, {len(self._unkept):,}"
+            " recomputed on each use"
         )
 
     def close(self) -> None:
@@ -135,15 +138,15 @@ class RowFeatures:
 
 
 class ReportFeatures:
-    """Reports, or views of them, as one frozen encoder embeds them.
+    """Embed reports, or views of them, with a frozen encoder.
 
     Attributes:
-        whole: what is kept: features of whole reports.
+        whole: the cache of complete reports' features.
 
     Args:
-        encoder: of the reports; no part of the stage's checkpoints.
-        memory_gb: gigabytes of features of whole reports to keep in memory, 4 D_t bytes per row (2 KB at D_t = 512);
-            further ones are computed again.
+        encoder: encoder of the reports; not part of the stage's checkpoints.
+        memory_gb: size of the cache in gigabytes, at 4 D_t bytes per row (2 KB at D_t = 512). Features that do not fit are
+            recomputed.
     """
 
     def __init__(self, encoder: ReportEncoder, memory_gb: float = MEMORY_GB) -> None:
@@ -152,27 +155,27 @@ class ReportFeatures:
 
     @torch.no_grad()
     def embed(self, rows: Tensor, reports: Sequence[str], views: Sequence[str]) -> Tensor:
-        """(b, D_t), unit rows; zero where there is no text.
+        """Return the features (b, D_t), unit rows; zero for empty texts.
 
         Args:
             rows: (b,) manifest rows.
-            reports: b whole reports.
-            views: b texts to embed; one that is the whole report is embedded once.
+            reports: b complete reports.
+            views: b texts to embed; features of complete reports are cached.
         """
         self.encoder.to(rows.device)
         numbers = rows.tolist()
-        whole = [place for place, view in enumerate(views) if view and view == reports[place]]
-        cut = [place for place, view in enumerate(views) if view and view != reports[place]]
+        complete = [place for place, view in enumerate(views) if view and view == reports[place]]
+        partial_views = [place for place, view in enumerate(views) if view and view != reports[place]]
         features = torch.zeros(len(numbers), self.encoder.text_dim or 0, device=rows.device)
 
         def embed(places: Sequence[int]) -> Tensor:
             return self.encoder.encode_text([views[place] for place in places])
 
-        def put(places: list[int], found: Tensor) -> None:
-            features.index_copy_(0, torch.tensor(places, device=rows.device), found.to(features))
+        def put(places: list[int], values: Tensor) -> None:
+            features.index_copy_(0, torch.tensor(places, device=rows.device), values.to(features))
 
-        if whole:
-            put(whole, self.whole.get([numbers[place] for place in whole], lambda new: embed(whole[new])))
-        if cut:
-            put(cut, embed(cut))
+        if complete:
+            put(complete, self.whole.get([numbers[place] for place in complete], lambda new: embed(complete[new])))
+        if partial_views:
+            put(partial_views, embed(partial_views))
         return features

@@ -31,15 +31,15 @@ _PREFIX = "row-features-"
 
 
 class RowScratch:
-    """Tensors of one shape and type by manifest row, within a limit; rows without a place are not stored.
+    """Store tensors of one shape and type by manifest row, within a limit; rows without a place are not stored.
 
-    Every record has a checksum. A record that is missing, incomplete or damaged reads as absent, so the caller computes
-    it again: a full disk or another rank that stops writing never changes a result.
+    Every record has a checksum. A record that is missing, truncated or corrupt reads as absent, so the caller recomputes
+    it: neither a full disk nor another rank that stops writing changes a result.
 
     Args:
-        path: an existing file made by `create`.
-        rows: the manifest rows that get a place, the most useful first; the same on every rank.
-        limit_bytes: disk space that the file may take; rows whose place lies beyond it are not stored.
+        path: an existing file created by `create`.
+        rows: the manifest rows that are assigned a place, in order of priority; the same on every rank.
+        limit_bytes: maximum size of the file; rows whose place is beyond it are not stored.
 
     Raises:
         OSError: the file cannot be opened.
@@ -55,7 +55,7 @@ class RowScratch:
 
     @staticmethod
     def create(path: Path, rows: int) -> None:
-        """Create an empty file with places for this many rows.
+        """Create an empty file with places for `rows` rows.
 
         Raises:
             OSError: the file cannot be written.
@@ -64,7 +64,7 @@ class RowScratch:
         path.write_bytes(bytes(_header_bytes(rows)))
 
     def read(self, row: int) -> Tensor | None:
-        """Return the row's tensor on the CPU, bit-identical to what was written; None where there is none."""
+        """Return the row's tensor on the CPU, bit-identical to what was written, or None if there is none."""
         place = self._place(row)
         if place is None or self._like is None:
             return None
@@ -72,23 +72,23 @@ class RowScratch:
         if len(expected) < 8 or not any(expected):
             return None
         tensor = torch.empty_like(self._like)
-        found = _bytes(tensor)
+        buffer = _bytes(tensor)
         at = 0
-        while at < len(found):
-            got = os.preadv(self._file.fileno(), [found[at:]], place[1] + at)
-            if not got:
+        while at < len(buffer):
+            count = os.preadv(self._file.fileno(), [buffer[at:]], place[1] + at)
+            if not count:
                 return None
-            at += got
+            at += count
         return tensor if _checksum(tensor) == expected else None
 
     def write(self, row: int, tensor: Tensor) -> bool:
-        """Store a row's tensor where there is room; return whether it is stored.
+        """Store a row's tensor if there is room; return whether it was stored.
 
-        On an error (a full disk, a quota) the file is emptied, which gives its space back, and closed with a warning.
+        On an error (full disk, quota), the file is truncated to free its space, and closed with a warning.
 
         Args:
             row: manifest row.
-            tensor: contiguous, on the CPU; of the same shape and type in every call, else it is not stored.
+            tensor: contiguous tensor on the CPU; not stored if shape or type differ from the first call.
         """
         if self._like is None:
             self._like = torch.empty_like(tensor)
@@ -108,8 +108,8 @@ class RowScratch:
             os.pwrite(self._file.fileno(), _checksum(tensor), place[0])
         except OSError as error:
             warnings.warn(
-                f"{self.path}: {error.strerror or error}. Features of rows are no longer kept on disk and are computed"
-                " again; the result is the same. Free space, or set cache.folder to another disk.",
+                f"{self.path}: {error.strerror or error}. Features are no longer cached on disk and are recomputed; the"
+                " result is the same. Free space, or set cache.folder to another disk.",
                 stacklevel=2,
             )
             with contextlib.suppress(OSError):
@@ -119,18 +119,18 @@ class RowScratch:
         return True
 
     def stored_rows(self) -> int:
-        """Return how many rows the file holds, of all ranks of this machine."""
+        """Return the number of rows in the file, of all ranks of this machine."""
         if self._file.closed:
             return 0
         header = np.frombuffer(os.pread(self._file.fileno(), 8 * len(self._slot), 0), dtype=np.int64)
         return int(np.count_nonzero(header))
 
     def close(self) -> None:
-        """Close the file; from then on nothing is read or written."""
+        """Close the file; later reads and writes do nothing."""
         self._file.close()
 
     def _place(self, row: int) -> tuple[int, int] | None:
-        """Offsets of the row's checksum and of its tensor; None where the row has no place."""
+        """Return the offsets of the row's checksum and tensor, or None if the row has no place."""
         slot = self._slot.get(row)
         if slot is None or self._file.closed or self._like is None:
             return None
@@ -139,31 +139,30 @@ class RowScratch:
 
 
 def open_scratch(trainer: L.Trainer, folder: Path | None, disk_gb: float, rows: Sequence[int]) -> RowScratch | None:
-    """Open one file for all ranks of this machine; collective.
+    """Open one file for all ranks of this machine (collective).
 
     Args:
-        trainer: knows the machines; its `default_root_dir` is the stage's folder.
-        folder: where the file is; None takes the stage's folder.
-        disk_gb: gigabytes that the file may take, at most half of the free space; 0 opens none.
+        trainer: provides the machines; its `default_root_dir` is the stage's folder.
+        folder: folder of the file; None uses the stage's folder.
+        disk_gb: maximum size in gigabytes, at most half of the free space; 0 opens no file.
         rows: see `RowScratch`.
 
     Returns:
-        The file, or None with a warning where it cannot be made.
+        The file, or None, with a warning, if it cannot be created.
     """
     if disk_gb <= 0 or not rows:
         return None
-    own = Path(trainer.default_root_dir)
+    stage_folder = Path(trainer.default_root_dir)
     token = gather_objects([uuid.uuid4().hex])[0]
-    path = (folder or own) / f"{_PREFIX}{token}-{trainer.node_rank}"
+    path = (folder or stage_folder) / f"{_PREFIX}{token}-{trainer.node_rank}"
     first_on_machine = trainer.local_rank == 0
     scratch = None
     try:
         if first_on_machine:
             if folder is None:
-                for left in own.glob(
-                    f"{_PREFIX}*-{trainer.node_rank}"
-                ):  # of a process that was killed while it opened one
-                    left.unlink(missing_ok=True)
+                # Remove files of a process that was killed while it opened one.
+                for leftover in stage_folder.glob(f"{_PREFIX}*-{trainer.node_rank}"):
+                    leftover.unlink(missing_ok=True)
             RowScratch.create(path, len(rows))
     except OSError as error:
         _warn(path, error)
@@ -182,25 +181,25 @@ def open_scratch(trainer: L.Trainer, folder: Path | None, disk_gb: float, rows: 
 
 def _warn(path: Path, error: OSError) -> None:
     warnings.warn(
-        f"{path}: {error.strerror or error}. Features of rows that do not fit in memory are computed again; the result is"
-        " the same. Set cache.folder to a folder that can be written, or cache.disk_gb=0.",
+        f"{path}: {error.strerror or error}. Features that do not fit in memory are recomputed; the result is the same."
+        " Set cache.folder to a writable folder, or cache.disk_gb=0.",
         stacklevel=3,
     )
 
 
 def _header_bytes(rows: int) -> int:
-    """Bytes before the first tensor: a checksum of 8 bytes per row, in whole pages."""
+    """Return the size of the header: a checksum of 8 bytes per row, rounded up to pages."""
     return -(-8 * rows // PAGE) * PAGE
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor on the CPU, without a copy."""
+    """Return the bytes of a contiguous tensor on the CPU, without a copy."""
     array: NDArray[np.uint8] = tensor.flatten().view(torch.uint8).numpy()
     return array.data
 
 
 def _checksum(tensor: Tensor) -> bytes:
-    """8 bytes that are never all zero: the sum of the tensor's words as integers, which finds lost pages."""
+    """Return a checksum of 8 bytes, never all zero: the sum of the tensor's words, which detects lost pages."""
     words = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     total = int(tensor.flatten().view(words).sum(dtype=torch.int64))
     return (total & 0x7FFF_FFFF_FFFF_FFFF | 1 << 63).to_bytes(8, "little")

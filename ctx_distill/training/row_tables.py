@@ -1,4 +1,4 @@
-"""Tables with one row per training row, computed once before a stage: in memory up to a limit, beyond it in a mapped file."""
+"""Tables with one row per training row, computed once per stage, in memory up to a limit and then memory-mapped."""
 
 from __future__ import annotations
 
@@ -13,40 +13,39 @@ import torch
 from torch import Tensor
 
 PART = 4096
-"""Rows that are computed at once."""
+"""Rows computed at once."""
 
 
 class RowTables:
-    """Allocates tables within one limit for all of them together.
+    """Allocate tables within a common memory limit.
 
-    A table beyond the limit is a file that is mapped into memory: reading it gives the same bits, and the operating system
-    writes its pages out and drops them when memory is short. The file has no name, so it is freed with the table or when
-    the process ends, however it ends. Its space is allocated first: a full disk is noticed here and not in the middle.
+    A table beyond the limit is a memory-mapped file, whose pages the operating system can evict. The file has no name, so
+    it is freed with the table or with the process. Its space is allocated in advance, so that a full disk fails early.
 
     Attributes:
-        held_bytes: of tables in memory.
-        mapped_bytes: of tables in files.
+        held_bytes: bytes of tables in memory.
+        mapped_bytes: bytes of tables in files.
     """
 
     def __init__(self, memory_gb: float, folder: Path | None = None) -> None:
-        """Begin with nothing.
+        """Set the limit.
 
         Args:
             memory_gb: gigabytes of tables in memory, per rank.
-            folder: where files are made; None keeps everything in memory.
+            folder: folder of the mapped files; None keeps all tables in memory.
         """
         self.limit_bytes, self.folder = memory_gb * 1e9, folder
         self.held_bytes = self.mapped_bytes = 0
 
     def collect(self, rows: int, parts: Iterable[Tensor]) -> Tensor:
-        """Return the parts (n, ...) one after the other as a table (rows, ...) on the CPU.
+        """Concatenate parts (n, ...) into a table (rows, ...) on the CPU.
 
         Args:
-            rows: of all parts together.
-            parts: at least one, of the same type.
+            rows: total number of rows.
+            parts: at least one part, all of the same type.
 
         Raises:
-            ValueError: they have another number of rows.
+            ValueError: the parts have another total number of rows.
         """
         table, at = None, 0
         for part in parts:
@@ -55,11 +54,11 @@ class RowTables:
             table[at : at + len(part)] = part.cpu()
             at += len(part)
         if table is None or at != rows:
-            raise ValueError(f"a table of {rows} rows got {at}.")
+            raise ValueError(f"the parts have {at} rows; expected {rows}")
         return table
 
     def describe(self) -> str:
-        """Return what the tables take, for the log."""
+        """Return the sizes of the tables, for the log."""
         return (
             f"{self.held_bytes / 1e6:,.1f} MB in this rank's memory, {self.mapped_bytes / 1e6:,.1f} MB in mapped files"
         )

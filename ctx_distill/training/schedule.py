@@ -1,4 +1,4 @@
-"""The default learning-rate schedule: a function of the share of the training that is done, at any number of ranks."""
+"""The default learning-rate schedule, which follows the training progress for any number of ranks."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import numpy as np
 
 
 class WarmupCosine:
-    """Factor of the learning rate: linear warm-up, then half a cosine to zero at the end of the training.
+    """Learning-rate factor: linear warm-up, then a half cosine to zero at the end of training.
 
-    It counts in steps of the run as it began. Where a run is resumed with another number of ranks, its epochs have
-    another number of steps, and `resume` maps those to positions in the schedule. `LambdaLR` saves the attributes of such
-    an object in its own state, and a run that is not resumed so has positions that are its steps, to the bit.
+    Positions are steps of the original run. When a run is resumed with another number of ranks, its epochs have another
+    number of steps, and `resume` maps these to positions. Otherwise positions equal steps exactly. `LambdaLR` saves the
+    attributes of this object in its state.
 
     Args:
         steps: optimiser steps of the training.
-        warmup: of them, those that warm up.
+        warmup: warm-up steps.
     """
 
     def __init__(self, steps: int, warmup: int) -> None:
@@ -27,18 +27,18 @@ class WarmupCosine:
         return warmup_cosine(self.position(step), self.steps, self.warmup)
 
     def position(self, step: int) -> float:
-        """Where in the schedule a step is, in steps of the run as it began."""
+        """Return a step's position in the schedule, in steps of the original run."""
         steps, positions = zip(*self.marks, strict=True)
         return float(np.interp(step, steps, positions))
 
     def resume(self, step: int, in_epoch: int, later: int, epoch_ends: float) -> None:
-        """Spread what is left of the schedule over the steps that are left.
+        """Distribute the rest of the schedule over the remaining steps.
 
         Args:
             step: optimiser steps so far.
-            in_epoch: steps that are left of the epoch at hand.
+            in_epoch: steps remaining in the current epoch.
             later: steps of the epochs after it.
-            epoch_ends: share of the training that is done when the epoch at hand is.
+            epoch_ends: training progress, in [0, 1], at the end of the current epoch.
         """
         end = self.steps * epoch_ends if later else float(self.steps)
         self.marks = [[float(step), self.position(step)], [float(step + in_epoch), end]]
@@ -47,7 +47,7 @@ class WarmupCosine:
 
 
 def warmup_cosine(step: float, steps: int, warmup: int) -> float:
-    """Factor of the learning rate at a step: linear warm-up, then half a cosine to zero at the last step."""
+    """Return the learning-rate factor at a step: linear warm-up, then a half cosine to zero at the last step."""
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))

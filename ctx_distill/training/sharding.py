@@ -1,9 +1,9 @@
-"""FSDP2 under Lightning: the trained encoders' weights, gradients and optimiser state divided among the ranks.
+"""FSDP2 under Lightning: shard weights, gradients and optimiser state of the trained encoders over the ranks.
 
-`--trainer.strategy=fsdp2`, for stages 2 and 3. `torch.distributed.fsdp.fully_shard` divides the CT encoder and a report tower that learns, block by block. What is left (projections, the scalar
-temperature, a bias) is a few hundred thousand numbers: every rank keeps all of it and gradients are averaged. Gradients
-follow the convention of `ctx_distill.distributed`, as under DDP. A checkpoint is one file with whole tensors under their
-usual names; once trained, the whole weights are gathered on every rank, and all that follows knows nothing of shards.
+Enabled by `--trainer.strategy=fsdp2`, for stages 2 and 3. `torch.distributed.fsdp.fully_shard` shards the CT encoder and a
+trainable report tower block by block. The rest (projections, temperature, bias) is small: every rank keeps a full copy and
+its gradients are averaged. Gradients follow the convention of `ctx_distill.distributed`, as with DDP. A checkpoint is one
+file of full tensors under their usual names. After training, the full weights are gathered on every rank.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class FullyShardedStrategy(ModelParallelStrategy):
     """Lightning's strategy for FSDP2 with every rank in one data-parallel group and checkpoints in one file."""
 
     def __init__(self, process_group_backend: str | None = None, timeout_minutes: float = 30.0) -> None:
-        """Set it up.
+        """Configure the strategy.
 
         Args:
             process_group_backend: nccl or gloo; None chooses by the device.
-            timeout_minutes: after which a collective that waits is an error.
+            timeout_minutes: timeout of collectives.
         """
         super().__init__(
             save_distributed_checkpoint=False,
@@ -49,7 +49,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
         )
 
     def setup_environment(self) -> None:
-        """One data-parallel group of all ranks."""
+        """Put all ranks in one data-parallel group."""
         self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
         super().setup_environment()
 
@@ -58,14 +58,14 @@ StrategyRegistry.register(NAME, FullyShardedStrategy, "FSDP2 of stages 2 and 3",
 
 
 class Shards:
-    """The sharded modules of a task, each with the whole module that takes its place again after training."""
+    """The sharded modules of a task, each with the full module that replaces it after training."""
 
     def __init__(self, task: L.LightningModule, mesh: DeviceMesh) -> None:
-        """Shard the task's trained encoders in place; collective.
+        """Shard the task's trained encoders in place (collective).
 
         Args:
-            task: its trainable weights are the same on every rank from here on.
-            mesh: of one dimension.
+            task: the task; its trainable weights are first broadcast from rank 0.
+            mesh: a one-dimensional mesh.
         """
         _make_known_to_fsdp()
         self._task = task
@@ -86,10 +86,10 @@ class Shards:
 
     @torch.no_grad()
     def gather(self) -> None:
-        """Put modules with whole weights back in the task; collective.
+        """Replace the sharded modules by modules with full weights (collective).
 
-        Lightning has moved the shards to the CPU at the end of the loop, whose tensors NCCL refuses: each goes to the
-        device of its mesh while it is gathered.
+        Lightning has moved the shards to the CPU at the end of the loop, and NCCL rejects CPU tensors, so each shard is
+        moved to the device of its mesh while it is gathered.
         """
         for sharded, whole in self._pairs:
             values = dict(sharded.named_parameters()) | dict(sharded.named_buffers())
@@ -107,14 +107,14 @@ class Shards:
 
 
 def shard_for_training(task: L.LightningModule, unfit: dict[str, bool]) -> Shards | None:
-    """Shard a task's encoders where the trainer's strategy asks for it and the trainer is about to fit.
+    """Shard a task's encoders if the trainer's strategy is FSDP2 and the trainer is about to fit.
 
     Args:
-        task: attached to its trainer.
-        unfit: settings that cannot be met with sharded weights, by name, and whether they are asked for.
+        task: a task that is attached to its trainer.
+        unfit: settings that are incompatible with sharded weights, by name, and whether they are enabled.
 
     Raises:
-        InputError: one is asked for, or Lightning's own model-parallel strategy is given.
+        InputError: an incompatible setting is enabled, or the strategy is Lightning's model-parallel strategy.
     """
     trainer = task.trainer
     strategy = trainer.strategy
@@ -122,21 +122,21 @@ def shard_for_training(task: L.LightningModule, unfit: dict[str, bool]) -> Shard
         return None
     if not isinstance(strategy, FullyShardedStrategy):
         raise InputError(
-            f"trainer.strategy is {type(strategy).__name__}, which divides each node's GPUs for tensor parallelism; set "
-            f"--trainer.strategy={NAME}."
+            f"trainer.strategy is {type(strategy).__name__}, which uses tensor parallelism within each node; expected "
+            f"{NAME}. Set --trainer.strategy={NAME}."
         )
     by_value = bool(trainer.gradient_clip_val) and trainer.gradient_clip_algorithm == "value"
-    asked = [name for name, value in {**unfit, "trainer.gradient_clip_algorithm=value": by_value}.items() if value]
-    if asked:
+    enabled = [name for name, value in {**unfit, "trainer.gradient_clip_algorithm=value": by_value}.items() if value]
+    if enabled:
         raise InputError(
-            f"{type(task).__name__} with FSDP2 (trainer.strategy {type(strategy).__name__}): {', '.join(asked)} cannot be "
-            "had with sharded weights. Leave it out, or set --trainer.strategy=ddp."
+            f"{type(task).__name__} with FSDP2 (trainer.strategy {type(strategy).__name__}): {', '.join(enabled)} is not "
+            "supported with sharded weights. Disable it, or set --trainer.strategy=ddp."
         )
     return Shards(task, strategy.device_mesh["data_parallel"])
 
 
 def by_layout(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each parameter group divided into sharded and whole tensors: an optimizer computes a group's tensors together."""
+    """Split each parameter group into sharded and full tensors, because an optimizer processes a group together."""
     divided = []
     for group in groups:
         for sharded in (False, True):
@@ -147,7 +147,7 @@ def by_layout(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _blocks(encoder: nn.Module) -> list[nn.Module]:
-    """What is gathered for its own forward: a CT encoder's layers, a transformer's items of module lists."""
+    """Return the modules that are gathered separately: a CT encoder's layers, or the items of module lists."""
     if isinstance(encoder, CTEncoder):
         return [layer[0] for layer in encoder.layers() if layer[0] is not encoder]
     lists = [each for each in encoder.modules() if isinstance(each, nn.ModuleList)]
@@ -155,7 +155,7 @@ def _blocks(encoder: nn.Module) -> list[nn.Module]:
 
 
 def _shard(encoder: nn.Module, mesh: DeviceMesh) -> None:
-    """Each block, then what is around them; scalars stay whole."""
+    """Shard each block, then the rest of the encoder; scalars are not sharded."""
     whole = {p for p in encoder.parameters() if p.ndim == 0}
     for block in _blocks(encoder):
         if any(p not in whole for p in block.parameters()):
@@ -164,7 +164,7 @@ def _shard(encoder: nn.Module, mesh: DeviceMesh) -> None:
 
 
 def _average_gradient(parameter: Tensor) -> None:
-    """DDP's mean. What was accumulated before is the same on every rank, and stays what it is."""
+    """Average the gradient over the ranks, as DDP does; earlier accumulated gradients are equal and do not change."""
     if parameter.grad is not None:
         dist.all_reduce(parameter.grad)
         parameter.grad /= world_size()
@@ -174,7 +174,7 @@ _known = False
 
 
 def _make_known_to_fsdp() -> None:
-    """FSDP finds the tensors of an output, where backward begins, by torch's registry of containers."""
+    """Register `EncoderOutput`, because FSDP finds an output's tensors through torch's registry of containers."""
     global _known
     if not _known:
         register_dataclass(cast(Any, EncoderOutput))

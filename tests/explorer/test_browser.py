@@ -113,7 +113,7 @@ def test_a_phantom_from_upload_to_result(page: Any, model: CTModel, cohort: Path
     for third in np.array_split(picture, 3, axis=1):
         assert len(np.unique(third[..., 0])) > 30
     said = model.predict(scan, report=True)
-    assert page.inner_text("#report") == (said.report or "The model wrote nothing.")
+    assert page.inner_text("#report") == (said.report or "The generated report is empty.")
     near = model.nearest(said, 6)
     titles = page.locator("#near h3").all_inner_texts()
     assert titles == [f"{n + 1}. Similarity {one.similarity:.2f} · {one.study_id}" for n, one in enumerate(near)]
@@ -182,9 +182,11 @@ def test_a_real_scan(page: Any, model: CTModel, real_mini: Path) -> None:
 
 
 def test_a_refusal_is_told_and_another_scan_can_be_opened(page: Any) -> None:
-    page.set_input_files("#file", {"name": "letter.nii.gz", "mimeType": "application/gzip", "buffer": b"no scan"})
+    page.set_input_files(
+        "#file", {"name": "letter.nii.gz", "mimeType": "application/gzip", "buffer": b"not a supported scan"}
+    )
     page.wait_for_selector("#refusal:not([hidden])", timeout=SECONDS)
-    assert page.inner_text("#reason").startswith("letter.nii.gz: no scan that can be read here")
+    assert page.inner_text("#reason").startswith("letter.nii.gz: not a supported scan")
     page.click("#again")
     assert page.is_visible("#drop")
 

@@ -164,7 +164,7 @@ def test_a_refused_scan_says_why_in_the_users_words(explorer: Explorer) -> None:
     assert state["message"].startswith("my scan.zip: 1 slice(s) missing between IM0001.dcm and IM0003.dcm")
     explorer.ask("POST", f"/api/sessions/{key}/end")
     key, state = explorer.send(b"no scan at all", "letter.nii.gz")
-    assert state["message"].startswith("letter.nii.gz: no scan that can be read here; expected a CT")
+    assert state["message"].startswith("letter.nii.gz: not a supported scan; expected a CT")
     explorer.ask("POST", f"/api/sessions/{key}/end")
 
 
@@ -249,7 +249,7 @@ def test_what_takes_too_long_is_stopped_and_the_next_scan_is_read(tmp_path: Path
     (tmp_path / "b").mkdir()
     with running(tmp_path / "b", "dies", idle_minutes=0.02) as explorer:
         _, state = explorer.send(nifti_bytes(BRIGHT))
-        assert "broke down on this file" in state["message"]
+        assert "crashed on this file" in state["message"]
         key, state = explorer.send(nifti_bytes(VOXELS))
         assert state["state"] == "done"
         end = time.monotonic() + 30  # idle after 1.2 seconds
@@ -298,7 +298,7 @@ def test_without_the_viewer_it_says_what_to_run(monkeypatch: pytest.MonkeyPatch,
     with pytest.raises(InputError, match="run `make explorer` in a checkout"):
         serve(open_fake, "", Limits(), Address(port=0))
     monkeypatch.setattr(viewer, "NIIVUE", Path(__file__))
-    with pytest.raises(InputError, match="cannot be listened on"):
+    with pytest.raises(InputError, match="cannot listen on"):
         serve(open_fake, "", Limits(), Address(host="192.0.2.1", port=0))
     with pytest.raises(InputError, match="expected a number above 0"):
         Limits(max_files=0)

@@ -100,7 +100,7 @@ def test_words_of_a_difference() -> None:
     assert difference_words(Interval(-0.02, -0.03, -0.01)).words == "worse"
     unsure = difference_words(Interval(0.02, -0.01, 0.03))
     assert (unsure.numbers, unsure.words) == ("+0.020 [−0.010, +0.030]", "no difference shown")
-    assert not difference_words("a reason").told
+    assert not difference_words("a reason").has_interval
 
 
 def test_what_cannot_be_compared_has_no_difference(two: tuple[Path, Path], tmp_path: Path) -> None:
@@ -121,8 +121,8 @@ def test_what_cannot_be_compared_has_no_difference(two: tuple[Path, Path], tmp_p
     assert found(MACRO, one, other) == paired.OTHER_STUDIES
     told = data_warnings([gather(one), gather(other)], ["one", "two"])
     assert told == [
-        "two has another CT cohort than one: figures on it cannot be compared.",
-        "two and one have other labels for the same test studies: figures cannot be compared.",
+        "two has another CT cohort than one: metrics on it are not comparable.",
+        "two and one have different labels for the same test studies: metrics are not comparable.",
     ]
     html = build_compare_page([one, other], tmp_path / "page.html").read_text()
     assert "another CT cohort" in html
@@ -159,8 +159,8 @@ def test_the_page_by_the_command(two: tuple[Path, Path], tmp_path: Path, capsys:
     out = tmp_path / "page.html"
     assert main(["compare", *map(str, two), "--out", str(out)]) == 0
     html = out.read_text()
-    assert "less one" in html
-    assert "would, by luck alone" in html
+    assert "− one" in html
+    assert "would do so by chance" in html
     assert 'src="http' not in html
     assert "<script" not in html
     assert html.count('class="study pair"') == 4
@@ -168,7 +168,7 @@ def test_the_page_by_the_command(two: tuple[Path, Path], tmp_path: Path, capsys:
     assert main(["compare", str(two[0]), str(two[0])]) == 2
     assert main(["compare", str(two[0]), str(tmp_path / "none")]) == 2
     assert "expected 2 to 6" in capsys.readouterr().err
-    with pytest.raises(InputError, match="got a run twice"):
+    with pytest.raises(InputError, match="got the same run twice"):
         build_compare_page([two[0], two[0] / ".." / "one"], out)
 
 

@@ -55,12 +55,12 @@ def test_pairs_are_chosen_by_the_rule_and_told_in_words(make_run: Callable[..., 
     assert [pair.title for pair in shown.pairs] == ["ct000 and ct001", "ct004 and ct005", "ct002 and ct003"]
     first, weak, wrong = shown.pairs
     assert first.evidence == (
-        "the reports lie 0.98 near (cosine of the frozen expert's embeddings; threshold 0.80)",
+        "similarity of the reports: 0.98 (cosine of the frozen expert's embeddings; threshold 0.80)",
     )  # fmt: skip
     assert first.counts == "Suspected in 5 batches from epoch 0 to 4, corrected in 4 batches."
-    assert first.labels == "The labels agree on all 6 findings known of both."
+    assert first.labels == "The labels agree on all 6 findings that are labelled in both."
     assert not first.wrong
-    assert weak.labels == "No labels of both are known."
+    assert weak.labels == "No finding is labelled in both studies."
     assert wrong.wrong
     assert wrong.labels.startswith("The labels differ on 2 of 6")
     assert wrong.counts == "Suspected in 1 batch in epoch 1, corrected in 1 batch."
@@ -72,7 +72,7 @@ def test_pairs_are_chosen_by_the_rule_and_told_in_words(make_run: Callable[..., 
     assert shown.epochs[0] == ("0", "40", "30", "0.750")
     html = build_page(run).read_text()
     assert html.count('class="study pair"') == 3
-    assert "corrected wrongly" in html
+    assert "wrong correction" in html
     assert "1,234 suspected and 999 corrected" in html
     assert "&lt;b&gt;of" in html
     assert "<b>of" not in html

@@ -121,16 +121,16 @@ def test_the_sentences_that_speak_of_a_finding() -> None:
 @pytest.mark.parametrize(
     ("label", "report", "said"),
     [
-        (1, "No pleural effusion.", "The report denies it, the label says present: look at the label first."),
+        (1, "No pleural effusion.", "The report denies it, but the label is present: check the label first."),
         (
             0,
             "A left pleural effusion is seen.",
-            "The report asserts it, the label says absent: look at the label first.",
+            "The report asserts it, but the label is absent: check the label first.",
         ),
-        (0, "No pleural effusion.", "The report denies it, as the label does."),
-        (1, "A left pleural effusion is seen.", "The report asserts it, as the label does."),
-        (1, "The heart is enlarged.", "on what the label rests is not in the text."),
-        (0, "The heart is enlarged.", "The report does not speak of it."),
+        (0, "No pleural effusion.", "The report denies it, in agreement with the label."),
+        (1, "A left pleural effusion is seen.", "The report asserts it, in agreement with the label."),
+        (1, "The heart is enlarged.", "the text does not support the label."),
+        (0, "The heart is enlarged.", "The report does not mention it."),
     ],
 )
 def test_the_report_is_held_against_the_label(

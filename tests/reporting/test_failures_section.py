@@ -47,15 +47,15 @@ def test_a_run_with_faults(make_run: Callable[..., Path]) -> None:
     (run / "slurm/prepare-3.out").write_text("attempt 1 on n1\n")
 
     told = section(run)
-    assert "Under way, or broken off" in told
+    assert "Running or interrupted" in told
     assert "last line of its log: epoch 11, step 35" in told
-    assert "no checkpoint: it begins anew" in told
+    assert "no checkpoint: it will start from the beginning" in told
     assert "rank 0 at step 35: train batch 2, align.py:40; ended: SIGTERM" in told
     assert "7 of 400 steps were skipped" in told
-    assert "Training gave up at step 120 (epoch 3)" in told
-    assert "loss nan; gradient norm nan; last good norms 1.5, 2.25" in told
+    assert "Training failed at step 120 (epoch 3)" in told
+    assert "loss nan; gradient norm nan; last finite norms 1.5, 2.25" in told
     assert "manifest rows of the batch: 4, 9" in told
-    assert "gradients that are not finite: 2" in told
+    assert "non-finite gradients: 2" in told
     assert "ct005.nii" not in told
     assert "1 image was unreadable" in told
     assert "truncated, &lt;b&gt;" in told
@@ -64,12 +64,12 @@ def test_a_run_with_faults(make_run: Callable[..., Path]) -> None:
     assert "2 of 30 generated reports are empty" in told
     assert "requeued 1 time." in told
     assert "[11:00] failed with status 1; requeued" in told
-    assert "Nothing that the run left behind" not in told
+    assert "No failures in this run" not in told
     stages = [one.stage for one in failures(gather(run))]
     assert stages.count("distill") == 4
     assert stages[-1] == "report"
     page = (run / "distill/index.html").read_text()
-    assert "Training gave up at step 120" in page
+    assert "Training failed at step 120" in page
     assert "pneumonia" not in page
 
 
@@ -85,7 +85,7 @@ def test_a_run_without_faults_says_so_in_one_sentence(make_run: Callable[..., Pa
     assert failures(gather(run)) == []
     told = section(run)
     assert told.count("<p>") == 1
-    assert "Nothing that the run left behind tells of a failure" in told
+    assert "No failures in this run" in told
     assert "<table" not in told
 
 
@@ -104,4 +104,4 @@ def test_terms_that_never_change_are_named_and_not_drawn(make_run: Callable[...,
     html = (run / "align/index.html").read_text()
     assert 'aria-label="loss by epoch' in html
     assert 'aria-label="skipped_steps' not in html
-    assert "Not drawn, for they never change: skipped_steps (train 0)." in html
+    assert "Constant, not plotted: skipped_steps (train 0)." in html

@@ -86,7 +86,7 @@ def test_a_peak_outside_of_the_body_is_told_and_the_slices_go_inside(tmp_path: P
     hot[1, 1, 40] = 9.0
     hot[39:42, 20:23, 10:13] = 3.0
     found = shown(tmp_path, "xyz", hot)
-    assert "outside of the body; the slices go through its largest inside" in found.problem
+    assert "outside the body; the slices pass through its maximum inside the body" in found.problem
     alpha = heat(found.pictures[0][1].heat)[..., 3]
     columns = np.nonzero(alpha)[1]
     assert columns.mean() < alpha.shape[1] / 2  # high x of RAS: the patient's right, on the left
@@ -96,9 +96,12 @@ def test_maps_that_cannot_be_shown_are_told(tmp_path: Path) -> None:
     write(tmp_path / "ct.nii.gz", body())
     (tmp_path / "saliency").mkdir()
     scan = read_volume(tmp_path / "ct.nii.gz")
-    assert "No saliency map was made" in show_finding(tmp_path, {}, KEY, scan, PLANES).problem
+    assert "There is no saliency map" in show_finding(tmp_path, {}, KEY, scan, PLANES).problem
     assert "could not be read" in show_finding(tmp_path, RECORD, KEY, scan, PLANES).problem
-    for values, said in ((np.ones((60, 50, 40), np.float32), "not of this scan's grid"), (0 * body(), "0 everywhere")):
+    for values, said in (
+        (np.ones((60, 50, 40), np.float32), "on another grid than the scan"),
+        (0 * body(), "0 everywhere"),
+    ):
         write(tmp_path / "saliency" / "map.nii.gz", values)
         found = show_finding(tmp_path, RECORD, KEY, scan, PLANES)
         assert said in found.problem

@@ -101,7 +101,7 @@ def test_it_says_what_it_is_and_shows_the_numbers(page: Page) -> None:
     assert "Research tool, not a medical device" in page.text
     assert "0.780 [0.720, 0.830]" in page.text  # the table
     assert "95 % interval 0.720 to 0.830" in page.text  # the tile
-    assert "random X-ray 0.170, so 3.6 times as much" in page.text
+    assert "3.6 times a random X-ray's 0.170" in page.text
     assert "cardiomegaly" in page.text
     assert "not a frontal view 2" in page.text
     assert "Apache-2.0" in page.text
@@ -163,9 +163,9 @@ def test_what_comes_from_data_is_escaped(make_run: Callable[..., Path]) -> None:
 
 def test_without_labels(make_run: Callable[..., Path]) -> None:
     page = Page(build_page(make_run(labels=False)).read_text(encoding="utf-8"))
-    assert "This cohort has no label columns: label-based scores were left out." in page.text
-    assert "left out: no label columns" in page.text
-    assert "Classifier left out" in page.text
+    assert "This cohort has no label columns: label-based scores are missing." in page.text
+    assert "skipped: no label columns" in page.text
+    assert "Classifier skipped" in page.text
     assert not [a for a in page.all("svg") if a.get("aria-label", "").startswith("ROC")]
     assert "Truth" not in page.text
     assert "Report to volume, recall@5 0.340" in page.text
@@ -198,10 +198,10 @@ def test_midway(make_run: Callable[..., Path]) -> None:
         (run / folder / "logs").rmdir()
         (run / folder).rmdir()
     page = Page(build_page(run).read_text(encoding="utf-8"))
-    assert "Under way, or broken off: Robust alignment." in page.text
+    assert "Running or interrupted: Robust alignment." in page.text
     assert "Not run yet: Zero-shot, Classifier, Report decoder." in page.text
     assert "0.610 [0.550, 0.660]" in page.text
-    assert "taken evenly from the sorted test studies" in page.text
+    assert "selected at even intervals from the sorted test studies" in page.text
     assert "No report was generated" in page.text
 
 

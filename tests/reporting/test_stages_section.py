@@ -100,6 +100,6 @@ def test_a_stage_alone(make_run: Callable[..., Path]) -> None:
             shutil.rmtree(place) if place.is_dir() else place.unlink()
     build_page(run)
     html = (run / "expert/index.html").read_text()
-    assert "Under way, or broken off" in html
+    assert "Running or interrupted" in html
     assert not (run / "align").exists()  # a page makes no stage's folder
     assert 'href="align/index.html"' not in (run / "index.html").read_text()

@@ -39,7 +39,7 @@ def test_scores_at_thresholds_reliability_and_retrieval(make_run: Callable[..., 
     assert "0.500" in page  # the specificity of the nodule: one of two
     assert "&lt;i&gt;mass" in page
     assert "val has none" in page
-    assert "Reliability curve: given" in page
+    assert "Reliability curve: predicted" in page
     assert "Report to volume" in page
     assert "by chance 0.200" in page
 

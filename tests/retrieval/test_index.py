@@ -97,7 +97,7 @@ def test_bad_queries_and_keys_are_refused() -> None:
     with pytest.raises(InputError, match="3 dimensions, the X-ray index 4"):
         index.search(unit(2, 3, 0), 1)
     for k in (0, 6):
-        with pytest.raises(InputError, match=f"{k} neighbours asked of an index of 5"):
+        with pytest.raises(InputError, match=f"{k} neighbours requested from an index of 5"):
             index.search(unit(2, 4, 0), k)
     with pytest.raises(InputError, match="no X-rays to index"):
         build_index(torch.zeros(0, 4))
@@ -105,13 +105,13 @@ def test_bad_queries_and_keys_are_refused() -> None:
     keys[3, 1] = float("nan")
     with pytest.raises(InputError, match="key 3 of the X-ray index is not finite"):
         build_index(keys)
-    with pytest.raises(InputError, match="FAISS sees none"):
+    with pytest.raises(InputError, match="FAISS has no GPU"):
         build_index(unit(5, 4, 0), device="gpu")
 
 
 def test_damaged_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "index.faiss"
-    with pytest.raises(InputError, match=r"no X-ray index here. Run stage 1"):
+    with pytest.raises(InputError, match=r"no X-ray index. Run stage 1"):
         XrayIndex.load(path)
     build_index(unit(100, 8, 0)).save(path)
     whole = path.read_bytes()
@@ -163,7 +163,7 @@ def test_a_dataloader_worker_that_asks_is_refused(what: str) -> None:
     index = build_index(keys) if what != "sharded" else ShardedIndex(keys, "cpu")
     ask = (lambda: build_index(keys)) if what == "build" else (lambda: index.search(keys[:1], 1))
     loader = torch.utils.data.DataLoader(Asking(ask), num_workers=1, multiprocessing_context="fork")
-    with pytest.raises(RuntimeError, match=r"DataLoader worker 0 of 1 asked the X-ray index.*training process"):
+    with pytest.raises(RuntimeError, match=r"DataLoader worker 0 of 1 searched the X-ray index.*training process"):
         list(loader)
     ask()  # here it may
 

@@ -122,9 +122,9 @@ def test_no_gradient_and_an_empty_batch(stores: Stores) -> None:
 
 
 def test_refusals(stores: Stores) -> None:
-    with pytest.raises(InputError, match="61 neighbours asked of an index of 60"):
+    with pytest.raises(InputError, match="61 neighbours requested from an index of 60"):
         NeighbourLookup(stores[1], k=61)
-    with pytest.raises(InputError, match="built without"):
+    with pytest.raises(InputError, match="built without them"):
         NeighbourLookup(stores[1], findings_rerank=True)
     with pytest.raises(ValueError, match="mode is 'best'"):
         NeighbourLookup(stores[1], mode="best")  # type: ignore[arg-type]

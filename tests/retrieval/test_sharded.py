@@ -121,7 +121,7 @@ def ranks_ask_wrongly(keys: Tensor) -> list[str]:
 def test_a_wrong_question_of_one_rank_is_an_error_on_all(pool: Callable[[int], Any]) -> None:
     for told in pool(2).run(__file__, "ranks_ask_wrongly", {"keys": table()}):
         assert "queries have 15 dimensions, the X-ray index 16" in told[0]
-        assert "500 neighbours asked of an index of 203" in told[1]
+        assert "500 neighbours requested from an index of 203" in told[1]
         assert "for [3, 4] neighbours" in told[2]
         assert told[3] == "torch.Size([1, 1])"
 
@@ -134,7 +134,7 @@ def test_only_this_ranks_part_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ctx_distill.retrieval.sharded.world_size", lambda: 2)
     monkeypatch.setattr("ctx_distill.retrieval.sharded.host_group", lambda: None)
     monkeypatch.setattr("ctx_distill.retrieval.sharded.dist.group", type("Group", (), {"WORLD": object()}))
-    index._take_part()
+    index._open_shard()
     assert (index._start, index._part.shape) == (50, (50, 16))
     similarity, position = index._search_part(keys[61:62].numpy(), 3)
     assert position[0, 0] == 61

@@ -145,11 +145,11 @@ def _no_expert(folder: Path) -> None:
         (_remove("model.safetensors"), "model.safetensors: missing"),
         (_cut("items.csv"), "items.csv: changed since"),
         (_cut("index.faiss"), "not a readable FAISS index"),
-        (_cut("model.safetensors"), "model.safetensors: not the features"),
-        (_swap_index, r"do not fit together \(artefact.json 30 x 6, .* index.faiss 12 x 6"),
-        (_swap_weights, "do not fit together"),
+        (_cut("model.safetensors"), "model.safetensors: not a readable feature file"),
+        (_swap_index, r"parts of the index do not match \(artefact.json 30 x 6, .* index.faiss 12 x 6"),
+        (_swap_weights, "parts of the index do not match"),
         (_swap_table_line, "items.csv: changed since"),
-        (_no_expert, "does not name its xray-expert"),
+        (_no_expert, "has no xray-expert fingerprint"),
     ],
 )
 def test_damage_is_refused(tmp_path: Path, damage: Callable[[Path], None], message: str) -> None:
@@ -165,7 +165,7 @@ def test_a_flipped_bit_is_found_when_asked(tmp_path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-5] ^= 1
     path.write_bytes(bytes(content))
-    with pytest.raises(InputError, match="does not agree with the artefact's fingerprint"):
+    with pytest.raises(InputError, match="does not match the artefact's fingerprint"):
         XrayIndexArtefact.open(tmp_path / "artefact", verify=True)
 
 
@@ -198,7 +198,7 @@ def test_merge_restores_the_order_asked_for(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        ([[0, 1], [1, 2]], r"1 doubled \(first: row 1\)"),
+        ([[0, 1], [1, 2]], r"1 duplicated \(first: row 1\)"),
         ([[0], [2]], r"1 missing \(first: row 1\)"),
         ([[0, 1], [2, 9]], r"1 not expected \(first: row 9\)"),
     ],
@@ -210,7 +210,7 @@ def test_every_row_must_be_there_exactly_once(tmp_path: Path, parts: list[list[i
 
 
 def test_missing_left_over_and_torn_shards(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"holds shards of ranks \[\]"):
+    with pytest.raises(InputError, match=r"has shards of ranks \[\]"):
         merge_shards(tmp_path, [0])
     shards(tmp_path, [[0], [1], [2]])
     (tmp_path / "shard-000000-00001.safetensors").unlink()
@@ -223,7 +223,7 @@ def test_missing_left_over_and_torn_shards(tmp_path: Path) -> None:
         merge_shards(tmp_path, [0, 1])
     (tmp_path / "shard-000000-00002.safetensors").unlink()
     assert merge_shards(tmp_path, [1, 0])["row"].tolist() == [1, 0]
-    with pytest.raises(InputError, match="rows asked for twice"):
+    with pytest.raises(InputError, match="rows requested twice"):
         merge_shards(tmp_path, [1, 0, 1])
     (tmp_path / "shard-000000-00000.safetensors").write_bytes(b"torn")
     with pytest.raises(InputError, match=r"shard-000000-00000.safetensors: not a readable shard"):
@@ -267,8 +267,7 @@ def test_another_layout_keeps_what_is_embedded(tmp_path: Path, capsys: pytest.Ca
     # Three ranks: the parts that can be read stay, and the new blocks begin behind them.
     assert open_shards(folder, "a", 3, 2) == 2
     assert capsys.readouterr().out == (
-        f"{folder}: embedded by 2 ranks in parts of 2 so far; these 3 parts are kept, and 3 ranks embed the rest in parts "
-        "of 2\n"
+        f"{folder}: 3 shards of 2 ranks in parts of 2 are kept; 3 ranks embed the rest in parts of 2\n"
     )
     assert open_shards(folder, "a", 3, 2) == 2
     assert capsys.readouterr().out == ""
@@ -297,7 +296,7 @@ def test_shards_of_an_earlier_version_are_embedded_anew(tmp_path: Path, capsys: 
     shards(tmp_path, [[0], [1]])
     (tmp_path / "shards.json").write_text(json.dumps({"request": "a"}))
     assert open_shards(tmp_path, "a", 2, 1) == 0
-    assert "holds parts of other inputs, settings or versions" in capsys.readouterr().out
+    assert "has shards of other inputs, settings or versions" in capsys.readouterr().out
     assert standing_blocks(tmp_path, 2, 1) == []
 
 
@@ -338,9 +337,12 @@ def _table_of_others(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (_remove("equal_keys.safetensors"), r"do not fit together .*model.safetensors 30 x 6, index.faiss 29 x 6"),
+        (
+            _remove("equal_keys.safetensors"),
+            r"parts of the index do not match .*model.safetensors 30 x 6, index.faiss 29 x 6",
+        ),
         (_cut_table, "equal_keys.safetensors: not a readable table"),
-        (_table_of_others, "names 24 distinct keys, index.faiss beside it holds 29"),
+        (_table_of_others, "has 24 distinct keys, but index.faiss has 29"),
     ],
 )
 def test_a_damaged_table_of_equal_keys_is_refused(tmp_path: Path, damage: Callable[[Path], None], message: str) -> None:

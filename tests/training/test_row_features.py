@@ -86,7 +86,7 @@ def test_the_file_is_gone_at_once_and_takes_what_the_limit_allows(tmp_path: Path
     assert taken.st_blocks * 512 <= 4096 + 11 * 6 * 64 * 4 + 4096
     assert features._scratch.stored_rows() == 10
     assert "1,536 bytes per row; 0 rows (0.0 MB) in this rank's memory, 10 " in features.describe()
-    assert "30 computed again" in features.describe()
+    assert "30 recomputed on each use" in features.describe()
     features.close()
     assert ask(features, ROWS[:4])[1] == ROWS[:4]
 

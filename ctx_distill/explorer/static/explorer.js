@@ -1,4 +1,4 @@
-// The explorer's page: upload, progress, results. Whatever comes from a model, a report or a file is set as text.
+// The explorer's page: upload, progress, results. Content from models, reports and files is inserted as text only.
 import { Viewer } from "/viewer.js";
 
 const $ = (id) => document.getElementById(id);
@@ -73,7 +73,7 @@ function send(file) {
       else reject(new Error(await reasonOf(Promise.resolve(request.responseText), request.status)));
     };
     request.onerror = () => reject(new Error(
-      `the upload broke off; the file may be larger than the ${megabytes(about.upload_mb * 2 ** 20)} taken here, or the explorer was ended`));
+      `the upload was interrupted; the file may be larger than the limit of ${megabytes(about.upload_mb * 2 ** 20)}, or the explorer was stopped`));
     request.send(file);
   });
 }
@@ -94,13 +94,13 @@ async function results() {
   const result = await ask(`/api/sessions/${session}/result`);
   show("results");
   const { name, kind, voxels, spacing, steps } = result.scan;
-  const thinned = steps.some((one) => one > 1) ? `; shown at every ${steps.join(" × ")}th voxel` : "";
+  const thinned = steps.some((one) => one > 1) ? `; subsampled by ${steps.join(" × ")} for display` : "";
   $("told").textContent = `${name} · ${kind} · ${voxels.join(" × ")} voxels of ${spacing.join(" × ")} mm${thinned}`;
   $("notes").replaceChildren(...result.notes.map((note) => element("li", note)));
   $("notes").hidden = !result.notes.length;
   findings(result.findings);
   $("report-part").hidden = result.report === null;
-  $("report").textContent = result.report || "The model wrote nothing.";
+  $("report").textContent = result.report || "The generated report is empty.";
   neighbours(result.neighbours);
   $("results").scrollIntoView({ block: "start" });
   viewer = new Viewer($("canvas"), locate);
@@ -112,7 +112,7 @@ async function results() {
     viewer.goTo(viewer.nv.frac2mm([0.5, 0.5, 0.5]));
     document.body.dataset.ready = "scan";
   } catch (error) {
-    $("viewer-problem").textContent = `The scan cannot be drawn in this browser (${error.message}). It needs WebGL 2; the findings beside it do not.`;
+    $("viewer-problem").textContent = `This browser cannot display the scan (${error.message}); WebGL 2 is required. The findings are not affected.`;
     $("viewer-problem").hidden = false;
     document.body.dataset.ready = "no viewer";
   }
@@ -160,7 +160,7 @@ async function choose(row, button, finding, number) {
     await viewer.overlay(`/api/sessions/${session}/saliency/${number}.nii`);
   } catch {
     hide();
-    $("viewer-problem").textContent = "This overlay is not there any more: the session has ended. Open the scan again.";
+    $("viewer-problem").textContent = "This overlay is no longer available, because the session has ended. Open the scan again.";
     $("viewer-problem").hidden = false;
     return;
   }
@@ -184,7 +184,7 @@ function hide() {
 function neighbours(list) {
   $("near-part").hidden = list === null;
   if (list === null) return;
-  $("near-note").textContent = about.nearest + (about.shows_pool ? "" : " Reports and pictures of the pool are not shown: the explorer was started without --show-reports.");
+  $("near-note").textContent = about.nearest + (about.shows_pool ? "" : " Reports and images of the pool are not shown, because the explorer was started without --show-reports.");
   $("near").replaceChildren(...list.map((one, number) => {
     const item = element("li");
     item.append(element("h3", `${number + 1}. Similarity ${one.similarity.toFixed(2)}${one.study_id ? ` · ${one.study_id}` : ""}`));
@@ -253,7 +253,7 @@ function listen() {
       viewer?.window(button.dataset.window);
     };
   }
-  // Sent even while the page goes away.
+  // Sent even while the page unloads.
   addEventListener("pagehide", () => { if (session) fetch(`/api/sessions/${session}/end`, { method: "POST", keepalive: true }); });
   addEventListener("pageshow", (event) => { if (event.persisted) location.reload(); });
 }

@@ -1,12 +1,12 @@
-// NiiVue in three planes with one overlay. NiiVue is loaded only when there is a scan to show.
+// NiiVue with three planes and one overlay. NiiVue is loaded only when there is a scan to show.
 const WINDOWS = { lung: [-1350, 150], soft: [-160, 240], bone: [-500, 1300] };
-// Below this share of its peak a map is not drawn: it covers the whole scan otherwise.
+// Share of the peak below which a map is transparent; otherwise it would cover the complete scan.
 const FLOOR = 0.3;
 
 export class Viewer {
-  constructor(canvas, told) {
+  constructor(canvas, onLocation) {
     this.canvas = canvas;
-    this.told = told;
+    this.onLocation = onLocation;
     this.strength = 0.45;
   }
 
@@ -19,7 +19,7 @@ export class Viewer {
       backColor: [0, 0, 0, 1], fontColor: [1, 1, 1, 1], fontMinPx: 13, isSliceMM: true, loadingText: "", logLevel: "error",
       dragAndDropEnabled: false, isNearestInterpolation: false, isHighResolutionCapable: true,
     });
-    this.nv.onLocationChange = (place) => this.told(place);
+    this.nv.onLocationChange = (place) => this.onLocation(place);
     await this.nv.attachToCanvas(this.canvas);
     const [low, high] = WINDOWS.lung;
     await this.nv.loadVolumes([{ url, name: "scan.nii", colormap: "gray", cal_min: low, cal_max: high }]);
@@ -28,7 +28,7 @@ export class Viewer {
     this.watching.observe(this.canvas.parentElement);
   }
 
-  // The axial plane large; beside it, or on a narrow screen below it, the other two.
+  // The axial plane is large; the other two are beside it, or below it on a narrow screen.
   arrange() {
     const { AXIAL, CORONAL, SAGITTAL } = this.planes;
     const wide = this.canvas.clientWidth > 560;
@@ -46,7 +46,7 @@ export class Viewer {
     this.nv.updateGLVolume();
   }
 
-  // Shares of the scan's box towards the patient's right, front and top... as NiiVue counts: 0 to 1 of R, A, S.
+  // Relative position in the scan, 0 to 1 along R, A, S, in NiiVue's convention.
   position() { return [...this.nv.scene.crosshairPos]; }
 
   moveTo(axis, share) {

@@ -11,10 +11,10 @@ NIIVUE = FOLDER / "node_modules/@niivue/niivue/dist/index.js"
 
 
 def niivue() -> Path:
-    """The module.
+    """Return the path of the NiiVue module.
 
     Raises:
-        InputError: it is not there.
+        InputError: NiiVue is not installed.
     """
     if not NIIVUE.is_file():
         raise InputError(
@@ -25,7 +25,7 @@ def niivue() -> Path:
 
 
 def licences() -> str:
-    """The licence of NiiVue, and of each package that its bundle holds."""
+    """Return the licences of NiiVue and of the packages in its bundle."""
     parts = ["NiiVue (@niivue/niivue)\n\n" + (FOLDER / "LICENSE-niivue.txt").read_text(encoding="utf-8")]
     for path in sorted((FOLDER / "node_modules").glob("**/[Ll][Ii][Cc][Ee][Nn][Ss][Ee]*")):
         if path.is_file():

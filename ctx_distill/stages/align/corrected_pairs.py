@@ -1,7 +1,7 @@
-"""Which pairs stage 3 took for false negatives: a bounded record of them, the same on every rank and after a resume.
+"""Record which pairs stage 3 suspected as false negatives, in bounded memory, identically on every rank.
 
-A batch of 2,048 studies suspects up to 2 million pairs, and 300 pairs are kept. So a pair goes to the host only if it may
-be kept: the pairs of a batch are compared on its device with the last that each table holds.
+A batch of 2,048 studies can have 2 million suspected pairs, of which 300 are kept. To avoid copying all of them to the
+host, the pairs of a batch are first compared, on the device, with the last entry of each table.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from ctx_distill.losses.false_negatives import TOLERANCE, Correction
 from ctx_distill.losses.pair_order import HASH_BITS, STEPS
 
 KEPT = {"strongest": 200, "contradicted": 50, "borderline": 50}
-"""Pairs kept: the strongest, the strongest that labels contradict, and those nearest to the threshold."""
+"""Number of pairs kept: the strongest, the strongest that labels contradict, and those nearest to the threshold."""
 DECIMALS = 6
-"""Of the evidence as it is written."""
+"""Decimals of the evidence in the written table."""
 _ROUNDED = TOLERANCE + 0.5 * 10**-DECIMALS
-"""What evidence that passed its threshold may lie below it once it is rounded."""
+"""How far below its threshold rounded evidence that passed may be."""
 _HASH = (1 << HASH_BITS) - 1
 _COUNTS = ("suspected_batches", "corrected_batches", "suspected_epochs", "corrected_epochs", "first_epoch", "last_epoch",
            "last_corrected_epoch", "labels_known", "labels_differ")  # fmt: skip
@@ -33,33 +33,33 @@ Table = dict[str, NDArray[Any]]
 
 
 class CorrectedPairs:
-    """The pairs of studies that were suspected, as far as they are kept, with how often and when.
+    """A bounded record of suspected pairs of studies, with how often and when they were suspected.
 
-    A pair is one of studies, whichever is the image: it counts once a batch. What is kept is ordered by strength and
-    then by a hash of the pair (`losses.pair_order`), a total order that does not change while a pair's evidence does not:
-    so a pair that is kept has been kept since it was first seen, and its counts are whole. The evidence `ema` does
-    change; a pair that rises by it later is counted from then on.
+    Pairs are unordered and count once per batch. They are ranked by strength, then by a hash of the pair
+    (`losses.pair_order`). This total order is stable while a pair's evidence is: a pair that is kept has been kept since
+    it was first seen, so its counts are complete. Evidence `ema` changes during training; a pair that enters a table
+    late because of it is counted from then on.
 
     Attributes:
         kinds: evidence in use.
-        tables: what is kept, by why: `key` (the two study codes), `order` (of the pair when it was strongest), counts,
-            and a value for each kind.
-        totals: pairs of images, in whichever order, suspected and corrected so far over all batches.
+        tables: by the reason for keeping a pair: `key` (the two study codes), `order` (of the pair when it was
+            strongest), counts, and a value per kind of evidence.
+        totals: unordered pairs of images suspected and corrected so far, over all batches.
     """
 
     def __init__(self, kinds: Sequence[str], kept: Mapping[str, int] = KEPT) -> None:
-        """Begin with nothing.
+        """Create empty tables.
 
         Args:
             kinds: evidence in use (`EvidenceKind`).
-            kept: how many pairs of each sort are kept.
+            kept: number of pairs to keep per table.
         """
         self.kinds, self.kept = tuple(kinds), dict(kept)
         self.tables = {why: self._nothing() for why in self.kept}
         self.totals = {"suspected": 0, "corrected": 0}
 
     def _nothing(self, rows: int = 0) -> Table:
-        """A table of pairs that were never seen."""
+        """Return a table of `rows` pairs with zero counts."""
         table: Table = {name: np.zeros(rows, dtype=np.int64) for name in ("key", "order", *_COUNTS)}
         for name in ("order", "last_epoch", "last_corrected_epoch"):
             table[name] -= 1
@@ -75,18 +75,18 @@ class CorrectedPairs:
         contradicted: Tensor | None,
         epoch: int,
     ) -> None:
-        """Take the pairs of a global batch in.
+        """Record the pairs of a global batch.
 
         Args:
-            correction: of the batch.
+            correction: the correction of the batch.
             evidence: (B, B) by kind.
             study: (B,) int64, gathered.
-            labels: (B, F) gathered, 1, 0, -1 or NaN; None without.
-            contradicted: (B, B) bool, the pairs whose labels differ (`robust.contradictions`); None without labels.
-            epoch: the current one.
+            labels: (B, F) gathered, 1, 0, -1 or NaN; None without labels.
+            contradicted: (B, B) bool, the pairs whose labels differ (`contradictions`); None without labels.
+            epoch: current epoch.
         """
         order, twice = correction.order, torch.stack([correction.suspected, correction.corrected])
-        if "ema" in self.kinds:  # alone in that (i, j) is unlike (j, i)
+        if "ema" in self.kinds:  # the only evidence that is not symmetric
             order = torch.maximum(order, order.T)
             twice = torch.stack([(pairs | pairs.T).count_nonzero() for pairs in (correction.pairs, correction.chosen)])
         for name, count in zip(self.totals, (twice // 2).tolist(), strict=True):
@@ -105,15 +105,15 @@ class CorrectedPairs:
             seen[kind] = values.cpu().numpy().round(DECIMALS)
         seen = _once(seen, self.kinds)
         for why in self.tables:
-            mine = seen["labels_differ"] > 0 if why == "contradicted" else np.ones(len(seen["key"]), dtype=bool)
-            if mine.any():
-                self._merge(why, {name: value[mine] for name, value in seen.items()}, epoch)
+            eligible = seen["labels_differ"] > 0 if why == "contradicted" else np.ones(len(seen["key"]), dtype=bool)
+            if eligible.any():
+                self._merge(why, {name: value[eligible] for name, value in seen.items()}, epoch)
 
     def _select(self, order: Tensor, contradicted: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Places (i, j) of the pairs that a table keeps or may come to keep, each at least once.
+        """Return the positions (i, j) of the pairs that may enter a table, each at least once.
 
-        Not those behind the last of a full table: it orders all pairs. And not those behind as many others of the
-        same batch as the table holds: these would push them out.
+        Excludes pairs that rank below the last entry of a full table, and pairs that rank below as many others of the
+        same batch as the table holds.
         """
         first = {why: int(_score(why, table["order"]).min()) if len(table["key"]) >= self.kept[why] else 0
                  for why, table in self.tables.items()}  # fmt: skip
@@ -122,10 +122,10 @@ class CorrectedPairs:
         if contradicted is not None:
             wanted |= contradicted & (order >= first["contradicted"])
         i, j = wanted.nonzero(as_tuple=True)
-        found = order[i, j]
-        needed = torch.zeros_like(found, dtype=torch.bool)
+        candidates = order[i, j]
+        needed = torch.zeros_like(candidates, dtype=torch.bool)
         for why, kept in self.kept.items():
-            score = _score(why, found)
+            score = _score(why, candidates)
             if why == "contradicted":
                 if contradicted is None:
                     continue
@@ -157,29 +157,32 @@ class CorrectedPairs:
         self.tables[why] = {name: column[best] for name, column in joined.items()}
 
     def state(self) -> dict[str, Any]:
-        """For the checkpoint: tensors and numbers alone."""
+        """Return the state for a checkpoint: tensors and numbers only."""
         tables = {why: {n: torch.from_numpy(c.copy()) for n, c in table.items()} for why, table in self.tables.items()}
         return {"totals": dict(self.totals), "tables": tables}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take `state` back. Pairs that a checkpoint kept by another order are not: they count from here on."""
+        """Restore `state`. Tables of older checkpoints, which had another order, are dropped: counting restarts."""
         self.totals = {name: int(count) for name, count in state["totals"].items()}
         if all("order" in table for table in state["tables"].values()):
-            self.tables = {why: {n: c.numpy().copy() for n, c in own.items()} for why, own in state["tables"].items()}
+            self.tables = {
+                why: {name: column.numpy().copy() for name, column in table.items()}
+                for why, table in state["tables"].items()
+            }
 
     def frame(self, studies: Mapping[int, str], thresholds: Mapping[str, float]) -> pd.DataFrame:
-        """What is kept, a row a pair (`align/corrected.csv`, docs/contracts.md).
+        """Return the kept pairs, one row per pair (`align/corrected.csv`, docs/contracts.md).
 
         Args:
-            studies: study ids by the integers of the batches.
-            thresholds: by kind, at the end.
+            studies: study ids by study code.
+            thresholds: final threshold per kind.
         """
         why: dict[int, list[str]] = {}
         held: dict[int, dict[str, Any]] = {}
         for name, table in self.tables.items():
             for place, key in enumerate(table["key"].tolist()):
                 why.setdefault(key, []).append(name)
-                # One that fell out of a table and came in again by a higher `ema` has whole counts in none or one.
+                # A pair that left a table and re-entered it by a higher `ema` may have complete counts in one table only.
                 if key not in held or held[key]["suspected_batches"] < table["suspected_batches"][place]:
                     held[key] = {column: values[place].item() for column, values in table.items()}
         rows = []
@@ -202,31 +205,33 @@ class CorrectedPairs:
         return pd.DataFrame(rows, columns=columns)
 
     def write(self, path: Path, studies: Mapping[int, str], thresholds: Mapping[str, float]) -> None:
-        """Write `frame` as CSV, whole or not at all."""
+        """Write `frame` as CSV, atomically."""
         write_text(path, self.frame(studies, thresholds).to_csv(index=False, float_format="%.6f"))
 
 
 def _score(why: str, order: Any) -> Any:
-    """By which a table keeps pairs, the largest first: their order, or for `borderline` the weakest first, then as before.
+    """Return the sort key of a table, largest first: the pair's order; for `borderline`, the weakest pair first.
 
     Args:
         why: the table.
-        order: int64 of `pair_order`, a tensor or an array, none negative.
+        order: int64 of `pair_order`, a tensor or an array, without negative values.
     """
     return ((STEPS - (order >> HASH_BITS)) << HASH_BITS) | (order & _HASH) if why == "borderline" else order
 
 
 def _nearest(order: Tensor, first: int) -> Tensor:
-    """(B, B) bool: candidates whose `_score` for `borderline` is `first` or more, without the scores of all."""
-    strength = (STEPS - (first >> HASH_BITS)) << HASH_BITS  # of the last pair held: in steps, where `order` has them
+    """Return (B, B) bool: candidates whose `borderline` score is at least `first`, without computing all scores."""
+    strength = (
+        STEPS - (first >> HASH_BITS)
+    ) << HASH_BITS  # strength of the last kept pair, in the high bits of `order`
     as_strong = (order >= strength | (first & _HASH)) & (order < strength + (1 << HASH_BITS))
     return as_strong | ((order < strength) & (order >= 0))
 
 
 def _last_of(score: Tensor, kept: int) -> int:
-    """The smallest score of the `kept` first pairs of studies; 0 where there are no more than that.
+    """Return the lowest score among the `kept` best pairs of studies; 0 if there are no more pairs than that.
 
-    A pair of studies may come several times: as (i, j) and (j, i), and with several images of a study.
+    A pair of studies may occur several times: as (i, j) and (j, i), and with several images of a study.
     """
     taken = 4 * kept
     while taken < len(score):
@@ -238,7 +243,7 @@ def _last_of(score: Tensor, kept: int) -> int:
 
 
 def _label_agreement(labels: Tensor | None, i: Tensor, j: Tensor) -> tuple[Tensor, Tensor]:
-    """Findings whose label is 1 or 0 in both studies of each pair, and those of them that differ; (P,) int64."""
+    """Count, per pair, the findings labelled 1 or 0 in both studies, and those that differ; both (P,) int64."""
     if labels is None or not labels.shape[1]:
         return torch.zeros_like(i), torch.zeros_like(i)
     known = (labels == 1) | (labels == 0)
@@ -247,7 +252,7 @@ def _label_agreement(labels: Tensor | None, i: Tensor, j: Tensor) -> tuple[Tenso
 
 
 def _once(seen: Table, kinds: Sequence[str]) -> Table:
-    """Each pair once, as it is strongest: a batch holds it in both orders, and may hold several images of a study."""
+    """Deduplicate pairs, keeping the strongest: a batch has each in both orders, and may have several images per study."""
     order = np.lexsort((*(-seen[kind] for kind in kinds), -seen["order"], seen["key"]))
     keys, first = np.unique(seen["key"][order], return_index=True)
     corrected = np.zeros(len(keys), dtype=bool)

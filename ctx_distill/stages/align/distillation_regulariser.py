@@ -1,4 +1,7 @@
-"""Stage 3 goes on distilling a little, so that what the X-ray expert taught is not forgotten (**ours**)."""
+"""Distillation regulariser of stage 3, against forgetting what was distilled in stage 2 (**ours**).
+
+L_reg = mean_i (1 - <h_i, target_i>),   target_i = norm(u*_i + w_p u'_i)
+"""
 
 from __future__ import annotations
 
@@ -17,14 +20,14 @@ from ctx_distill.types import CTBatch
 
 
 @dataclass(frozen=True)
-class KeepSettings:
-    """A pair-wise distillation term beside the contrastive one: weight * mean_i (1 - <image feature_i, target_i>).
+class DistillationRegulariserSettings:
+    """Settings of the distillation regulariser, which is added to the contrastive loss with `weight`.
 
     Attributes:
-        weight: of the term; 0 switches it off.
-        projection: part of the CT's own projection in the target, against 1 of the retrieved X-rays; 0 leaves it out.
-            It needs `data.init_args.projection=true`.
-        k: retrieved X-rays, mixed alike.
+        weight: weight of the term; 0 disables it.
+        projection: w_p, weight of the CT's own projection in the target, relative to 1 for the retrieved X-rays; 0
+            disables it. A value above 0 requires `data.init_args.projection=true`.
+        k: retrieved X-rays, averaged with equal weights.
     """
 
     weight: float = 0.0
@@ -32,40 +35,40 @@ class KeepSettings:
     k: int = 8
 
 
-class KeepTargets:
-    """target_i = norm(u*_i + projection u'_i): retrieved X-rays, and the CT's own projection through the expert.
+class DistillationRegulariser:
+    """Compute the targets of the distillation regulariser: retrieved X-rays, optionally mixed with the projection.
 
-    Both depend on the row alone: u* is computed once for all training rows, u' when a row is first seen.
+    Both depend on the row only: u* is computed once for all training rows, u' when a row is first used.
 
     Attributes:
         retrieved: (N, D_v) u* of the training rows, 4 D_v bytes each.
-        projection: u', kept within a limit.
+        projection: computes u', with a bounded cache.
     """
 
     def __init__(
         self,
-        settings: KeepSettings,
+        settings: DistillationRegulariserSettings,
         reports: TrainingReports,
         store: XrayIndexArtefact,
         space: int,
         memory_gb: float = MEMORY_GB,
     ) -> None:
-        """Look all training reports up.
+        """Look up all training reports.
 
         Args:
-            settings: what is switched on.
-            reports: of the training rows.
+            settings: the settings of the term.
+            reports: reports of the training rows.
             store: the X-ray index.
-            space: dimension of the features that are to be near the targets.
+            space: dimension of the image features that the term is applied to.
             memory_gb: see `ProjectionTeacher`.
 
         Raises:
-            InputError: they do not lie in the space of the X-rays' features.
+            InputError: `space` differs from the dimension of the X-rays' features.
         """
         if space != store.value_dim:
             raise InputError(
                 f"stage 3: keep.weight is {settings.weight}, but the joint space has {space} dimensions and the"
-                f" expert's image space {store.value_dim}. Keep the expert's own space (text.tower=expert,"
+                f" expert's image space has {store.value_dim}. Use the expert's space (text.tower=expert,"
                 " text.projection_dim=null), or set keep.weight=0."
             )
         self.settings, self.reports = settings, reports
@@ -73,13 +76,13 @@ class KeepTargets:
         self.projection = ProjectionTeacher(memory_gb)
 
     def targets(self, batch: CTBatch) -> Tensor:
-        """(b, D_v) unit rows on the batch's device.
+        """Return the targets of a batch, (b, D_v) unit rows on its device.
 
         Raises:
-            InputError: the projection is asked for and the batch has none.
+            InputError: the settings need projections but the batch contains none.
         """
         target = self.retrieved[self.reports.places(batch.row)].to(batch.row.device)
         if self.settings.projection > 0:
-            own = self.projection.targets(batch, self.reports.expert)
-            target = F.normalize(target + self.settings.projection * own, dim=-1)
+            projection = self.projection.targets(batch, self.reports.expert)
+            target = F.normalize(target + self.settings.projection * projection, dim=-1)
         return target

@@ -1,4 +1,4 @@
-"""Entity-focused masking in stage 3: masked reports through the text tower, reconstructed in view of the CT."""
+"""Entity-focused masking of stage 3: mask report words and reconstruct them with cross-attention to the CT's tokens."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from ctx_distill.text.masking import choose_units, maskable_units
 
 @dataclass(frozen=True)
 class MaskingSettings:
-    """Entity-focused masking (rates and head are ours).
+    """Settings of entity-focused masking (rates and head are **ours**).
 
     Attributes:
-        weight: w_efm; 0 switches it off.
+        weight: w_efm; 0 disables the term.
         entity_rate: probability that an entity is chosen.
         word_rate: probability that another word is chosen.
-        entities: what counts as an entity.
-        vocabulary: of the findings, by name or as a YAML file.
-        layers: of cross-attention to the CT's tokens.
-        heads: of each layer.
+        entities: kinds of words that count as entities.
+        vocabulary: vocabulary of the findings; name or YAML file.
+        layers: layers of cross-attention to the CT's tokens.
+        heads: heads per layer.
     """
 
     weight: float = 0.0
@@ -44,15 +44,15 @@ class MaskingSettings:
 
 @dataclass
 class MaskedText:
-    """Masked reports, B of them.
+    """B masked reports.
 
     Attributes:
         input_ids: (B, L) int64, with the chosen tokens replaced.
         attention_mask: (B, L) bool.
-        chosen: (B, L) bool, the N tokens to be predicted.
-        targets: (N,) int64, what stood there, in row order.
-        entity: (N,) bool, whether it belongs to an entity.
-        owner: (N,) int64, the report.
+        chosen: (B, L) bool, the N tokens to predict.
+        targets: (N,) int64, the original tokens, in row order.
+        entity: (N,) bool, whether the token belongs to an entity.
+        owner: (N,) int64, index of the token's report.
     """
 
     input_ids: Tensor
@@ -64,25 +64,26 @@ class MaskedText:
 
 
 def _check(settings: MaskingSettings, encoder: TextEncoder) -> None:
-    """Refuse rates that are none, and a text tower that cannot learn from masked words."""
+    """Raise InputError for rates out of range, and for a text tower that cannot learn from masked words."""
     for name in ("entity_rate", "word_rate"):
         if not 0 <= getattr(settings, name) <= 1:
-            raise InputError(f"masking.{name} is {getattr(settings, name)}, expected a probability from 0 to 1.")
+            raise InputError(f"masking.{name} is {getattr(settings, name)}; expected a probability from 0 to 1.")
     if settings.weight < 0 or not settings.entity_rate + settings.word_rate:
         raise InputError(
             f"masking.weight is {settings.weight}, entity_rate {settings.entity_rate} and word_rate"
-            f" {settings.word_rate}; expected a weight of 0 or more, and a rate above 0. Set weight to 0 for no masking."
+            f" {settings.word_rate}; expected a weight of 0 or more, and a rate above 0. To disable masking, set weight"
+            " to 0."
         )
     name = f"entity masking: the text tower ({type(encoder).__name__})"
     remedy = "Set text.tower to scratch or to bert (with text.source), or masking.weight to 0."
     if not encoder.bidirectional:
         raise InputError(
-            f"{name} is causal: a token does not see those after it, so masked words cannot be reconstructed from both"
-            f" sides; expected a bidirectional one. {remedy} An X-ray expert whose text tower is bidirectional serves too."
+            f"{name} is causal; expected a bidirectional one, which reconstructs a word from both sides. {remedy}"
+            " An X-ray expert with a bidirectional text tower also works."
         )
     if not encoder.trainable:
         raise InputError(
-            f"{name} is frozen; expected one that learns. Set text.trainable to true, or masking.weight to 0."
+            f"{name} is frozen; expected a trainable one. Set text.trainable to true, or masking.weight to 0."
         )
     if encoder.mask_id is None:
         raise InputError(f"{name} has no mask token in its vocabulary; expected one such as [MASK]. {remedy}")
@@ -90,13 +91,13 @@ def _check(settings: MaskingSettings, encoder: TextEncoder) -> None:
         encoder.tokens(["No pleural effusion."])
     except (NotImplementedError, ValueError) as error:
         raise InputError(
-            f"{name} has a tokenizer that does not tell where its tokens stand ({str(error)[:200]}); expected one with"
-            f" offsets (tokenizer.json). {remedy}"
+            f"{name} has a tokenizer that does not return token offsets ({str(error)[:200]}); expected one with offsets"
+            f" (tokenizer.json). {remedy}"
         ) from error
 
 
 class EntityMasking(nn.Module):
-    """Masks reports and predicts what was masked; the text encoder stays the owner's."""
+    """Mask reports and predict the masked tokens; the text encoder is passed in and is not a submodule."""
 
     def __init__(
         self, settings: MaskingSettings, encoder: TextEncoder, token_dim: int, num_tokens: int | None = None
@@ -105,13 +106,13 @@ class EntityMasking(nn.Module):
 
         Args:
             settings: see `MaskingSettings`.
-            encoder: the text encoder that will be given to `forward`.
+            encoder: the text encoder that `forward` will be called with.
             token_dim: D_c.
             num_tokens: T.
 
         Raises:
-            InputError: settings out of range; a text encoder that is causal, frozen, has no mask token or tells no
-                places of its tokens; no such vocabulary.
+            InputError: a setting is out of range; the text encoder is causal or frozen, or has no mask token or no
+                token offsets; the vocabulary does not exist.
         """
         super().__init__()
         _check(settings, encoder)
@@ -123,18 +124,18 @@ class EntityMasking(nn.Module):
 
     @classmethod
     def beside(cls, dual: DualEncoder, settings: MaskingSettings, shape: Sequence[int]) -> EntityMasking:
-        """For a dual encoder of volumes (D, H, W); the random state goes on as if it had not been built."""
+        """Build the head for a dual encoder of volumes (D, H, W), without changing the random state."""
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             tokens = dual.ct_encoder(torch.zeros(1, 1, *shape)).tokens
             return cls(settings, dual.text_encoder, tokens.shape[2], tokens.shape[1])
 
     def mask(self, encoder: TextEncoder, reports: Sequence[str], seeds: Sequence[int]) -> MaskedText:
-        """Masked reports; of one longer than the context, one chunk that fits, drawn too.
+        """Mask reports. Of a report longer than the context, one random chunk is used.
 
         Args:
             encoder: the text encoder.
             reports: B reports.
-            seeds: B; what is drawn for a report is a function of its own seed.
+            seeds: B seeds; a report's draws depend on its seed only.
         """
         sources = [random.Random(seed) for seed in seeds]
         texts = [rng.choice(encoder.chunks(report)) for report, rng in zip(reports, sources, strict=True)]
@@ -161,13 +162,16 @@ class EntityMasking(nn.Module):
     def forward(
         self, encoder: TextEncoder, reports: Sequence[str], seeds: Sequence[int], tokens: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Sums and counts a report, for `masked_language_loss`.
+        """Return the sums and counts per report for `masked_language_loss`.
 
         Args:
-            encoder: the text encoder; the masked text takes its own way through it.
+            encoder: the text encoder; the masked reports need a separate forward pass.
             reports: B reports.
-            seeds: B, see `mask`.
-            tokens: (B, T, D_c) of the CTs.
+            seeds: B seeds; see `mask`.
+            tokens: (B, T, D_c), tokens of the CTs.
+
+        Returns:
+            See `masked_language_sums`.
         """
         masked = self.mask(encoder, reports, seeds)
         states = encoder.hidden(masked.input_ids, masked.attention_mask)

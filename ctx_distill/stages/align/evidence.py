@@ -1,7 +1,7 @@
-"""Evidence of false negatives for stage 3: fixed on the training studies before the stage, looked up a batch.
+"""Evidence of false negatives in stage 3: computed once for the training studies, then looked up per batch.
 
-Everything here comes from frozen models and from texts, or from a moving average of the model itself. Labels are read
-for the log alone.
+The evidence comes from frozen models, from texts, or from a moving average of the model. Labels are used for logging
+only.
 """
 
 from __future__ import annotations
@@ -44,25 +44,25 @@ from ctx_distill.training.predictions import join_rows
 from ctx_distill.types import CTBatch
 
 PAIRS = 200_000
-"""Training pairs that a quantile is taken of."""
+"""Training pairs sampled for a quantile."""
 MEASURED_VOLUMES = 512
-"""Training volumes that the moving average encodes for its quantile: 260,000 pairs, in a fraction of an epoch."""
+"""Training volumes that the moving average encodes for its quantile (260,000 pairs)."""
 
 
 @dataclass(frozen=True)
 class RobustSettings:
-    """How false negatives are found and corrected (RoCo; thresholds and evidence are ours).
+    """How false negatives are identified and corrected (RoCo; thresholds and evidence are **ours**).
 
     Attributes:
-        evidence: kinds that are switched on; none gives plain InfoNCE.
+        evidence: enabled kinds of evidence; an empty tuple gives plain InfoNCE.
         mode: `relabel`, `mask` or `soft`.
-        combine: suspected by `any` kind, or by `all`.
-        quantile: share of training pairs below the threshold of a cosine evidence.
-        thresholds: absolute thresholds by kind, in place of the quantile.
-        weight: of a relabelled pair, against 1 of a true one.
-        warmup_epochs: epochs that only watch.
-        vocabulary: findings that are read from the texts.
-        ema_decay: of the moving average that gives the evidence `ema`.
+        combine: whether a pair must pass the threshold of `any` or of `all` kinds.
+        quantile: share of training pairs below the threshold of cosine evidence.
+        thresholds: absolute thresholds by kind, which override the quantile.
+        weight: weight of a relabelled pair, relative to 1 for a true pair.
+        warmup_epochs: epochs in which pairs are identified but not corrected.
+        vocabulary: findings to extract from the texts.
+        ema_decay: decay of the moving average that provides the evidence `ema`.
     """
 
     evidence: tuple[EvidenceKind, ...] = ("report",)
@@ -76,35 +76,34 @@ class RobustSettings:
     ema_decay: float = 0.99
 
     def needs_moving_average(self) -> bool:
-        """Whether `ema` is switched on.
+        """Return whether evidence `ema` is enabled.
 
         Raises:
-            InputError: its threshold is a quantile, and there is no warm-up to measure it after.
+            InputError: its threshold is a quantile, but there is no warm-up after which to measure it.
         """
         if "ema" not in self.evidence:
             return False
         if "ema" not in self.thresholds and self.warmup_epochs < 1:
             raise InputError(
-                f"stage 3: evidence ema takes its threshold from the model after the warm-up, but robust.warmup_epochs"
+                f"stage 3: the threshold of evidence ema is measured after the warm-up, but robust.warmup_epochs"
                 f" is {self.warmup_epochs}. Set robust.warmup_epochs=1 or more, or robust.thresholds.ema."
             )
         return True
 
 
 class FalseNegatives:
-    """Evidence of the training studies, and the corrections of a batch.
+    """Identify and correct false negatives of a batch with evidence about the training studies.
 
-    Thresholds come from pairs of training studies, never from `val`, `test` or a batch. Those of the frozen kinds are
-    fixed before the stage. The moving average's scores mean little until it has learnt, so that a quantile of them
-    fixed then would be of other scores than those it is used on: it is taken once the warm-up is over, before the
-    first correction, and the moving average suspects nothing until then (**ours**).
+    Thresholds are quantiles over pairs of training studies, never over `val`, `test` or a batch. For frozen evidence they
+    are fixed before training. For `ema`, the quantile is measured after the warm-up, before the first correction, because
+    the scores of an untrained model say nothing about later ones; until then `ema` suspects no pair (**ours**).
 
     Attributes:
-        settings: what is switched on.
-        thresholds: of the frozen kinds.
-        moving_average: gives `ema`, or None.
-        counts: of the epoch so far, for the log; on the device, so that no step waits for them.
-        pairs: which pairs were suspected and corrected, of the whole stage.
+        settings: see `RobustSettings`.
+        thresholds: thresholds of the frozen kinds.
+        moving_average: provides `ema`, or None.
+        counts: counts of the current epoch, for logging; kept on the device to avoid synchronisation.
+        pairs: record of suspected and corrected pairs over the stage.
     """
 
     def __init__(
@@ -114,13 +113,13 @@ class FalseNegatives:
         lookup: NeighbourLookup,
         moving_average: MovingAverage | None = None,
     ) -> None:
-        """Make the tables and fix the thresholds.
+        """Compute the evidence tables and the thresholds.
 
         Args:
-            settings: what is switched on.
-            reports: of the training studies.
-            lookup: gives each report's retrieved X-ray features.
-            moving_average: gives `ema`.
+            settings: see `RobustSettings`.
+            reports: reports of the training studies.
+            lookup: retrieves each report's X-ray features.
+            moving_average: provides `ema`.
         """
         self.settings, self.reports, self.moving_average = settings, reports, moving_average
         self.tables: dict[str, Tensor] = {}
@@ -134,38 +133,38 @@ class FalseNegatives:
                 continue
             table = reports.embeddings if kind == "report" else reports.retrieved(lookup)
             self.tables[kind] = table
-            given = settings.thresholds.get(kind)
-            self.thresholds[kind] = self._quantile(table, table, reports.study) if given is None else given
+            fixed = settings.thresholds.get(kind)
+            self.thresholds[kind] = self._quantile(table, table, reports.study) if fixed is None else fixed
         self.counts: defaultdict[str, Tensor | int] = defaultdict(int)
         self.pairs = CorrectedPairs(settings.evidence)
         self.known = torch.from_numpy(reports.has_report)
 
     def _quantile(self, rows: Tensor, columns: Tensor, study: Tensor) -> float:
-        drawn = sample_similarities(rows, columns, study=study, pairs=PAIRS, seed=run_seed())
-        return threshold_from_quantile(drawn, self.settings.quantile)
+        similarities = sample_similarities(rows, columns, study=study, pairs=PAIRS, seed=run_seed())
+        return threshold_from_quantile(similarities, self.settings.quantile)
 
     def features(self, batch: CTBatch) -> dict[str, Tensor]:
-        """What this rank's rows bring to the global batch: gather each, then call `corrections`."""
+        """Return the evidence features of this rank's rows; gather each before calling `corrections`."""
         places, device = self.reports.places(batch.row), batch.row.device
-        brought = {kind: table[places].to(device) for kind, table in self.tables.items()}
-        brought["known"] = self.known[places].to(device)
-        brought["identity"] = self.reports.identity[places].to(device)
+        features = {kind: table[places].to(device) for kind, table in self.tables.items()}
+        features["known"] = self.known[places].to(device)
+        features["identity"] = self.reports.identity[places].to(device)
         if self.moving_average is not None and math.isfinite(self.moving_average.threshold):
             image, text = self.moving_average.encode(batch.volume, batch.report)
-            brought |= {"ema_image": image, "ema_text": text}
-        return brought
+            features |= {"ema_image": image, "ema_text": text}
+        return features
 
     def needs_threshold(self, epoch: int) -> bool:
-        """Whether the warm-up is over and the moving average has no threshold yet."""
+        """Return whether the warm-up is over and the moving average has no threshold yet."""
         copy = self.moving_average
         return copy is not None and epoch >= self.settings.warmup_epochs and not math.isfinite(copy.threshold)
 
     def measure_threshold(self, datamodule: CTDataModule) -> float:
-        """The quantile of the moving average's scores over pairs of (some) training studies; collective."""
+        """Return the quantile of the moving average's scores over pairs of sampled training studies (collective)."""
         assert self.moving_average is not None
         train = datamodule.training_rows()
         outputs = []
-        # Neither the sample nor its reading may move the random state that the rest of the stage draws from.
+        # Neither sampling nor loading may change the random state of the rest of the stage.
         with torch.random.fork_rng(devices=[]):
             drawn = torch.randperm(len(train), generator=torch.Generator().manual_seed(run_seed()))[:MEASURED_VOLUMES]
             taken = np.zeros(len(train), dtype=bool)
@@ -175,8 +174,8 @@ class FalseNegatives:
                 assert isinstance(batch, CTBatch)
                 image, text = self.moving_average.encode(batch.volume, batch.report)
                 outputs.append({"image": image, "text": text, "study": batch.study, "row": batch.row})
-        found = join_rows(outputs, list(measured.frame.index), self.moving_average.threshold.device)
-        return self._quantile(found["image"].float(), found["text"].float(), found["study"])
+        rows = join_rows(outputs, list(measured.frame.index), self.moving_average.threshold.device)
+        return self._quantile(rows["image"].float(), rows["text"].float(), rows["study"])
 
     def fix_threshold(self, threshold: float) -> None:
         """Set the moving average's threshold for the rest of the stage."""
@@ -184,26 +183,26 @@ class FalseNegatives:
         self.moving_average.threshold.fill_(threshold)
 
     def all_thresholds(self) -> dict[str, float]:
-        """Those that are in force now, by kind; infinite where none is yet."""
+        """Return the current thresholds by kind; infinite if not yet measured."""
         if self.moving_average is None:
             return self.thresholds
         return {**self.thresholds, "ema": float(self.moving_average.threshold)}
 
     def corrections(self, features: dict[str, Tensor], study: Tensor, epoch: int) -> tuple[Correction, Tensor]:
-        """Targets of the global batch.
+        """Return the corrected targets of the global batch.
 
         Args:
             features: gathered `features`.
             study: (B,) gathered.
-            epoch: the current one; the first `warmup_epochs` only watch.
+            epoch: current epoch; nothing is corrected in the first `warmup_epochs`.
 
         Returns:
-            The correction and the suspects (B, B) bool.
+            The correction, and the suspected pairs (B, B) bool.
         """
         return self._correct(self._evidence(features, study), features["identity"], study, epoch)
 
     def _evidence(self, features: dict[str, Tensor], study: Tensor) -> dict[str, Tensor]:
-        """(B, B) by kind."""
+        """Return the evidence (B, B) by kind."""
         evidence: dict[str, Tensor] = {}
         for kind in self.settings.evidence:
             if kind == "findings":
@@ -239,7 +238,7 @@ class FalseNegatives:
         epoch: int,
         chunk: int | None = None,
     ) -> dict[str, Tensor]:
-        """InfoNCE with corrected targets; what is suspected and corrected is counted for the log.
+        """Return InfoNCE with corrected targets, and count the suspected and corrected pairs.
 
         Args:
             image: (B, D) gathered.
@@ -247,11 +246,11 @@ class FalseNegatives:
             logit_scale: (), exponentiated.
             study: (B,) gathered.
             batch: this rank's rows.
-            epoch: the current one.
-            chunk: see `contrastive_loss`; the corrections themselves are (B, B).
+            epoch: current epoch.
+            chunk: see `contrastive_loss`; the corrections always take (B, B).
 
         Returns:
-            What `contrastive_loss` gives.
+            See `contrastive_loss`.
         """
         gathered = {name: gather_with_gradient(value) for name, value in self.features(batch).items()}
         evidence = self._evidence(gathered, study)
@@ -274,11 +273,11 @@ class FalseNegatives:
         )  # fmt: skip
 
     def drain_counts(self) -> dict[str, float]:
-        """Counts since the last call over all global batches, the same on every rank.
+        """Return and reset the counts since the last call, over all global batches; the same on every rank.
 
         Returns:
             `suspected_pairs`, `corrected_pairs` (ordered pairs of different studies), `suspected_share`,
-            `corrected_share` (of all ordered pairs), and, where labels say so, `false_negative_precision` and
+            `corrected_share` (of all ordered pairs), and, with labels, `false_negative_precision` and
             `false_negative_recall`.
         """
         counts = defaultdict(float, {name: float(count) for name, count in self.counts.items()})

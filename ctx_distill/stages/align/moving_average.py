@@ -1,4 +1,4 @@
-"""A copy of the dual encoder whose weights are an exponential moving average of the trained one's."""
+"""An exponential moving average of the dual encoder's weights."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from ctx_distill.models.dual_encoder import DualEncoder
 
 VOLUMES_AT_ONCE = 8
-"""That the copy encodes: it keeps no graph, so that few are as fast as many."""
+"""Volumes per forward pass of the copy; without a graph, small batches are as fast as large ones."""
 
 
 class MovingAverage(AveragedModel):
-    """The copy, frozen and in eval mode whatever is asked; `update_parameters(model)` moves it on.
+    """A frozen copy that always stays in eval mode; `update_parameters(model)` updates it.
 
-    It lies in the checkpoint as part of its task, so that a resumed run goes on with it.
+    It is a submodule of its task, so checkpoints contain it and a resumed run continues with it.
 
     Attributes:
-        threshold: () past which its image-report score makes a pair suspect; infinite until it is fixed.
+        threshold: (), the image-report score above which a pair is suspected; infinite until it is measured.
     """
 
     threshold: Tensor
@@ -30,9 +30,9 @@ class MovingAverage(AveragedModel):
         """Copy the model.
 
         Args:
-            model: what is averaged.
-            decay: share of the old average in the new one, a step.
-            threshold: where it is known beforehand.
+            model: the model to average.
+            decay: weight of the old average per update.
+            threshold: the threshold, if it is known in advance.
         """
         super().__init__(model, multi_avg_fn=get_ema_multi_avg_fn(decay))  # type: ignore[no-untyped-call]
         self.requires_grad_(False)
@@ -47,7 +47,7 @@ class MovingAverage(AveragedModel):
 
     @torch.no_grad()
     def encode(self, volume: Tensor, reports: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Unit features (b, D) of volumes (b, 1, D, H, W), on any device and in any float type, and of b reports."""
+        """Return unit features (b, D) of volumes (b, 1, D, H, W), on any device and of any float type, and of b reports."""
         copy = self.module
         assert isinstance(copy, DualEncoder)
         scale = copy.logit_scale

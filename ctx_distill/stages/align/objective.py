@@ -1,4 +1,4 @@
-"""Which contrastive loss stage 3 minimises, and what goes together with it."""
+"""Select the contrastive loss of stage 3 and check that its settings are compatible."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ Objective = Literal["infonce", "siglip", "soft-targets"]
 
 @dataclass(frozen=True)
 class SoftTargetSettings:
-    """Targets that are a softmax of report similarities (`ctx_distill.losses.soft_targets`).
+    """Settings of targets that are a softmax of report similarities (`ctx_distill.losses.soft_targets`).
 
     Attributes:
-        weight: of that softmax, against 1 - weight of the pairs themselves.
-        temperature: of that softmax; None takes the expert's own.
+        weight: weight of the softmax; the true pairs have 1 - weight.
+        temperature: temperature of the softmax; None uses the expert's.
     """
 
     weight: float = 0.2
@@ -26,24 +26,23 @@ class SoftTargetSettings:
 
 
 def check_objective(objective: Objective, robust: RobustSettings) -> None:
-    """Refuse corrections beside an objective that has none.
+    """Check that false negatives are corrected with InfoNCE only.
 
     Raises:
-        InputError: the objective is not InfoNCE, and evidence of false negatives is switched on.
+        InputError: the objective is not InfoNCE, and evidence of false negatives is enabled.
     """
     if objective != "infonce" and robust.evidence:
         raise InputError(
-            f"stage 3: objective is {objective}, but robust.evidence is [{', '.join(robust.evidence)}], and corrected"
-            " false negatives belong to infonce alone. Set robust.evidence=[] too"
-            " (--model.init_args.robust.evidence=[])."
+            f"stage 3: objective is {objective}, but robust.evidence is [{', '.join(robust.evidence)}], and only infonce"
+            " supports corrections. Set robust.evidence=[] (--model.init_args.robust.evidence=[])."
         )
 
 
-def own_temperature(settings: SoftTargetSettings, expert: XrayExpert) -> float:
-    """The temperature of the soft targets.
+def soft_target_temperature(settings: SoftTargetSettings, expert: XrayExpert) -> float:
+    """Return the temperature of the soft targets.
 
     Raises:
-        InputError: none is given and the expert has none, or a setting is out of range.
+        InputError: no temperature is set and the expert has none, or a setting is out of range.
     """
     if not 0 <= settings.weight <= 1 or (settings.temperature is not None and settings.temperature <= 0):
         raise InputError(
@@ -54,6 +53,6 @@ def own_temperature(settings: SoftTargetSettings, expert: XrayExpert) -> float:
         return settings.temperature
     if expert.logit_scale is None:
         raise InputError(
-            f"{expert.name}: names no temperature of its own; set --model.init_args.soft_targets.temperature=0.05."
+            f"{expert.name}: the expert has no temperature; set --model.init_args.soft_targets.temperature=0.05."
         )
     return 1.0 / expert.logit_scale

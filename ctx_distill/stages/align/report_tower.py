@@ -15,21 +15,21 @@ from ctx_distill.stages.shared.vocabulary_texts import vocabulary_texts
 
 @dataclass(frozen=True)
 class TextSettings:
-    """The report tower.
+    """Settings of the report tower.
 
     Attributes:
-        tower: `expert`: a copy of the X-ray expert's text tower, in whose space the student already lies; `bert`: any
+        tower: `expert`: a copy of the X-ray expert's text tower, whose space the student was distilled into; `bert`: any
             BERT-like folder or hub repository; `scratch`: a small BERT whose WordPiece vocabulary is trained on the
             manifest's `train` reports.
-        trainable: whether it learns.
-        lr_factor: of its learning rate, against that of the CT encoder.
-        source: of `bert`.
+        trainable: whether the tower is trained.
+        lr_factor: learning rate relative to that of the CT encoder.
+        source: folder or hub name of `bert`.
         revision: pinned commit of a hub source.
-        width: of `scratch`.
-        layers: of `scratch`.
-        vocab_size: of `scratch`.
-        context_length: tokens of `bert` and `scratch`.
-        projection_dim: width of the joint space; None keeps the text tower's own.
+        width: width of `scratch`.
+        layers: layers of `scratch`.
+        vocab_size: vocabulary size of `scratch`.
+        context_length: context length of `bert` and `scratch`, in tokens.
+        projection_dim: width of the joint space; None uses the text tower's.
     """
 
     tower: Literal["expert", "bert", "scratch"] = "expert"
@@ -45,21 +45,23 @@ class TextSettings:
 
 
 def build_report_tower(settings: TextSettings, expert: tuple[str, str | None], train: Manifest) -> TextEncoder:
-    """The tower that the settings ask for.
+    """Build the report tower.
 
     Args:
-        settings: which.
+        settings: settings of the tower.
         expert: folder or hub name of the X-ray expert, and its revision.
-        train: the training rows, whose reports a vocabulary from scratch is trained on.
+        train: the training rows, whose reports the vocabulary of `scratch` is trained on.
 
     Raises:
-        InputError: the source cannot be had, or `bert` is asked for without one.
+        InputError: the source cannot be loaded, or `bert` has no source.
     """
     if settings.tower == "expert":
         return ExpertTextEncoder.from_expert(*expert, trainable=settings.trainable)
     if settings.tower == "bert":
         if settings.source is None:
-            raise InputError("stage 3: text.tower is bert, but text.source names no folder or hf-hub: repository.")
+            raise InputError(
+                "stage 3: text.tower is bert, but text.source is not set. Set it to a folder or an hf-hub: repository."
+            )
         return BertTextEncoder.from_pretrained(
             settings.source, settings.revision, settings.context_length, settings.trainable
         )

@@ -29,12 +29,12 @@ from ctx_distill.models.heads import ProjectionHead
 from ctx_distill.models.weights import resolve_source
 from ctx_distill.retrieval.lookup import NeighbourLookup
 from ctx_distill.run_files import ARTEFACT, CORRECTED
-from ctx_distill.stages.align.distillation_regulariser import KeepSettings, KeepTargets
+from ctx_distill.stages.align.distillation_regulariser import DistillationRegulariser, DistillationRegulariserSettings
 from ctx_distill.stages.align.entity_masking import EntityMasking, MaskingSettings
 from ctx_distill.stages.align.evidence import FalseNegatives, RobustSettings
 from ctx_distill.stages.align.masked_language_loss import masked_language_loss
 from ctx_distill.stages.align.moving_average import MovingAverage
-from ctx_distill.stages.align.objective import Objective, SoftTargetSettings, check_objective, own_temperature
+from ctx_distill.stages.align.objective import Objective, SoftTargetSettings, check_objective, soft_target_temperature
 from ctx_distill.stages.align.report_tower import TextSettings, build_report_tower
 from ctx_distill.stages.align.training_reports import TrainingReports
 from ctx_distill.stages.shared.frozen_expert import open_queries, open_teacher
@@ -50,32 +50,33 @@ from ctx_distill.types import CTBatch
 
 
 class AlignmentTask(TrainedTask):
-    """A contrastive loss over the global batch: InfoNCE with corrected false negatives, or a baseline beside it.
+    """Align CT and report with a contrastive loss over the global batch: robust InfoNCE, or a baseline objective.
 
     Args:
-        expert: folder or hub name of the X-ray expert: its frozen text tower gives the evidence.
+        expert: folder or hub name of the X-ray expert, whose frozen text tower provides the evidence.
         index: folder of the stage-1 artefact.
         text: the report tower.
-        student: folder of the stage-2 artefact; None starts from `encoder` as it is.
-        encoder: the CT encoder where there is no student.
+        student: folder of the stage-2 artefact; None starts from `encoder` instead.
+        encoder: the CT encoder if there is no student.
         expert_revision: pinned commit of a hub expert.
-        objective: `infonce`, with the corrections of `robust`; or, without, `siglip` (the pairwise sigmoid loss) or
-            `soft-targets` (InfoNCE against a softmax of report similarities).
-        soft_targets: of `soft-targets`.
-        robust: which false negatives are corrected and how.
-        keep: how much of distillation goes on.
-        prior: what the expert says of the CT's own projection, added to the image features once they are trained.
+        objective: `infonce`, with the corrections of `robust`; or, without corrections, `siglip` (the pairwise sigmoid
+            loss) or `soft-targets` (InfoNCE against a softmax of report similarities).
+        soft_targets: settings of `soft-targets`.
+        robust: how false negatives are identified and corrected.
+        keep: the distillation regulariser.
+        prior: the projection prior, added to the image features after training.
         neighbours: X-rays mixed into the evidence `retrieved`.
-        subset_share: share of steps in which a report is cut to a random subset of its sentences, down to one.
-        augmentation: of the volumes.
-        chunk: rows of logits held at once; None holds all.
-        micro_batch: volumes encoded at once, a rank: device memory does not grow with the batch but for its features,
-            and gradients stay those of the whole batch (`ctx_distill.training.gradient_cache`); None encodes the whole batch.
-        storage: type in which a batch's volumes wait on the host where `micro_batch` is set.
-        masking: entity-focused masking beside the contrast; it needs a bidirectional text tower that learns.
-        cache_gb: gigabytes of the training reports' tables (embeddings, retrieved features) in memory, per rank: 2 KB per row
-            and table at 512 dimensions; further tables are mapped files in the stage's folder. Also of projections' frozen
-            features (with `keep.projection`); further ones are computed again.
+        subset_share: probability that a step reduces a report to a random subset of its sentences, at least one.
+        augmentation: augmentation of the volumes.
+        chunk: rows of logits computed at once; None computes all.
+        micro_batch: volumes encoded at once per rank, with the gradients of the complete batch
+            (`ctx_distill.training.gradient_cache`). Only the features' memory then grows with the batch. None encodes the
+            complete batch at once.
+        storage: type of the volumes that wait on the host if `micro_batch` is set.
+        masking: entity-focused masking, in addition to the contrastive loss; needs a trainable bidirectional text tower.
+        cache_gb: memory per rank, in gigabytes, of the training reports' tables (embeddings, retrieved features), 2 KB
+            per row and table at 512 dimensions; tables that do not fit are memory-mapped files in the stage's folder.
+            Also the size of the cache of projection features (`keep.projection`); features that do not fit are recomputed.
         optimizer: see `TrainedTask`.
         scheduler: see `TrainedTask`.
         warmup: see `TrainedTask`.
@@ -95,7 +96,7 @@ class AlignmentTask(TrainedTask):
         objective: Objective = "infonce",
         soft_targets: SoftTargetSettings = SoftTargetSettings(),
         robust: RobustSettings = RobustSettings(),
-        keep: KeepSettings = KeepSettings(),
+        keep: DistillationRegulariserSettings = DistillationRegulariserSettings(),
         prior: PriorSettings = PriorSettings(),
         neighbours: int = 8,
         subset_share: float = 0.75,
@@ -130,18 +131,18 @@ class AlignmentTask(TrainedTask):
             encoder, projection = self._take_student(student)
         elif encoder is None:
             raise InputError(
-                "stage 3 got neither a student nor an encoder. Run `ctx-distill distill`, or give `encoder`."
+                "stage 3: neither student nor encoder is set. Run `ctx-distill distill`, or set `encoder`."
             )
         self.ct_encoder, self.image_projection = encoder, projection
         self.text = text
-        # A student already lies in the expert's space; an encoder that starts from nothing would overfit at its scale.
+        # A student is already in the expert's space; a randomly initialised encoder would overfit at the expert's scale.
         self.scale = (teacher.logit_scale if student is not None else None) or 1 / 0.07
         self.objective, self.soft_targets = objective, soft_targets
         self.logit_bias: torch.nn.Parameter | None = None
         if objective == "siglip":
             self.scale, self.logit_bias = INIT_LOGIT_SCALE, torch.nn.Parameter(torch.tensor(INIT_LOGIT_BIAS))
         elif objective == "soft-targets":
-            self.soft_temperature = own_temperature(soft_targets, teacher)
+            self.soft_temperature = soft_target_temperature(soft_targets, teacher)
         self.text_source = (expert, expert_revision)
         self.model: DualEncoder | None = None
         self.robust, self.keep, self.subset_share = robust, keep, subset_share
@@ -150,26 +151,26 @@ class AlignmentTask(TrainedTask):
         self.moving_average: MovingAverage | None = None
         self.training_reports: TrainingReports | None = None
         self.false_negatives: FalseNegatives | None = None
-        self.keep_targets: KeepTargets | None = None
+        self.regulariser: DistillationRegulariser | None = None
         self.prior_settings = prior
         self.prior: ProjectionPrior | None = None
         self.report_recall = ReportRecall(5)
 
     def _take_student(self, student: str) -> tuple[CTEncoder, ProjectionHead]:
-        """Encoder and projection of a stage-2 artefact, after checking what it was made from."""
+        """Return encoder and projection of a stage-2 artefact, after checking the expert and index it was built from."""
         encoder, projection, artefact = load_ct_encoder(Path(student))
         for what, name in (("expert", "xray-expert"), ("index", "xray-index")):
             require_same(
-                f"the {what} given to stage 3", self.upstream[name],
+                f"the {what} of stage 3", self.upstream[name],
                 f"the {what} that the student {student} was distilled from", artefact.upstream[name],
-                "Run `ctx-distill distill` again, or give the one that it was distilled from.",
+                f"Rerun `ctx-distill distill`, or use the {what} that it was distilled from.",
             )  # fmt: skip
         self.student_spec = hash_json(artefact.config["volume_spec"])
         self.upstream["ct-encoder"] = artefact.fingerprint
         return encoder, projection
 
     def run(self, trainer: L.Trainer, datamodule: L.LightningDataModule, folder: Path) -> dict[str, Any]:
-        """Join the two encoders, then train."""
+        """Build the dual encoder, then train it."""
         assert isinstance(datamodule, CTDataModule)
         text_encoder = build_report_tower(self.text, self.text_source, datamodule.training_rows())
         space = self.text.projection_dim or text_encoder.embed_dim
@@ -183,14 +184,14 @@ class AlignmentTask(TrainedTask):
             self.ct_encoder, text_encoder, self.text.projection_dim, projection, self.scale, weight
         )  # fmt: skip
         if self.robust.needs_moving_average():
-            given = self.robust.thresholds.get("ema")
-            self.moving_average = MovingAverage(self.model, self.robust.ema_decay, given)
+            threshold = self.robust.thresholds.get("ema")
+            self.moving_average = MovingAverage(self.model, self.robust.ema_decay, threshold)
         if self.masking.weight:
             self.entity_masking = EntityMasking.beside(self.model, self.masking, datamodule.volume.shape)
         return super().run(trainer, datamodule, folder)
 
     def unfit_for_shards(self) -> dict[str, bool]:
-        """See `TrainedTask`. Cached gradients and the moving average take the weights by themselves, past FSDP2."""
+        """See `TrainedTask`. Cached gradients and the moving average access weights directly, which bypasses FSDP2."""
         return {
             "compute.compile": self.compute.compile,
             "micro_batch": self.micro_batch is not None,
@@ -200,12 +201,12 @@ class AlignmentTask(TrainedTask):
 
     @property
     def dual(self) -> DualEncoder:
-        """The dual encoder, once `run` has joined it."""
+        """The dual encoder; available once `run` has built it."""
         assert self.model is not None
         return self.model
 
     def setup(self, stage: str) -> None:
-        """Check the volume spec; ask the frozen expert about the training studies, once for the whole stage."""
+        """Check the volume spec, and compute the frozen features of the training studies once for the stage."""
         datamodule = getattr(self.trainer, "datamodule", None)
         if stage != "fit" or not isinstance(datamodule, CTDataModule):
             return
@@ -213,7 +214,7 @@ class AlignmentTask(TrainedTask):
             require_same(
                 "the volume spec of stage 3", hash_json(datamodule.volume.to_config()),
                 "the volume spec that the student was distilled with", self.student_spec,
-                "Give both stages the same data.init_args.volume.",
+                "Set the same data.init_args.volume for both stages.",
             )  # fmt: skip
         device = self.trainer.strategy.root_device
         teacher, queries = self._teacher[0].to(device), self._queries[0].to(device)
@@ -224,35 +225,35 @@ class AlignmentTask(TrainedTask):
         if self.robust.evidence:
             self.false_negatives = FalseNegatives(self.robust, self.training_reports, self.lookup, self.moving_average)
         if self.keep.weight > 0:
-            self.keep_targets = KeepTargets(
+            self.regulariser = DistillationRegulariser(
                 self.keep, self.training_reports, self.lookup.store, self.dual.embed_dim, self.cache_gb
             )
         if rank() == 0 and tables.held_bytes + tables.mapped_bytes >= WORTH_A_LINE:
             print(f"stage 3: tables of the training reports: {tables.describe()}")
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """The text tower in groups of its own, by its `lr_factor`."""
+        """Return the parameter groups, with separate groups for the text tower because of its `lr_factor`."""
         text = list(self.dual.text_encoder.parameters())
-        own = [{**group, "lr_factor": self.text.lr_factor} for group in decay_groups(self.dual.text_encoder)]
-        return [*decay_groups(self, without=text), *own]
+        text_groups = [{**group, "lr_factor": self.text.lr_factor} for group in decay_groups(self.dual.text_encoder)]
+        return [*decay_groups(self, without=text), *text_groups]
 
     def rank_state(self) -> dict[str, Any]:
-        """As the base class, with the epoch's counts of suspected pairs and the record of them."""
-        found = self.false_negatives
-        if found is None:
+        """Return the base class's state, with the counts and the record of suspected pairs."""
+        false_negatives = self.false_negatives
+        if false_negatives is None:
             return super().rank_state() | {"counts": {}}
-        return super().rank_state() | {"counts": dict(found.counts), "pairs": found.pairs.state()}
+        return super().rank_state() | {"counts": dict(false_negatives.counts), "pairs": false_negatives.pairs.state()}
 
     def load_rank_state(self, state: dict[str, Any]) -> None:
-        """Take `rank_state` back."""
+        """Restore `rank_state`."""
         super().load_rank_state(state)
         if self.false_negatives is not None:
             self.false_negatives.counts.update(state["counts"])
-            if "pairs" in state:  # a checkpoint of before they were recorded: they count from here on
+            if "pairs" in state:  # older checkpoints have no record of pairs
                 self.false_negatives.pairs.load_state(state["pairs"])
 
     def transfer_batch_to_device(self, batch: CTBatch, device: torch.device, dataloader_idx: int) -> CTBatch:
-        """With `micro_batch`, the volumes of a training batch stay on the host until they are encoded."""
+        """Move a batch to the device; with `micro_batch`, volumes stay on the host until they are encoded."""
 
         def move(batch: CTBatch) -> CTBatch:
             moved: CTBatch = super(AlignmentTask, self).transfer_batch_to_device(batch, device, dataloader_idx)
@@ -261,13 +262,13 @@ class AlignmentTask(TrainedTask):
         return on_host(batch, self.storage, move) if self.micro_batch and self.trainer.training else move(batch)
 
     def _encode(self, batch: CTBatch) -> tuple[Tensor, ...]:
-        """Features of this rank's rows, both (b, D), of augmented volumes and of this epoch's views of the reports.
+        """Return features of this rank's augmented volumes and report views, both (b, D).
 
-        No prior has a part in training: beside it the encoder would learn next to nothing (docs/ablation.md).
+        The projection prior is not used in training: with it, the encoder learns almost nothing (docs/ablation.md).
 
-        With `masking`, also what each row adds to the loss of its masked report (see `masked_language_loss`).
-        With `micro_batch` it runs twice a micro-batch (see `encode_cached`): whatever else it may return has one row
-        a volume, and gathers wait for `_contrast`.
+        With `masking`, also return the sums and counts of `masked_language_sums`. With `micro_batch`, this method runs
+        twice per micro-batch (see `encode_cached`), so every result has one row per volume, and nothing is gathered
+        before `_contrast`.
         """
         image, output = self.dual.encode_alone(self.augmentation.apply(batch.volume, self.row_seeds(batch.row)))
         text = self.dual.encode_text(report_views(batch.report, self.row_seeds(batch.row, "view"), self.subset_share))
@@ -277,13 +278,13 @@ class AlignmentTask(TrainedTask):
         return image, text, *self.entity_masking(self.dual.text_encoder, batch.report, seeds, output.tokens)
 
     def _contrast(self, image: Tensor, text: Tensor, batch: CTBatch) -> dict[str, Tensor]:
-        """The contrastive terms of the global batch, `loss` among them, from this rank's features."""
+        """Return the contrastive terms of the global batch, including `loss`, from this rank's features."""
         study = gather_with_gradient(batch.study)
         image, text = gather_with_gradient(image), gather_with_gradient(text)
         terms = self._objective_terms(image, text, study, batch)
         terms["loss"] = terms.pop("total")
-        if self.keep_targets is not None:
-            terms["keep"] = pair_loss(image, gather_with_gradient(self.keep_targets.targets(batch)))
+        if self.regulariser is not None:
+            terms["keep"] = pair_loss(image, gather_with_gradient(self.regulariser.targets(batch)))
             terms["loss"] = terms["loss"] + self.keep.weight * terms["keep"]
         terms["logit_scale"] = self.dual.logit_scale.detach().exp()
         return terms
@@ -294,15 +295,15 @@ class AlignmentTask(TrainedTask):
             return self.false_negatives.loss(image, text, scale, study, batch, self.current_epoch, self.chunk)
         if self.objective == "soft-targets":
             assert self.training_reports is not None
-            own = self.training_reports.embeddings[self.training_reports.places(batch.row)].to(image.device)
+            reports = self.training_reports.embeddings[self.training_reports.places(batch.row)].to(image.device)
             return soft_target_loss(
-                image, text, scale, gather_with_gradient(own), study,
+                image, text, scale, gather_with_gradient(reports), study,
                 self.soft_targets.weight, self.soft_temperature, self.chunk,
             )  # fmt: skip
         return self._plain_terms(image, text, study)
 
     def _plain_terms(self, image: Tensor, text: Tensor, study: Tensor) -> dict[str, Tensor]:
-        """The objective without anything that is known of training rows alone."""
+        """Return the objective without corrections and soft targets, which exist for training rows only."""
         scale = self.dual.logit_scale.exp()
         if self.logit_bias is None:
             return contrastive_loss(image, text, scale, study=study, chunk=self.chunk)
@@ -310,7 +311,7 @@ class AlignmentTask(TrainedTask):
         return {**terms, "logit_bias": self.logit_bias.detach()}
 
     def training_step(self, batch: CTBatch, batch_idx: int) -> Tensor:
-        """The objective over the global batch."""
+        """Return the loss over the global batch."""
         del batch_idx
         if self.micro_batch is None:
             image, text, *masked = self._encode(batch)
@@ -323,39 +324,39 @@ class AlignmentTask(TrainedTask):
         if masked:
             efm = masked_language_loss(*masked)
             terms["loss"] = terms["loss"] + self.masking.weight * efm["total"]
-            # A batch without any chosen word of a kind has no accuracy there; all ranks agree on that.
+            # The accuracy of a kind without chosen tokens is NaN, on all ranks alike.
             terms |= {f"efm_{name}": value for name, value in efm.items() if not value.isnan()}
         self.log_terms({name: value.float() for name, value in terms.items()}, "train", len(batch.row) * world_size())
         return terms["loss"]
 
     def on_train_epoch_start(self) -> None:
-        """Fix the moving average's threshold once the warm-up is over, before anything is corrected."""
-        found = self.false_negatives
-        if found is not None and found.needs_threshold(self.current_epoch):
+        """Fix the moving average's threshold after the warm-up, before the first correction."""
+        false_negatives = self.false_negatives
+        if false_negatives is not None and false_negatives.needs_threshold(self.current_epoch):
             datamodule = getattr(self.trainer, "datamodule", None)
             assert isinstance(datamodule, CTDataModule)
             with self.trainer.precision_plugin.forward_context():
-                threshold = found.measure_threshold(datamodule)
-            found.fix_threshold(self.trainer.strategy.broadcast(threshold))
+                threshold = false_negatives.measure_threshold(datamodule)
+            false_negatives.fix_threshold(self.trainer.strategy.broadcast(threshold))
 
     def on_train_epoch_end(self) -> None:
-        """Log the means, how many pairs the epoch suspected and corrected, and how right it was."""
+        """Log the epoch means, and the counts, precision and recall of the suspected pairs."""
         super().on_train_epoch_end()
-        if self.keep_targets is not None:
-            self.keep_targets.projection.features.report_once("stage 3: features of projections")
+        if self.regulariser is not None:
+            self.regulariser.projection.features.report_once("stage 3: features of projections")
         if self.false_negatives is not None:
-            # Counted on the global batch, so the same on every rank.
+            # Counts are over the global batch, so they are the same on every rank.
             for name, value in self.false_negatives.drain_counts().items():
                 self.log(f"train/{name}", value)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """One step; the moving average follows."""
+        """Run an optimizer step, then update the moving average."""
         super().optimizer_step(*args, **kwargs)
         if self.moving_average is not None and not (self.guard is not None and self.guard.last_step_was_skipped()):
             self.moving_average.update_parameters(self.dual)
 
     def validation_step(self, batch: CTBatch, batch_idx: int) -> None:
-        """Plain InfoNCE, or the sigmoid loss, on whole reports, without augmentation and corrections; recall of the epoch."""
+        """Log InfoNCE or the sigmoid loss on complete reports, without augmentation and corrections, and the recall."""
         del batch_idx
         image, _ = self.dual.encode_alone(batch.volume)
         text = self.dual.encode_text(batch.report)
@@ -367,32 +368,32 @@ class AlignmentTask(TrainedTask):
         self.log_terms({"loss": terms["total"]}, "val", len(study))
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Hold the temperature within CLIP's bounds: the scale stays in [1, 100]."""
+        """Clamp the logit scale to CLIP's bounds, [1, 100]."""
         del outputs, batch, batch_idx
         with torch.no_grad():
             self.dual.logit_scale.clamp_(0.0, LARGEST_LOGIT_SCALE)
 
     def predict_step(self, batch: CTBatch, batch_idx: int) -> dict[str, Tensor]:
-        """Image and report features of a batch, both (B, D), unit rows."""
+        """Return image and report features of a batch, both (B, D), unit rows."""
         del batch_idx
         prior = None if self.prior is None else self.prior.features(batch)
         image, _ = self.dual.encode_volume(batch.volume, prior)
         return {"image": image, "text": self.dual.encode_text(batch.report), "row": batch.row}
 
     def _save(self, folder: Path, datamodule: CTDataModule) -> None:
-        """Write the dual encoder; with the prior, a copy of the expert."""
+        """Save the dual encoder, and with the projection prior a copy of the expert."""
         expert = resolve_source(*self.text_source) if self.prior is not None else None
         self.dual.save(folder, self.upstream, datamodule.volume.to_config(), expert)
 
     def _write_pairs(self, path: Path, datamodule: CTDataModule) -> None:
-        """Write the corrected pairs under the names of their studies."""
+        """Write the corrected pairs with their study ids."""
         assert self.false_negatives is not None
         train = datamodule.training_rows()
         studies = dict(zip(train.study_codes().tolist(), train.frame["study_id"].astype(str), strict=True))
         self.false_negatives.pairs.write(path, studies, self.false_negatives.all_thresholds())
 
     def finish(self, trainer: L.Trainer, datamodule: L.LightningDataModule, folder: Path) -> dict[str, Any]:
-        """Write the dual encoder and the corrected pairs; report-to-volume recall on CT `val`."""
+        """Save the dual encoder and the corrected pairs, and compute report-to-volume recall on CT `val`."""
         assert isinstance(datamodule, CTDataModule)
         run_on_rank_zero(lambda: self._save(folder / ARTEFACT, datamodule))
         metrics = last_values(self)
@@ -403,8 +404,8 @@ class AlignmentTask(TrainedTask):
             run_on_rank_zero(lambda: self._write_pairs(folder / CORRECTED, datamodule))
         val = datamodule.with_text(datamodule.manifest.split("val"))
         if len(val) > 1:
-            found = predict_rows(trainer, self, datamodule.loader(val), list(val.frame.index))
+            features = predict_rows(trainer, self, datamodule.loader(val), list(val.frame.index))
             codes = val.study_codes()
-            metrics |= recall_at_k(found["text"].numpy(), found["image"].numpy(), codes, codes, ks=(1, 5, 10))
+            metrics |= recall_at_k(features["text"].numpy(), features["image"].numpy(), codes, codes, ks=(1, 5, 10))
             metrics["recall_at_5_random"] = min(1.0, 5 / len(val))
         return metrics

@@ -1,4 +1,4 @@
-"""The training studies' reports and what the frozen expert makes of them: once before stage 3, looked up a batch."""
+"""The training reports and their frozen embeddings: computed once before stage 3, then looked up per batch."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from ctx_distill.training.row_tables import PART, RowTables
 
 
 class TrainingReports:
-    """Reports of the rows that a stage trains on; `val` and `test` never come in.
+    """Reports of the training rows; `val` and `test` are never included.
 
     Attributes:
-        study: (N,) int64, an integer a study.
-        identity: (N,) int64, a hash of each row's study id, whatever else is in the manifest.
-        reports: N texts, made when they are asked for.
-        has_report: (N,) bool, which of them are not empty.
+        study: (N,) int64, study codes.
+        identity: (N,) int64, a hash of each row's study id, independent of the rest of the manifest.
+        reports: N texts, created on access.
+        has_report: (N,) bool, whether a text is not empty.
     """
 
     def __init__(
         self, train: Manifest, expert: XrayExpert, queries: ReportEncoder, tables: RowTables | None = None
     ) -> None:
-        """Take the training rows.
+        """Store the training rows.
 
         Args:
             train: N images.
             expert: the frozen expert, on the device to compute on.
-            queries: what the X-ray index is asked with: the expert itself, or the index's own report encoder.
-            tables: allocates what has one row per study: 4 D bytes each (2 KB at D = 512) for `embeddings`, and for every
-                result of `retrieved`. None keeps all in memory.
+            queries: encoder of the index's queries: the expert, or the index's separate report encoder.
+            tables: allocates the tables with one row per study, 4 D bytes each (2 KB at D = 512): `embeddings`, and
+                every result of `retrieved`. None keeps them in memory.
         """
         rows = train.rows.tolist()
         self._position = {row: place for place, row in enumerate(rows)}
@@ -53,16 +53,16 @@ class TrainingReports:
 
     @cached_property
     def embeddings(self) -> Tensor:
-        """(N, D_t) unit rows on the CPU: the whole reports in the expert's text space, or in that of the index."""
+        """Unit rows (N, D_t) on the CPU: the complete reports in the expert's text space, or else in the index's."""
         return self._encoded(self.expert if self.expert.has_text else self.queries)
 
     def retrieved(self, lookup: NeighbourLookup) -> Tensor:
-        """(N, D_v) unit rows on the CPU: each report's nearest X-rays, mixed as the lookup mixes them."""
-        own = self.queries is self.expert or not self.expert.has_text
-        asked = self.embeddings if own else self._encoded(self.queries)
-        # In parts: a lookup holds the k neighbours of each of its queries in float64.
+        """Return the mixed features of each report's nearest X-rays, (N, D_v) unit rows on the CPU."""
+        same_space = self.queries is self.expert or not self.expert.has_text
+        queries = self.embeddings if same_space else self._encoded(self.queries)
+        # In parts, because a lookup holds the k neighbours of each query in float64.
         return self.tables.collect(
-            len(self), (lookup.look_up(asked[i : i + PART])["features"] for i in range(0, len(asked), PART))
+            len(self), (lookup.look_up(queries[i : i + PART])["features"] for i in range(0, len(queries), PART))
         )
 
     def _encoded(self, encoder: ReportEncoder) -> Tensor:
@@ -70,5 +70,5 @@ class TrainingReports:
         return self.tables.collect(len(self), (encoder.encode_text(part) for part in parts))
 
     def places(self, rows: Tensor) -> Tensor:
-        """(b,) int64 on the CPU: where manifest rows (b,) stand in what has N rows here."""
+        """Return the positions (b,) int64, on the CPU, of manifest rows (b,) in tables of N rows."""
         return torch.tensor([self._position[row] for row in rows.tolist()])

@@ -1,4 +1,4 @@
-"""Losses of a multi-label findings head, a term a label, and mixup of its rows."""
+"""Losses of a multi-label findings head, with one term per label, and mixup."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from ctx_distill.errors import InputError
 
 @dataclass(frozen=True)
 class LossSettings:
-    """How a findings head is trained.
+    """Settings of the findings loss.
 
     Attributes:
-        kind: `weighted` multiplies the positives' terms by negatives / positives in `train` (from 1 to 10); `plain` does
-            not; `focal` (Lin et al. 2017) lets easy labels count less, without such weights.
-        gamma: of `focal`: terms are multiplied by (1 - p_t)^gamma.
-        alpha: of `focal`: weight of the positives, against 1 - alpha of the negatives; None weighs both by 1.
-        mixup: a of Beta(a, a) (Zhang et al. 2018), volumes and labels mixed within a rank's batch; 0 leaves it out.
+        kind: `weighted` multiplies the terms of positives by negatives / positives in `train`, clamped to 1 ... 10;
+            `plain` uses no weights; `focal` (Lin et al. 2017) down-weights easy labels.
+        gamma: focusing parameter of `focal`: terms are multiplied by (1 - p_t)^gamma.
+        alpha: weight of positives in `focal`; negatives have 1 - alpha. None weights both by 1.
+        mixup: parameter a of Beta(a, a) (Zhang et al. 2018), which mixes volumes and labels within a rank's batch; 0
+            disables it.
 
     Raises:
         InputError: a value out of range.
@@ -36,18 +37,18 @@ class LossSettings:
     def __post_init__(self) -> None:
         if self.gamma < 0 or self.mixup < 0 or not (self.alpha is None or 0 <= self.alpha <= 1):
             raise InputError(
-                f"classifier: loss.gamma is {self.gamma}, loss.alpha {self.alpha}, loss.mixup {self.mixup}; expected gamma"
-                " and mixup of 0 or more, and alpha from 0 to 1 or null."
+                f"classifier: loss.gamma is {self.gamma}, loss.alpha {self.alpha} and loss.mixup {self.mixup}; expected"
+                " gamma and mixup of 0 or more, and alpha from 0 to 1 or null."
             )
 
 
 def findings_terms(logits: Tensor, targets: Tensor, settings: LossSettings, positive_weight: Tensor) -> Tensor:
-    """Cross-entropy of each label, weighted as the settings say.
+    """Return the weighted cross-entropy of each label.
 
     Args:
         logits: (B, F).
-        targets: (B, F) in [0, 1]; between them where rows were mixed.
-        settings: which weights.
+        targets: (B, F) in [0, 1]; fractional for mixed rows.
+        settings: kind of loss.
         positive_weight: (F,), used by `weighted`.
 
     Returns:
@@ -67,18 +68,18 @@ def findings_terms(logits: Tensor, targets: Tensor, settings: LossSettings, posi
 
 
 def mixup(volume: Tensor, labels: Tensor, a: float, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Each row with the next of its batch, the last with the first: w x_i + (1 - w) x_{i+1}, w of Beta(a, a).
+    """Mix each row with the next of its batch, and the last with the first: w x_i + (1 - w) x_{i+1}, w ~ Beta(a, a).
 
-    A label that one of the two does not know (anything but 1 and 0) is NaN in the mixture.
+    A label that is unknown (neither 1 nor 0) in either row is NaN in the mixture.
 
     Args:
         volume: (B, ...).
         labels: (B, F).
         a: above 0.
-        seeds: B of them; a row's weight is drawn from its own.
+        seeds: B seeds; a row's weight depends on its seed only.
 
     Returns:
-        The same shapes.
+        Mixed volumes and labels, of the same shapes.
     """
     weights = torch.tensor([_beta(a, seed) for seed in seeds], dtype=volume.dtype, device=volume.device)
     known = torch.where((labels == 0) | (labels == 1), labels, torch.nan)

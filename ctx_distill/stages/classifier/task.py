@@ -1,4 +1,4 @@
-"""Stage 4: a supervised multi-label head on the CT encoder."""
+"""Stage 4: train a supervised multi-label head on the CT encoder."""
 
 from __future__ import annotations
 
@@ -37,22 +37,22 @@ from ctx_distill.types import CTBatch
 
 
 class ClassifierTask(TrainedTask):
-    """Linear probe or fine-tuning on the labels 1 and 0; -1 and blank are left out of the loss.
+    """Train a linear probe, or fine-tune the encoder, on the labels 1 and 0; -1 and blank labels are ignored.
 
     Args:
-        model: folder of the stage-3 artefact; None starts from `encoder` as it is.
-        mode: `linear` keeps the encoder frozen and computes its features once; `finetune` trains it too.
-        encoder: the CT encoder where there is no model: the supervised baseline, under `finetune`.
-        augmentation: of the volumes, under `finetune`.
-        loss: how labels are weighed; mixup, under `finetune`.
-        layer_decay: the learning rate of each layer of the encoder, against 1 of the next one towards the head
-            (Clark et al. 2020; 0.65 to 0.9 is usual); 1 trains all alike. Under `finetune`.
-        patience: stop after this many epochs without a lower `val` loss; None never.
-        cache: where the frozen encoder's pooled features are kept, under `linear`: 4 D_c bytes per volume (3 KB at D_c = 768).
+        model: folder of the stage-3 artefact; None starts from `encoder` instead.
+        mode: `linear` freezes the encoder and computes its features once; `finetune` also trains the encoder.
+        encoder: the CT encoder if there is no model: the supervised baseline, with `finetune`.
+        augmentation: augmentation of the volumes, with `finetune`.
+        loss: settings of the loss; mixup only with `finetune`.
+        layer_decay: learning rate of each encoder layer relative to the next layer towards the head (Clark et al. 2020;
+            0.65 to 0.9 is usual); 1 uses one rate for all. Only with `finetune`.
+        patience: stop after this many epochs without a lower `val` loss; None disables early stopping.
+        cache: cache of the frozen encoder's pooled features, with `linear`: 4 D_c bytes per volume (3 KB at D_c = 768).
         optimizer: see `TrainedTask`.
         scheduler: see `TrainedTask`.
         warmup: see `TrainedTask`.
-        select: see `TrainedTask`; the labels of `val` may choose here.
+        select: see `TrainedTask`; here, `best` uses the labels of `val`.
         survival: see `TrainedTask`.
     """
 
@@ -79,18 +79,18 @@ class ClassifierTask(TrainedTask):
             encoder = dual.ct_encoder
         elif encoder is None or mode != "finetune":
             raise InputError(
-                f"the classifier got no model, {'no' if encoder is None else 'an'} encoder and mode {mode}. Run "
-                "`ctx-distill align`, or train from the start with `encoder` and mode finetune."
+                f"classifier: model is not set, encoder is {'not set' if encoder is None else 'set'} and mode is {mode}. "
+                "Run `ctx-distill align`, or train from scratch with `encoder` and mode finetune."
             )
         if mode != "finetune" and (loss.mixup or layer_decay != 1.0):
             raise InputError(
-                f"classifier: mode is {mode}, loss.mixup {loss.mixup} and layer_decay {layer_decay}; both are for a trained"
-                " encoder. Set mode=finetune too (--model.init_args.mode=finetune)."
+                f"classifier: mode is {mode}, but loss.mixup is {loss.mixup} and layer_decay {layer_decay}; both need a"
+                " trainable encoder. Set mode=finetune (--model.init_args.mode=finetune)."
             )
         if not 0 < layer_decay <= 1 or (patience is not None and patience < 1):
             raise InputError(
-                f"classifier: layer_decay is {layer_decay} and patience {patience}; expected above 0 and up to 1, and 1 or"
-                " more epochs or null."
+                f"classifier: layer_decay is {layer_decay} and patience {patience}; expected a layer_decay above 0 and at"
+                " most 1, and a patience of 1 or more epochs or null."
             )
         self.encoder = encoder
         self.loss, self.layer_decay, self.patience = loss, layer_decay, patience
@@ -102,7 +102,7 @@ class ClassifierTask(TrainedTask):
         self.macro_auroc = MacroAUROC()
 
     def setup(self, stage: str) -> None:
-        """Size the head by the manifest's labels, and weigh positives by their rarity in `train`."""
+        """Build the head for the manifest's labels, and compute the weights of positives from `train`."""
         datamodule = getattr(self.trainer, "datamodule", None)
         if self.head is not None or not isinstance(datamodule, CTDataModule):
             return
@@ -110,8 +110,10 @@ class ClassifierTask(TrainedTask):
             check_volume_spec(self.artefact, datamodule)
         names = datamodule.manifest.finding_names
         if not names:
-            raise InputError(f"{datamodule.manifest.path}: has no label:<finding> columns; the classifier needs them.")
-        with torch.random.fork_rng(devices=[]):  # DDP seeds anew before `setup`, one process does not
+            raise InputError(
+                f"{datamodule.manifest.path}: no label:<finding> columns; the classifier needs at least one."
+            )
+        with torch.random.fork_rng(devices=[]):  # DDP reseeds before `setup`, a single process does not
             torch.manual_seed(run_seed())
             self.head = FindingsHead(self.encoder.embed_dim, len(names))
         labels = datamodule.manifest.split("train").labels()
@@ -122,33 +124,33 @@ class ClassifierTask(TrainedTask):
             self._features.open_disk(self.trainer, list(datamodule.manifest.split("train", "val").frame.index))
 
     def on_train_epoch_end(self) -> None:
-        """Log the means, and once what the cache of features holds."""
+        """Log the epoch means, and once the size of the feature cache."""
         super().on_train_epoch_end()
         if self.mode != "finetune":
             self._features.report_once("classifier: pooled features of CT volumes")
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """The head's at the full rate, each layer of the encoder's at `layer_decay` times the next one's."""
+        """Return the parameter groups: the head at the full learning rate, encoder layers with `layer_decay`."""
         if self.layer_decay == 1.0:
             return super().parameter_groups()
         assert self.head is not None
         return decay_groups(self.head) + layer_groups(self.encoder, self.layer_decay)
 
     def configure_callbacks(self) -> list[Callback]:
-        """With `patience` also early stopping on the `val` loss.
+        """Return the callbacks, including early stopping on the `val` loss if `patience` is set.
 
         Raises:
-            InputError: there is no `val` split to stop by.
+            InputError: `patience` is set but there is no `val` split.
         """
-        own = super().configure_callbacks()
+        callbacks = super().configure_callbacks()
         if self.patience is None:
-            return own
+            return callbacks
         manifest = getattr(getattr(self.trainer, "datamodule", None), "manifest", None)
         if manifest is not None and not len(manifest.split("val")):
             raise InputError(
-                f"{manifest.path}: no `val` studies, and patience is {self.patience}. Set patience to null."
+                f"{manifest.path}: no `val` studies, but patience is {self.patience}. Set patience to null."
             )
-        return [*own, EarlyStopping("val/loss", patience=self.patience, mode="min")]
+        return [*callbacks, EarlyStopping("val/loss", patience=self.patience, mode="min")]
 
     def _pooled(self, batch: CTBatch) -> Tensor:
         if self.mode == "finetune":
@@ -179,7 +181,7 @@ class ClassifierTask(TrainedTask):
         return replace(batch, volume=volume, labels=labels)
 
     def _loss(self, batch: CTBatch, logits: Tensor) -> Tensor:
-        """Mean over the known labels of the global batch, with the gradient of one process."""
+        """Return the mean over the known labels of the global batch, with the gradient of a single process."""
         assert batch.labels is not None
         assert self.positive_weight is not None
         known = (batch.labels >= 0) & (batch.labels <= 1)
@@ -189,7 +191,7 @@ class ClassifierTask(TrainedTask):
         return global_ratio((loss * known).sum(dim=1), known.sum(dim=1).to(loss.dtype))
 
     def training_step(self, batch: CTBatch, batch_idx: int) -> Tensor:
-        """The loss of augmented volumes."""
+        """Return the loss of augmented volumes."""
         del batch_idx
         augmented = self._augmented(batch)
         loss = self._loss(augmented, self._logits(augmented))
@@ -197,7 +199,7 @@ class ClassifierTask(TrainedTask):
         return loss
 
     def validation_step(self, batch: CTBatch, batch_idx: int) -> None:
-        """The same without augmentation, and the macro AUROC of the epoch's images."""
+        """Log the loss without augmentation, and the macro AUROC of the epoch's images."""
         del batch_idx
         assert batch.labels is not None
         logits = self._logits(batch)
@@ -207,18 +209,18 @@ class ClassifierTask(TrainedTask):
         self.log("val/macro_auroc", self.macro_auroc, on_epoch=True)
 
     def predict_step(self, batch: CTBatch, batch_idx: int) -> dict[str, Tensor]:
-        """Probabilities (B, F), and the pooled features (B, D_c) that they were made of."""
+        """Return probabilities (B, F) and the pooled features (B, D_c)."""
         del batch_idx
         assert self.head is not None
         pooled = self._pooled(batch)
         return {"probability": self.head(pooled).sigmoid(), "pooled": pooled, "row": batch.row}
 
     def run(self, trainer: L.Trainer, datamodule: L.LightningDataModule, folder: Path) -> dict[str, Any]:
-        """Train and score; without label columns the stage is left out, and says so."""
+        """Train and score; without label columns, skip the stage with a message."""
         assert isinstance(datamodule, CTDataModule)
         if not datamodule.manifest.finding_names:
             reason = "the CT manifest has no label columns"
-            print(f"classifier: left out, {reason}")
+            print(f"classifier: skipped, {reason}")
             return {"macro_auroc": None, "left_out": reason}
         try:
             return super().run(trainer, datamodule, folder)
@@ -226,7 +228,7 @@ class ClassifierTask(TrainedTask):
             self._features.close()
 
     def _save(self, folder: Path, datamodule: CTDataModule) -> None:
-        """Write the head; under `finetune`, the encoder too."""
+        """Save the head and, with `finetune`, the encoder."""
         assert self.head is not None
         tensors = self.head.state_dict(prefix="head.")
         if self.mode == "finetune":
@@ -241,38 +243,39 @@ class ClassifierTask(TrainedTask):
         write_artefact(folder, "classifier", config, tensors, upstream)
 
     def finish(self, trainer: L.Trainer, datamodule: L.LightningDataModule, folder: Path) -> dict[str, Any]:
-        """Write the head and its predictions; score `test`, at thresholds chosen on `val`."""
+        """Save the head and its predictions, and score `test` at thresholds chosen on `val`."""
         assert isinstance(datamodule, CTDataModule)
         assert self.head is not None
         names = list(datamodule.manifest.finding_names)
         metrics = last_values(self)
         run_on_rank_zero(lambda: self._save(folder / ARTEFACT, datamodule))
-        self._keep_features(trainer, datamodule, folder)
+        self._save_features(trainer, datamodule, folder)
         test = datamodule.manifest.split("test")
         if not len(test):
             return {**metrics, "macro_auroc": None, "per_finding": {}}
-        found = predict_rows(trainer, self, datamodule.loader(test), list(test.frame.index))
-        studies, means = study_means(test, found["probability"].numpy())
+        predictions = predict_rows(trainer, self, datamodule.loader(test), list(test.frame.index))
+        studies, means = study_means(test, predictions["probability"].numpy())
         if rank() == 0:
             columns = {name: means[:, column] for column, name in enumerate(names)}
             write_predictions(folder / PREDICTIONS, studies, columns)
         labelled = [f"label:{name}" for name in names]
         val = datamodule.manifest.split("val")
-        own = np.zeros((0, len(names)))
+        val_scores = np.zeros((0, len(names)))
         if len(val):
-            own = predict_rows(trainer, self, datamodule.loader(val), list(val.frame.index))["probability"].numpy()
-        known, val_means = study_means(val, own)
-        thresholds = choose_thresholds(known[labelled].to_numpy(), val_means)
+            val_predictions = predict_rows(trainer, self, datamodule.loader(val), list(val.frame.index))
+            val_scores = val_predictions["probability"].numpy()
+        val_studies, val_means = study_means(val, val_scores)
+        thresholds = choose_thresholds(val_studies[labelled].to_numpy(), val_means)
         labels, patients = studies[labelled].to_numpy(), studies["patient_id"].tolist()
         scored = findings_report(labels, means, names, patients, thresholds)
         return metrics | scored | {"threshold_rule": THRESHOLD_RULE}
 
-    def _keep_features(self, trainer: L.Trainer, datamodule: CTDataModule, folder: Path) -> None:
-        """Write what the frozen encoder made of every volume, for probes over few labels; no volume is encoded twice."""
+    def _save_features(self, trainer: L.Trainer, datamodule: CTDataModule, folder: Path) -> None:
+        """Save the frozen encoder's features of all volumes, so that few-shot probes need not encode them again."""
         if self.mode != "linear" or self.artefact is None:
             return
         manifest = datamodule.manifest
-        found = predict_rows(trainer, self, datamodule.loader(manifest), list(manifest.frame.index))
+        predictions = predict_rows(trainer, self, datamodule.loader(manifest), list(manifest.frame.index))
         if rank() == 0:
             key = features_key(self.artefact.fingerprint, manifest.fingerprint)
-            write_features(folder, key, found["pooled"].float().numpy())
+            write_features(folder, key, predictions["pooled"].float().numpy())

@@ -1,4 +1,4 @@
-"""Anchors of the relation loss: what the expert's and the student's embeddings are compared with."""
+"""Anchors of the relation loss: the embeddings that teacher and student are compared with."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ AnchorKind = Literal["batch", "bank", "prompts"]
 
 
 class Anchors:
-    """(K, D_v) unit rows in the space of u.
+    """Provide anchors, (K, D_v) unit rows in the space of u.
 
     Args:
         kind: `batch`: the reports of the global batch; `prompts`: findings prompts; `bank`: a random sample of
             the pool's image features.
         expert: the teacher.
         store: the X-ray index.
-        bank_size: rows of the bank; at most the pool.
+        bank_size: rows of the bank; at most the pool size.
         vocabulary: findings of the prompts.
 
     Raises:
-        InputError: texts are asked for and do not lie in the space of the teacher's images, or the bank is too small.
+        InputError: the anchors are texts but the teacher has no joint space, or the bank is too small.
     """
 
     def __init__(
@@ -41,31 +41,31 @@ class Anchors:
         if kind == "bank":
             if bank_size < 2 or len(store) < 2:
                 raise InputError(
-                    f"stage 2: a bank of {min(bank_size, len(store))} anchors; expected two or more. Raise "
+                    f"stage 2: the bank has {min(bank_size, len(store))} anchors; expected 2 or more. Increase "
                     "bank_size, or index more X-rays."
                 )
             order = torch.randperm(len(store), generator=torch.Generator().manual_seed(run_seed()))
             self._fixed = F.normalize(store.values(order[:bank_size].sort().values), dim=-1)
         elif not expert.has_joint_space:
-            found = (
-                f"a text tower of dimension {expert.text_dim} beside images of dimension {expert.embed_dim}"
+            reason = (
+                f"text embeddings of dimension {expert.text_dim} and image embeddings of dimension {expert.embed_dim}"
                 f"{'' if expert.logit_scale else ', with no temperature'}"
                 if expert.has_text
                 else "no text tower"
             )
             raise InputError(
-                f"stage 2: anchors are {kind}, texts in the space of the images, but the expert {expert.name} has "
-                f"{found}. Set model.init_args.anchors=bank."
+                f"stage 2: anchors={kind} needs a joint space of texts and images, but the expert {expert.name} has "
+                f"{reason}. Set model.init_args.anchors=bank."
             )
 
     def anchors_for(self, expert: XrayExpert, texts: Tensor | None, device: torch.device) -> Tensor:
-        """The anchors of a step.
+        """Return the anchors of a step, (K, D_v).
 
         Args:
             expert: the teacher, on the device.
-            texts: (B, D_v) embeddings of the global batch's reports; of `batch` alone. Fewer than two are no
-                distribution: the prompts stand in.
-            device: of the result.
+            texts: (B, D_v) embeddings of the global batch's reports; used by `batch` only. With fewer than two, the
+                prompts are used instead.
+            device: device of the result.
         """
         if self.kind == "batch" and texts is not None and len(texts) > 1:
             return texts

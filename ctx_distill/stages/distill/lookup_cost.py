@@ -1,4 +1,4 @@
-"""What a training step's lookups cost: embedding, search and fetch, in milliseconds and as a share of the step."""
+"""Measure the cost of a training step's lookups (embedding, search and fetch)."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 
 
 class LookupClock:
-    """Adds up a step's lookups.
+    """Accumulate the time of a step's lookups.
 
-    On a GPU two events of its stream are the clock: a search waits until the stream has come to its queries, and a
-    clock on the host would count the step before as part of the lookup.
+    On a GPU the time is taken with CUDA events. A search waits until the stream has computed its queries, so a host
+    clock would count the preceding step as part of the lookup.
     """
 
     def __init__(self) -> None:
@@ -22,13 +22,13 @@ class LookupClock:
         self._began = time.perf_counter()
 
     def restart(self) -> None:
-        """A step begins now; what was measured since the last one (a validation's lookups) does not count."""
+        """Start a step, and discard what was measured since the last one (for example, lookups of a validation)."""
         self._seconds, self._events = 0.0, []
         self._began = time.perf_counter()
 
     @contextmanager
     def measure(self, device: torch.device) -> Iterator[None]:
-        """Count what runs inside."""
+        """Add the time of the enclosed block."""
         if device.type == "cuda":
             first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             first.record()
@@ -41,10 +41,13 @@ class LookupClock:
             self._seconds += time.perf_counter() - began
 
     def end_step(self) -> tuple[float, float]:
-        """Milliseconds of lookups in the step that ends now, and their share of its time, waiting for data included."""
+        """Return the lookup time of the step that ends now, in milliseconds, and as a share of the step's time.
+
+        The step's time includes waiting for data.
+        """
         for first, last in self._events:
-            last.synchronize()  # behind it lies a copy from the host alone: the search has waited for the rest
+            last.synchronize()  # cheap: the search has already waited for everything but a copy from the host
             self._seconds += first.elapsed_time(last) / 1e3
-        spent, whole = self._seconds, time.perf_counter() - self._began
+        lookup_seconds, step_seconds = self._seconds, time.perf_counter() - self._began
         self.restart()
-        return 1e3 * spent, spent / whole
+        return 1e3 * lookup_seconds, lookup_seconds / step_seconds

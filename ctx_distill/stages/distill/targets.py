@@ -1,4 +1,4 @@
-"""What stage 2 distils towards: retrieved X-rays, the CT's own projection, or both; and the controls of the former."""
+"""Distillation targets of stage 2: retrieved X-rays, the CT's own projection, or both, and the ablation controls."""
 
 from __future__ import annotations
 
@@ -32,9 +32,12 @@ class TeacherSettings:
     """Weights of the two teachers: u_i = norm(retrieved * u*_i + projection * u'_i).
 
     Attributes:
-        retrieved: of the X-rays that the report retrieves (the paper's teacher).
-        projection: of the CT's own frontal projection (**ours**); needs `data.init_args.projection=true`. Where it is
-            above 0, a CT without report text is distilled towards its projection alone.
+        retrieved: weight of the X-rays that the report retrieves (the paper's teacher).
+        projection: weight of the CT's own frontal projection (**ours**); requires `data.init_args.projection=true`. If
+            it is above 0, a CT without report text is distilled towards its projection only.
+
+    Raises:
+        InputError: a weight is negative, or both are 0.
     """
 
     retrieved: float = 1.0
@@ -43,31 +46,34 @@ class TeacherSettings:
     def __post_init__(self) -> None:
         if min(self.retrieved, self.projection) < 0 or self.retrieved + self.projection <= 0:
             raise InputError(
-                f"stage 2: teachers are weighted retrieved {self.retrieved} and projection {self.projection}; expected "
-                "weights of 0 or more, one of them above 0."
+                f"stage 2: teachers.retrieved is {self.retrieved} and teachers.projection is {self.projection}; expected "
+                "weights of 0 or more, at least one of them above 0."
             )
 
 
 @dataclass(frozen=True)
 class NeighbourSettings:
-    """How a CT report's nearest X-rays become one target; see `NeighbourLookup`.
+    """How a CT report's nearest X-rays are combined into one target; see `NeighbourLookup`.
 
     Attributes:
-        k: X-rays a report; at most the pool.
+        k: X-rays per report; at most the pool size.
         mode: how they are mixed.
         temperature: of the modes `softmax` and `sample`.
-        rerank: prefer X-rays whose findings agree with the report's (**ours**); the index must hold findings.
-        subset_share: share of the steps in which a random subset of the report's sentences asks in place of the whole
-            (**ours**): another target each time.
-        control: for the ablation alone. `shuffled`: each X-ray stands for a random other. `oracle`: the k X-rays whose
-            labels are nearest the CT's labels; it reads labels, so it is a bound and no method.
-        control_seed: of either control; None: the run's seed.
+        rerank: prefer X-rays whose findings agree with the report's (**ours**); the index must have findings.
+        subset_share: probability that a step queries with a random subset of the report's sentences instead of the
+            complete report (**ours**), which varies the target.
+        control: for the ablation only. `shuffled`: each X-ray is replaced by a random other one. `oracle`: the k X-rays
+            whose labels are most similar to the CT's. The oracle reads labels: it is an upper bound, not a method.
+        control_seed: seed of either control; None uses the run's seed.
         oracle_manifest: the X-ray manifest that the index was built from, for the pool's labels.
-        lookup: `live`: each step's views of the reports are embedded, searched and fetched; `static`: those of all
-            training and validation rows, whole, once before the training, with the same result.
-        placement: `replicated`: each rank searches the whole index, which ranks of one host share in memory where it
-            lies on the CPU; `sharded`: each rank holds a part of the keys and searches it exactly (`ShardedIndex`).
-        device: where the index lies: `auto` is the GPU where FAISS has one.
+        lookup: `live` embeds and looks up each step's views of the reports. `static` looks up the complete reports of
+            all training and validation rows once, before training, with the same result.
+        placement: `replicated`: each rank searches the complete index; on the CPU, ranks of one host share its memory.
+            `sharded`: each rank holds a part of the keys and searches it exactly (`ShardedIndex`).
+        device: device of the index; `auto` uses the GPU if FAISS supports it.
+
+    Raises:
+        InputError: a setting is out of range, or two settings are incompatible.
     """
 
     k: int = 8
@@ -87,14 +93,14 @@ class NeighbourSettings:
             raise InputError(f"stage 2: neighbours.subset_share is {self.subset_share}; expected a share from 0 to 1.")
         if self.lookup == "static" and (self.subset_share > 0 or self.mode == "sample"):
             raise InputError(
-                f"stage 2: neighbours.lookup is static, but subset_share is {self.subset_share} and mode is {self.mode}: "
-                "targets that are computed once cannot change from step to step. Set lookup=live, or subset_share=0 and "
-                "a mode other than sample."
+                f"stage 2: neighbours.lookup is static, but subset_share is {self.subset_share} and mode is {self.mode}; "
+                "static targets cannot change from step to step. Set lookup=live, or subset_share=0 and a mode other "
+                "than sample."
             )
         if self.control == "oracle" and self.oracle_manifest is None:
             raise InputError(
-                "stage 2: neighbours.control is oracle, but neighbours.oracle_manifest names no X-ray manifest. Give "
-                "the one that the index was built from."
+                "stage 2: neighbours.control is oracle, but neighbours.oracle_manifest is not set. Set it to the X-ray "
+                "manifest that the index was built from."
             )
 
     def seed_of_control(self) -> int:
@@ -103,18 +109,18 @@ class NeighbourSettings:
 
 
 class RetrievedTeacher:
-    """u*_i: the mix of the X-rays that a report retrieves.
+    """Compute u*_i, the mix of the X-rays that a report retrieves.
 
-    Where the index is sharded, calls are collective: every rank makes them, whatever its rows.
+    With a sharded index, calls are collective: every rank must make them, even without rows.
 
     Args:
         store: the X-ray index.
-        settings: how.
-        vocabulary: findings that are read from the CT reports for the re-rank.
-        queries: embeds the reports as the index is asked.
+        settings: how X-rays are retrieved and mixed.
+        vocabulary: findings to extract from the CT reports for the re-rank.
+        queries: embeds the reports as queries of the index.
 
     Raises:
-        InputError: the re-rank is asked of an index without findings, or the vocabulary lacks one of the index's.
+        InputError: the re-rank is enabled but the index has no findings, or the vocabulary lacks one of them.
     """
 
     def __init__(
@@ -134,32 +140,32 @@ class RetrievedTeacher:
         )
 
     def prepare(self, rows: Sequence[int], reports: Sequence[str], device: torch.device, batch: int = 64) -> None:
-        """Look all rows up, once; from then on they are not looked up again. Collective: ranks share the work.
+        """Look up all rows once, distributed over the ranks (collective); `targets` then uses the stored result.
 
-        The result takes 4 D_v bytes per row on every rank: 2 KB at D_v = 512. `live` keeps nothing of it.
+        The result takes 4 D_v bytes per row on every rank (2 KB at D_v = 512).
 
         Args:
             rows: N manifest rows, the same on every rank.
-            reports: their N whole reports.
-            device: to embed on.
-            batch: rows of a lookup.
+            reports: their N complete reports.
+            device: device that embeds the reports.
+            batch: rows per lookup.
         """
         share = -(-len(rows) // world_size())
-        own, found = slice(rank() * share, (rank() + 1) * share), []
-        for start in range(0, share, batch):  # equally often on every rank
-            numbers, texts = rows[own][start : start + batch], reports[own][start : start + batch]
-            found.append(self._live(torch.tensor(numbers, dtype=torch.int64, device=device), texts, texts))
-        whole = gather_with_gradient(torch.cat(found)).cpu() if found else torch.zeros(0)
-        self._static = dict(zip(rows, whole, strict=True))
+        local, parts = slice(rank() * share, (rank() + 1) * share), []
+        for start in range(0, share, batch):  # the same number of iterations on every rank
+            numbers, texts = rows[local][start : start + batch], reports[local][start : start + batch]
+            parts.append(self._live(torch.tensor(numbers, dtype=torch.int64, device=device), texts, texts))
+        targets = gather_with_gradient(torch.cat(parts)).cpu() if parts else torch.zeros(0)
+        self._static = dict(zip(rows, targets, strict=True))
 
     def targets(self, rows: Tensor, reports: Sequence[str], views: Sequence[str], seeds: Sequence[int]) -> Tensor:
-        """(b, D_v) unit rows on the rows' device; zero where there is no text.
+        """Return the targets, (b, D_v) unit rows on the device of `rows`; zero for an empty view.
 
         Args:
             rows: (b,) manifest rows.
-            reports: b whole reports.
-            views: b texts that ask: the report, or a part of it.
-            seeds: b, of the draws of mode `sample`.
+            reports: b complete reports.
+            views: b query texts: each the report or a part of it.
+            seeds: b seeds for the draws of mode `sample`.
         """
         if self._static is None:
             return self._live(rows, reports, views, seeds)
@@ -171,25 +177,25 @@ class RetrievedTeacher:
     def _live(
         self, rows: Tensor, reports: Sequence[str], views: Sequence[str], seeds: Sequence[int] | None = None
     ) -> Tensor:
-        known, told = [bool(view) for view in views], [view for view in views if view]
-        asked = torch.tensor(known, dtype=torch.bool, device=rows.device)
-        queries = self._queries.embed(rows, reports, views)[asked]
-        features = torch.zeros(len(known), self.lookup.store.value_dim, device=rows.device)
+        texts = [view for view in views if view]
+        has_text = torch.tensor([bool(view) for view in views], dtype=torch.bool, device=rows.device)
+        queries = self._queries.embed(rows, reports, views)[has_text]
+        features = torch.zeros(len(views), self.lookup.store.value_dim, device=rows.device)
         draws = None
         if seeds is not None and self.lookup.mode == "sample":
             draws = torch.tensor(
                 [random.Random(seed).random() for seed, view in zip(seeds, views, strict=True) if view]
             )
-        found = self.lookup.look_up(queries, None if self._reader is None else self._reader.extract(told), draws)
-        features[asked] = found["features"].to(features)
+        result = self.lookup.look_up(queries, None if self._reader is None else self._reader.extract(texts), draws)
+        features[has_text] = result["features"].to(features)
         return features
 
 
 class OracleTeacher:
-    """Control of the ablation: the mean of the k X-rays whose labels are nearest the CT's. It reads labels.
+    """Ablation control: the mean of the k X-rays whose labels are most similar to the CT's. It reads labels.
 
-    Near is the Jaccard index of the sets of findings labelled 1 (1 where both are empty); among equals a random order,
-    of its own for each CT, decides.
+    Similarity is the Jaccard index of the sets of findings labelled 1 (1 if both are empty). Ties are broken by a random
+    order per CT.
 
     Args:
         store: the X-ray index.
@@ -197,7 +203,7 @@ class OracleTeacher:
         finding_names: the columns of the CT's labels.
 
     Raises:
-        InputError: the manifest is not the index's, or shares no finding with the CTs.
+        InputError: the index was built from another manifest, or the manifest shares no finding with the CTs.
     """
 
     def __init__(self, store: XrayIndexArtefact, settings: NeighbourSettings, finding_names: Sequence[str]) -> None:
@@ -205,27 +211,27 @@ class OracleTeacher:
         require_same(
             f"the X-ray manifest {pool.path}", pool.fingerprint,
             f"the manifest that the index {store.folder} was built from", store.upstream["xray-manifest"],
-            "Give neighbours.oracle_manifest the X-ray manifest of stage 1.",
+            "Set neighbours.oracle_manifest to the X-ray manifest of stage 1.",
         )  # fmt: skip
         shared = [name for name in finding_names if name in pool.finding_names]
         if not shared:
             raise InputError(
-                f"{pool.path}: shares no label:<finding> column with the CT manifest, so the oracle has nothing to "
-                "compare. Use another control."
+                f"{pool.path}: has no label:<finding> column in common with the CT manifest; the oracle needs at least "
+                "one. Use another control."
             )
-        self._own = [list(finding_names).index(name) for name in shared]
+        self._columns = [list(finding_names).index(name) for name in shared]
         labels = pool.labels()[:, [pool.finding_names.index(name) for name in shared]]
         self._pool = torch.from_numpy(labels[store.items["row"].to_numpy()] == 1).double()
         self.store, self.k, self.seed = store, min(settings.k, len(store)), settings.seed_of_control()
 
     def positions(self, labels: Tensor, rows: Sequence[int]) -> Tensor:
-        """(b, k) places in the index, on the CPU, of CTs with labels (b, F) and their manifest rows."""
-        own = (labels.cpu()[:, self._own] == 1).double()
-        both = own @ self._pool.T
-        either = own.sum(1)[:, None] + self._pool.sum(1)[None] - both
+        """Return the index positions (b, k), on the CPU, for CTs with labels (b, F) and b manifest rows."""
+        positive = (labels.cpu()[:, self._columns] == 1).double()
+        both = positive @ self._pool.T
+        either = positive.sum(1)[:, None] + self._pool.sum(1)[None] - both
         jaccard = torch.where(either > 0, both / either.clamp_min(1), 1.0)
-        # Two Jaccard indices over F findings differ by 1 / F^2 at least.
-        tie = torch.stack([self._order(row) for row in rows]) * (0.5 / len(self._own) ** 2)
+        # Different Jaccard indices over F findings differ by at least 1 / F^2.
+        tie = torch.stack([self._order(row) for row in rows]) * (0.5 / len(self._columns) ** 2)
         return (jaccard + tie).topk(self.k, dim=1).indices
 
     def _order(self, row: int) -> Tensor:
@@ -233,14 +239,14 @@ class OracleTeacher:
         return torch.rand(len(self.store), generator=draw, dtype=torch.float64)
 
     def targets(self, batch: CTBatch) -> Tensor:
-        """(b, D_v) unit rows.
+        """Return the targets of a batch, (b, D_v) unit rows.
 
         Raises:
-            InputError: the batch carries no labels.
+            InputError: the batch contains no labels.
         """
         if batch.labels is None:
             raise InputError(
-                "stage 2: neighbours.control is oracle, but the batches carry no labels. Set "
+                "stage 2: neighbours.control is oracle, but the batches contain no labels. Set "
                 "data.init_args.with_labels=true."
             )
         positions = self.positions(batch.labels, batch.row.tolist())
@@ -248,37 +254,39 @@ class OracleTeacher:
 
 
 class ProjectionTeacher:
-    """u'_i = norm(E_v(projection of V_i)): the CT's own digital radiograph through the frozen expert (**ours**).
+    """Compute u'_i = norm(E_v(projection of V_i)), the frozen expert's embedding of the CT's own projection (**ours**).
 
     Attributes:
-        features: what is kept of them.
+        features: the cache of computed features.
 
     Args:
-        memory_gb: gigabytes of them to keep in memory, 4 D_e bytes per row (2 KB at D_e = 512); further ones are computed
-            again.
+        memory_gb: size of the cache in gigabytes, at 4 D_e bytes per row (2 KB at D_e = 512). Features that do not fit
+            are recomputed.
     """
 
     def __init__(self, memory_gb: float = MEMORY_GB) -> None:
         self.features = RowFeatures(CacheSettings(memory_gb=memory_gb, disk_gb=0))
 
     def targets(self, batch: CTBatch, expert: XrayExpert) -> Tensor:
-        """(b, D_e) unit rows; each row is embedded once, since the projection is of the file, before augmentation.
+        """Return the targets of a batch, (b, D_e) unit rows.
+
+        The projection is computed from the file, before augmentation, so a row's features never change.
 
         Raises:
-            InputError: the batch carries no projections.
+            InputError: the batch contains no projections.
         """
         features = self.features.get(batch.row.tolist(), lambda new: embed_projection(batch, expert, new))
         return features.to(batch.row.device)
 
 
 def embed_projection(batch: CTBatch, expert: XrayExpert, places: slice = slice(None)) -> Tensor:
-    """Expert features (b, D_e), unit rows, of a batch's projections, or of those at some places.
+    """Return the expert's features (b, D_e), unit rows, of a batch's projections, or of those at `places`.
 
     Raises:
-        InputError: the batch carries no projections.
+        InputError: the batch contains no projections.
     """
     if batch.projection is None:
         raise InputError(
-            "the CTs' own projections are asked for, but the batches carry none. Set data.init_args.projection=true."
+            "the settings need the CTs' projections, but the batches contain none. Set data.init_args.projection=true."
         )
     return F.normalize(expert.encode_image(expert.preprocess_batch(batch.projection[places])), dim=-1)

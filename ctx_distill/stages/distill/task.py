@@ -1,4 +1,4 @@
-"""Stage 2: the frozen X-ray expert's knowledge goes into the CT encoder (method, stage 2)."""
+"""Stage 2: distil the frozen X-ray expert into the CT encoder (method, stage 2)."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ from ctx_distill.types import CTBatch
 
 @dataclass(frozen=True)
 class DistillationWeights:
-    """Weights of the two parts of the loss."""
+    """Weights of the pair-wise and the relation loss."""
 
     pair: float = 1.0
     relation: float = 1.0
@@ -55,12 +55,12 @@ class DistillationWeights:
 
 @dataclass(frozen=True)
 class DistillationSchedule:
-    """Last values of what changes over the training, step by step (**ours**); None keeps the first value.
+    """Final values of scheduled settings (**ours**); None keeps the initial value.
 
     Attributes:
-        tau_end: of the temperature, reached geometrically.
-        pair_end: of the pair-wise weight, reached linearly.
-        relation_end: of the relation weight, reached linearly.
+        tau_end: final temperature, interpolated geometrically per step.
+        pair_end: final pair-wise weight, interpolated linearly per step.
+        relation_end: final relation weight, interpolated linearly per step.
     """
 
     tau_end: float | None = None
@@ -69,9 +69,9 @@ class DistillationSchedule:
 
 
 class DistillationTask(TrainedTask):
-    """Distillation of the expert's embedding and its relations, looked up live in every rank.
+    """Distil the expert's embeddings and relations, with live lookups on every rank.
 
-    The expert is no submodule: it is neither trained nor saved.
+    The expert is not a submodule, so it is neither trained nor saved.
 
     Args:
         encoder: the CT encoder to train.
@@ -81,16 +81,16 @@ class DistillationTask(TrainedTask):
         teachers: weights of the retrieved X-rays and of the CT's own projection in the target.
         neighbours: how X-rays are retrieved and mixed.
         weights: of the pair-wise and the relation loss.
-        tau: temperature of the relation; None takes the expert's own.
-        schedule: how temperature and weights change over the training. Validation uses the last values throughout, so
-            that its losses compare.
-        anchors: `batch`: the report embeddings of the global batch; `prompts`: findings prompts; both in the expert's
-            joint space. `bank`: image features of the pool, for an expert without one.
+        tau: temperature of the relation loss; None uses the expert's.
+        schedule: how temperature and weights change during training. Validation always uses the final values, so that
+            its losses are comparable.
+        anchors: `batch`: the report embeddings of the global batch; `prompts`: findings prompts; both need the expert's
+            joint space. `bank`: image features of the pool, for an expert without a joint space.
         bank_size: X-rays of the bank.
-        vocabulary: findings whose prompts are anchors, and that the re-rank reads from the reports.
-        augmentation: of the volumes.
-        cache_gb: gigabytes of frozen features by row that each cache (whole reports as the index is asked, as anchors;
-            projections) keeps in memory, per rank: 2 KB per row at 512 dimensions. Further ones are computed again.
+        vocabulary: findings of the anchor prompts, and findings that the re-rank extracts from the reports.
+        augmentation: augmentation of the volumes.
+        cache_gb: memory per cache and rank, in gigabytes. The caches hold frozen features by row (reports as queries,
+            reports as anchors, projections), 2 KB per row at 512 dimensions. Features that do not fit are recomputed.
         optimizer: see `TrainedTask`.
         scheduler: see `TrainedTask`.
         warmup: see `TrainedTask`.
@@ -99,7 +99,7 @@ class DistillationTask(TrainedTask):
         compute: memory and speed of the encoder in training.
 
     Raises:
-        InputError: expert, index and settings do not fit together.
+        InputError: expert, index and settings are incompatible.
     """
 
     def __init__(
@@ -133,14 +133,14 @@ class DistillationTask(TrainedTask):
         )
         if store.config.get("value_dim") != store.value_dim or store.value_dim != teacher.embed_dim:
             raise InputError(
-                f"{index}: the index names values of {store.config.get('value_dim')} dimensions and holds "
-                f"{store.value_dim}; the expert {expert} has {teacher.embed_dim}. Build the index again (`ctx-distill index`)."
+                f"{index}: the index declares values of {store.config.get('value_dim')} dimensions and contains "
+                f"{store.value_dim}; the expert {expert} has {teacher.embed_dim}. Rebuild the index (`ctx-distill index`)."
             )
         self._teacher = (teacher,)
         self.store = store
         self.teachers, self.neighbours = teachers, neighbours
         self.oracle: OracleTeacher | None = None
-        self.own_projection = ProjectionTeacher(cache_gb)
+        self.projection_teacher = ProjectionTeacher(cache_gb)
         self.encoder = encoder
         self.projection = ProjectionHead(encoder.embed_dim, store.value_dim)
         self.weights, self.schedule = weights, schedule
@@ -149,14 +149,14 @@ class DistillationTask(TrainedTask):
         if max(weights.relation, schedule.relation_end or 0.0) > 0:
             self.anchors = Anchors(anchors, teacher, store, bank_size, vocabulary)
             if self.tau is None:
-                raise InputError(f"{expert}: names no temperature of its own; set --model.init_args.tau=0.05.")
+                raise InputError(f"{expert}: the expert has no temperature; set --model.init_args.tau=0.05.")
         for name, value in (("tau", self.tau), ("schedule.tau_end", schedule.tau_end)):
             if value is not None and value <= 0:
                 raise InputError(f"stage 2: {name} is {value}; expected a temperature above 0, such as 0.05.")
         self.augmentation = augmentation
-        asked = open_queries(teacher, store)
-        self._queries = ReportFeatures(asked, cache_gb)
-        self._anchor_texts = self._queries if asked is teacher else ReportFeatures(teacher, cache_gb)
+        query_encoder = open_queries(teacher, store)
+        self._queries = ReportFeatures(query_encoder, cache_gb)
+        self._anchor_texts = self._queries if query_encoder is teacher else ReportFeatures(teacher, cache_gb)
         self.retrieved = RetrievedTeacher(store, neighbours, vocabulary, self._queries)
         self.lookup_clock = LookupClock()
         self._steps, self._warned = 1, False
@@ -171,59 +171,63 @@ class DistillationTask(TrainedTask):
         return self._teacher[0].to(self.device)
 
     def features(self, volume: Tensor) -> Tensor:
-        """h~ before normalisation: (B, 1, D, H, W) -> (B, D_e)."""
+        """Return h~ before normalisation, (B, D_e), of volumes (B, 1, D, H, W)."""
         projected: Tensor = self.projection(self.encoder(volume).pooled)
         return projected
 
     def setup(self, stage: str) -> None:
-        """Check that the data bring what the teachers need."""
+        """Check that the data provide what the teachers need, and prepare the index.
+
+        Raises:
+            InputError: projections, report texts or labels are missing.
+        """
         datamodule = getattr(self.trainer, "datamodule", None)
         if stage != "fit" or not isinstance(datamodule, CTDataModule):
             return
         if self.teachers.projection > 0 and not datamodule.projection:
             raise InputError(
-                f"stage 2: teachers.projection is {self.teachers.projection}, but the data module computes none. Set "
-                "data.init_args.projection=true."
+                f"stage 2: teachers.projection is {self.teachers.projection}, but the data module computes no projections."
+                " Set data.init_args.projection=true."
             )
         used = datamodule.with_text(datamodule.manifest.split("train", "val"))
         silent = len(used) - len(datamodule.report_rows(used))
         if self.teachers.projection == 0 and silent:
             raise InputError(
                 f"{datamodule.manifest.path}: {silent} CTs of `train` and `val` have no report text, and the retrieved "
-                "X-rays are the only teacher. Set data.init_args.text=required to leave them out, or give "
-                "teachers.projection a weight above 0."
+                "X-rays are the only teacher. Set data.init_args.text=required to exclude them, or set "
+                "teachers.projection above 0."
             )
         if self._searched:
             self.store.place(self.trainer.strategy.root_device)
         if self.neighbours.control == "oracle":
             self.oracle = OracleTeacher(self.store, self.neighbours, datamodule.manifest.finding_names)
         elif self.neighbours.lookup == "static" and self.teachers.retrieved > 0:
-            told = datamodule.report_rows(used)
-            rows = [int(row) for row in told.frame.index]
+            reported = datamodule.report_rows(used)
+            rows = [int(row) for row in reported.frame.index]
             with self.trainer.precision_plugin.train_step_context():
-                self.retrieved.prepare(rows, [told.report(row) for row in rows], self.trainer.strategy.root_device)
+                self.retrieved.prepare(rows, [reported.report(row) for row in rows], self.trainer.strategy.root_device)
 
     def on_train_start(self) -> None:
-        """Note over how many steps the schedule runs."""
+        """Store the number of steps of the schedule."""
         self._steps = max(1, int(self.trainer.estimated_stepping_batches))
 
     def on_train_epoch_start(self) -> None:
-        """A step begins."""
+        """Restart the lookup clock for the first step."""
         self.lookup_clock.restart()
 
     def on_train_epoch_end(self) -> None:
-        """Log the means, and once what the caches of frozen features hold."""
+        """Log the epoch means, and once the size of the feature caches."""
         super().on_train_epoch_end()
-        self._queries.whole.report_once("stage 2: features of whole reports")
-        self._anchor_texts.whole.report_once("stage 2: features of whole reports as anchors")
-        self.own_projection.features.report_once("stage 2: features of projections")
+        self._queries.whole.report_once("stage 2: features of complete reports")
+        self._anchor_texts.whole.report_once("stage 2: features of complete reports as anchors")
+        self.projection_teacher.features.report_once("stage 2: features of projections")
 
     def on_validation_end(self) -> None:
-        """A validation is no part of the next step."""
+        """Restart the lookup clock, so that the validation does not count towards the next step."""
         self.lookup_clock.restart()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log what the step's lookups cost."""
+        """Log the cost of the step's lookups."""
         del outputs, batch, batch_idx
         for name, value in zip(TIMINGS, self.lookup_clock.end_step(), strict=True):
             self.log(name, value, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
@@ -232,7 +236,7 @@ class DistillationTask(TrainedTask):
         return min(1.0, self.global_step / max(1, self._steps - 1))
 
     def _now(self, progress: float) -> dict[str, float]:
-        """Temperature and weights at a share of the training."""
+        """Return temperature and weights at a progress in [0, 1] of the training."""
         end = self.schedule
         return {
             "tau": scheduled(self.tau or 1.0, end.tau_end, progress, "geometric"),
@@ -241,10 +245,10 @@ class DistillationTask(TrainedTask):
         }
 
     def _target(self, batch: CTBatch, views: list[str]) -> Tensor:
-        """u_i of this rank's rows: (b, D_v) unit rows."""
-        device, known = batch.row.device, [bool(view) for view in views]
+        """Return u_i of this rank's rows, (b, D_v) unit rows."""
+        device, has_text = batch.row.device, [bool(view) for view in views]
         if self.teachers.retrieved == 0:
-            return self.own_projection.targets(batch, self.teacher)
+            return self.projection_teacher.targets(batch, self.teacher)
         if self.oracle is not None:
             retrieved = self.oracle.targets(batch)
         else:
@@ -254,12 +258,12 @@ class DistillationTask(TrainedTask):
                 )
         if self.teachers.projection == 0:
             return retrieved
-        both = torch.stack([retrieved, self.own_projection.targets(batch, self.teacher)], dim=1)
-        weights = torch.tensor([[self.teachers.retrieved * told, self.teachers.projection] for told in known])
+        both = torch.stack([retrieved, self.projection_teacher.targets(batch, self.teacher)], dim=1)
+        weights = torch.tensor([[self.teachers.retrieved * has, self.teachers.projection] for has in has_text])
         return mix_neighbours(both, weights.to(device))
 
     def _anchors_of(self, batch: CTBatch, views: list[str]) -> Tensor | None:
-        """(K, D_v) unit rows, the same on every rank; None without a relation term."""
+        """Return the anchors, (K, D_v) unit rows, the same on every rank; None without a relation term."""
         if self.anchors is None:
             return None
         texts = None
@@ -269,7 +273,7 @@ class DistillationTask(TrainedTask):
         return self.anchors.anchors_for(self.teacher, texts, batch.row.device)
 
     def _terms(self, batch: CTBatch, train: bool) -> tuple[dict[str, Tensor], int]:
-        """The terms of the global batch, and its number of rows."""
+        """Return the loss terms of the global batch, and its number of rows."""
         volume = self.augmentation.apply(batch.volume, self.row_seeds(batch.row)) if train else batch.volume
         views = batch.report
         if train:
@@ -286,7 +290,7 @@ class DistillationTask(TrainedTask):
         return terms, len(student)
 
     def training_step(self, batch: CTBatch, batch_idx: int) -> Tensor:
-        """L_distill of a batch."""
+        """Return L_distill of a batch."""
         terms, rows = self._terms(batch, train=True)
         if batch_idx == 0 and not self._warned:
             self._warn_of_uniform_targets(terms)
@@ -294,31 +298,31 @@ class DistillationTask(TrainedTask):
         return terms["loss"]
 
     def _warn_of_uniform_targets(self, terms: dict[str, Tensor]) -> None:
-        """Say once a run, on rank zero, that p* says next to nothing."""
+        """Warn once per run, on rank zero, if p* is nearly uniform."""
         if rank() != 0 or not terms.get("target_near_uniform", torch.zeros(())):
             return
         self._warned = True
         warnings.warn(
             f"stage 2: the relation's target p* is nearly uniform: entropy {float(terms['target_entropy']):.3f} nats, "
             f"{100 * float(terms['target_entropy_share']):.1f} % of log |A| (warned above {100 * NEAR_UNIFORM:.0f} %), "
-            f"at tau {self._now(self._progress())['tau']:g}. It teaches next to nothing: set a smaller "
+            f"at tau {self._now(self._progress())['tau']:g}, so the relation term has almost no effect. Set a smaller "
             "model.init_args.tau.",
             stacklevel=2,
         )
 
     def validation_step(self, batch: CTBatch, batch_idx: int) -> None:
-        """The same without augmentation, on whole reports, at the schedule's last values."""
+        """Log the loss without augmentation, on complete reports, with the schedule's final values."""
         del batch_idx
         terms, rows = self._terms(batch, train=False)
         self.log_terms(terms, "val", rows)
 
     def predict_step(self, batch: CTBatch, batch_idx: int) -> dict[str, Tensor]:
-        """Normalised features (B, D_e)."""
+        """Return normalised features (B, D_e)."""
         del batch_idx
         return {"features": F.normalize(self.features(batch.volume), dim=-1), "row": batch.row}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Mark what the checkpoint belongs to; the expert is not in it."""
+        """Add the expert's fingerprint; its weights are not in the checkpoint."""
         checkpoint["expert"] = self.teacher.fingerprint()
 
     def _upstream(self) -> dict[str, str]:
@@ -326,7 +330,7 @@ class DistillationTask(TrainedTask):
         return upstream | ({"projection": str(PROJECTION_VERSION)} if self.teachers.projection > 0 else {})
 
     def finish(self, trainer: L.Trainer, datamodule: L.LightningDataModule, folder: Path) -> dict[str, Any]:
-        """Write the student; ask it with the expert's prompts on CT `val`, where there are labels."""
+        """Save the student, and evaluate it with the expert's prompts on CT `val` if there are labels."""
         assert isinstance(datamodule, CTDataModule)
         upstream, spec = self._upstream(), datamodule.volume.to_config()
         run_on_rank_zero(lambda: save_ct_encoder(folder / ARTEFACT, self.encoder, self.projection, upstream, spec))
@@ -334,11 +338,11 @@ class DistillationTask(TrainedTask):
         metrics["tau"] = self.tau
         val = datamodule.manifest.split("val")
         if len(val) and datamodule.manifest.finding_names and self.teacher.has_joint_space:
-            found = predict_rows(trainer, self, datamodule.loader(val), list(val.frame.index))
+            predictions = predict_rows(trainer, self, datamodule.loader(val), list(val.frame.index))
             names = list(datamodule.manifest.finding_names)
             positive, negative = prompt_features(self.teacher.encode_text, names, "normal")
             scale = self.teacher.logit_scale or 1.0
-            scores = pair_probabilities(found["features"], positive.cpu(), negative.cpu(), scale)
+            scores = pair_probabilities(predictions["features"], positive.cpu(), negative.cpu(), scale)
             studies, means = study_means(val, scores.numpy())
             labels = studies[[f"label:{name}" for name in names]].to_numpy()
             report = classification_report(labels, means, names, studies["patient_id"].tolist())

@@ -1,4 +1,4 @@
-"""A small X-ray expert of one's own: a CLIP on radiograph-report pairs, saved as an open_clip model."""
+"""Train a small X-ray expert: a CLIP model on radiograph-report pairs, saved as an open_clip model."""
 
 from __future__ import annotations
 
@@ -37,29 +37,29 @@ from ctx_distill.types import XrayBatch
 
 
 class ExpertTask(TrainedTask):
-    """InfoNCE between radiographs and random sentence subsets of their reports.
+    """Train a CLIP model with InfoNCE between radiographs and random sentence subsets of their reports.
 
     Args:
-        image_size: height and width in pixels.
+        image_size: Height and width in pixels.
         embed_dim: D_e.
-        vision: image tower, see `make_expert_folder`.
-        text_width: of the text transformer.
-        text_layers: of the text transformer.
-        context_length: tokens.
-        vocab_size: of the WordPiece vocabulary, trained on the `train` reports.
-        subset_share: share of steps in which a report is cut to a random subset of its sentences, down to one.
-        section_weight: weight of a second InfoNCE between a report's findings and its impression, which say the same
-            in other words (CXR-CLIP, You et al. 2023, has a text-text term too); 0 leaves it out.
-        read_ct_reports: take findings and impressions of the CT `train` reports into the second InfoNCE and into the
-            vocabulary, so that the text tower reads CT language as well as a tower pretrained on medical text does.
-        report_corpus: a CSV with columns `findings` and `impression`: more reports without images, of any modality, that
-            join those of `read_ct_reports`, or stand for them.
-        augmentation: of the radiographs.
-        optimizer: see `TrainedTask`.
-        scheduler: see `TrainedTask`.
-        warmup: see `TrainedTask`.
-        select: see `TrainedTask`.
-        survival: see `TrainedTask`.
+        vision: Image tower; see `make_expert_folder`.
+        text_width: Width of the text transformer.
+        text_layers: Layers of the text transformer.
+        context_length: Context length in tokens.
+        vocab_size: Size of the WordPiece vocabulary, which is trained on the `train` reports.
+        subset_share: Probability that a step reduces a report to a random subset of its sentences, at least one.
+        section_weight: Weight of a second InfoNCE term between a report's findings and its impression, which describe
+            the same study in different words (CXR-CLIP, You et al. 2023, also has a text-text term); 0 disables it.
+        read_ct_reports: Add the findings and impressions of the CT `train` reports to the second InfoNCE term and to
+            the vocabulary, so that the text tower also learns the language of CT reports.
+        report_corpus: CSV with the columns `findings` and `impression`: further reports without images, of any
+            modality, used in addition to, or instead of, those of `read_ct_reports`.
+        augmentation: Augmentation of the radiographs.
+        optimizer: See `TrainedTask`.
+        scheduler: See `TrainedTask`.
+        warmup: See `TrainedTask`.
+        select: See `TrainedTask`.
+        survival: See `TrainedTask`.
     """
 
     def __init__(
@@ -93,17 +93,20 @@ class ExpertTask(TrainedTask):
         self.report_corpus = report_corpus
         self._sections: dict[int, tuple[str, str]] = {}
         self._reports: list[tuple[int, str, str]] = []
-        """Study, findings and impression of the reports without X-rays: CT `train` and `report_corpus`."""
+        """Study code, findings and impression of the reports without X-rays: CT `train` and `report_corpus`."""
         self._excluded: dict[str, int] = {}
         self.model: Any = None
 
     def run(self, trainer: L.Trainer, datamodule: L.LightningDataModule, folder: Path) -> dict[str, Any]:
-        """Build the model with a vocabulary of the `train` reports, train, write the expert."""
+        """Build the model with a vocabulary trained on the `train` reports, train it and save the expert."""
         assert isinstance(datamodule, XrayDataModule)
         datamodule.text = "required"
         train = datamodule.training_rows()
         if not len(train):
-            raise InputError(f"{datamodule.manifest.path}: no `train` X-ray has a report; an expert cannot be trained.")
+            raise InputError(
+                f"{datamodule.manifest.path}: no `train` X-ray has a report; expected at least one. Add report texts to "
+                "the manifest, or use a published expert."
+            )
         self._excluded = datamodule.excluded()
         self._print_excluded()
         manifests = [train]
@@ -129,10 +132,10 @@ class ExpertTask(TrainedTask):
         if rank() == 0:
             for reason, count in self._excluded.items():
                 if count:
-                    print(f"left out of the expert: {count} rows ({reason})")
+                    print(f"expert: excluded {count} rows ({reason})")
 
     def _text(self, reports: list[str]) -> Tensor:
-        """(b, D) unit rows; of no reports none, with a gradient all the same, as every rank gathers alike."""
+        """Return unit rows (b, D); an empty batch still has a gradient, because all ranks must gather alike."""
         if not reports:
             scale = self.model.logit_scale
             nothing: Tensor = (scale * scale.new_zeros(0, self.sizes["embed_dim"])).float()
@@ -141,16 +144,16 @@ class ExpertTask(TrainedTask):
         return features
 
     def _image_to_report(self, image: Tensor, reports: list[str], batch: XrayBatch) -> tuple[Tensor, int]:
-        """InfoNCE over the global batch, and its number of rows."""
+        """Return InfoNCE over the global batch, and the number of rows."""
         features = self.model.encode_image(image, normalize=True)
         features, text, study = self.gather_once(batch.row, features, self._text(reports), batch.study)
         return contrastive_loss(features, text, self.model.logit_scale.exp(), study=study)["total"], len(study)
 
     def _section_to_section(self, batch: XrayBatch, batch_idx: int) -> Tensor | None:
-        """InfoNCE between views of findings and impressions: of the batch's studies, and of as many other reports.
+        """Return InfoNCE between findings and impressions of the batch's studies and of as many other reports.
 
-        What is drawn depends on the row, and on the place in the global batch's draw, not on the rank. Images of one
-        study are positives of each other, as in the contrast of images and reports.
+        The draws depend on the row and on the position in the global batch, not on the rank. Images of one study are
+        positives of each other, as in the image-report term.
         """
         epoch, rows = self.current_epoch, batch.row.tolist()
         codes = dict(zip(rows, batch.study.tolist(), strict=True))
@@ -159,7 +162,7 @@ class ExpertTask(TrainedTask):
         ]
         wanted = min(len(rows) * world_size(), len(self._reports))
         drawn = random.Random(seed_of(epoch, batch_idx, "CT sections")).sample(self._reports, wanted)
-        # Studies of the X-ray manifest have codes from 0, the other reports codes below 0: they are never the same study.
+        # X-ray studies have codes from 0 up, other reports have codes below 0, so that they never count as one study.
         others: list[tuple[int, str, str, int]] = [
             (-1 - code, findings, impression, seed_of(epoch, batch_idx, "CT sections", n))
             for n, (code, findings, impression) in enumerate(drawn)
@@ -176,7 +179,7 @@ class ExpertTask(TrainedTask):
         )["total"]
 
     def training_step(self, batch: XrayBatch, batch_idx: int) -> Tensor:
-        """InfoNCE of radiographs and reports, and of the reports' sections."""
+        """Return InfoNCE between radiographs and reports, plus the weighted term between report sections."""
         views = report_views(batch.report, self.row_seeds(batch.row, "view"), self.subset_share)
         image = self.augmentation.apply(batch.image, self.row_seeds(batch.row))
         contrast, count = self._image_to_report(image, views, batch)
@@ -190,65 +193,65 @@ class ExpertTask(TrainedTask):
         return terms["loss"]
 
     def validation_step(self, batch: XrayBatch, batch_idx: int) -> None:
-        """The same on whole reports, without augmentation."""
+        """Log the image-report loss on complete reports, without augmentation."""
         del batch_idx
         loss, count = self._image_to_report(batch.image, batch.report, batch)
         self.log_terms({"loss": loss}, "val", count)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Hold the temperature within CLIP's bounds."""
+        """Clamp the temperature to CLIP's bounds."""
         del outputs, batch, batch_idx
         with torch.no_grad():
             self.model.logit_scale.clamp_(0.0, LARGEST_LOGIT_SCALE)
 
     def predict_step(self, batch: XrayBatch, batch_idx: int) -> dict[str, Tensor]:
-        """Image features (B, D_e), unit rows."""
+        """Return image features (B, D_e), unit rows."""
         del batch_idx
         return {"image": F.normalize(self.model.encode_image(batch.image), dim=-1), "row": batch.row}
 
     def _save(self, target: Path) -> None:
-        """Write the expert beside its place and move it there."""
+        """Save the expert atomically: write a temporary folder and move it to `target`."""
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
             save_expert_folder(self.model, self.config, self.tokenizer, Path(scratch) / "expert")
             replace_folder(Path(scratch) / "expert", target)
 
     def finish(self, trainer: L.Trainer, datamodule: L.LightningDataModule, folder: Path) -> dict[str, Any]:
-        """Write the expert; ask it about the X-ray `test` studies, where there are labels."""
+        """Save the expert, and evaluate it on the X-ray `test` studies if they have labels."""
         assert isinstance(datamodule, XrayDataModule)
         target = folder / ARTEFACT
         run_on_rank_zero(lambda: self._save(target))
         metrics = last_values(self) | {"macro_auroc": None, "left_out": self._excluded}
         test = datamodule.manifest.split("test")
         if len(test) and test.finding_names:
-            metrics |= self._ask(trainer, datamodule, test, target)
+            metrics |= self._evaluate(trainer, datamodule, test, target)
         return metrics
 
-    def _ask(self, trainer: L.Trainer, datamodule: XrayDataModule, test: Manifest, folder: Path) -> dict[str, Any]:
-        found = predict_rows(trainer, self, datamodule.loader(test), list(test.frame.index))
+    def _evaluate(self, trainer: L.Trainer, datamodule: XrayDataModule, test: Manifest, folder: Path) -> dict[str, Any]:
+        predictions = predict_rows(trainer, self, datamodule.loader(test), list(test.frame.index))
         expert = open_expert(str(folder))
         names = list(test.finding_names)
         positive, negative = prompt_features(expert.encode_text, names, "normal")
-        scores = pair_probabilities(found["image"], positive, negative, expert.logit_scale or 1.0)
+        scores = pair_probabilities(predictions["image"], positive, negative, expert.logit_scale or 1.0)
         studies, means = study_means(test, scores.numpy())
         labels = studies[[f"label:{name}" for name in names]].to_numpy()
         return classification_report(labels, means, names, studies["patient_id"].tolist())
 
 
 def read_corpus(path: Path) -> list[tuple[str, str]]:
-    """Findings and impression of the reports of a CSV that have both.
+    """Return findings and impression of the reports of a CSV that have both.
 
     Raises:
-        InputError: no such file, or a column is missing.
+        InputError: The file does not exist, or a column is missing.
     """
     if not path.is_file():
         raise InputError(f"{path}: no such report corpus; expected a CSV with columns findings and impression.")
     table = pd.read_csv(path, dtype=str, keep_default_na=False)
     if missing := sorted({"findings", "impression"} - set(table.columns)):
-        raise InputError(f"{path}: lacks column {missing[0]!r}; a report corpus has findings and impression. Add it.")
+        raise InputError(f"{path}: missing column {missing[0]!r}; expected the columns findings and impression.")
     return [pair for pair in zip(table["findings"], table["impression"], strict=True) if all(pair)]
 
 
 def sections_of(manifest: Manifest) -> dict[int, tuple[str, str]]:
-    """Findings and impression of the rows that have both, by row."""
+    """Return findings and impression by row, for the rows that have both."""
     columns = zip(manifest.rows.tolist(), *(manifest.column(name) for name in ("findings", "impression")), strict=True)
     return {row: (findings, impression) for row, findings, impression in columns if findings and impression}

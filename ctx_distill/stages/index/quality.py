@@ -1,4 +1,4 @@
-"""How good the index's retrieval is for the held-out CT reports, beside random, TF-IDF and an oracle."""
+"""Measure the index's retrieval quality on held-out CT reports, compared with random, TF-IDF and an oracle."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from ctx_distill.stages.shared.report_findings import FindingsReader
 from ctx_distill.text.extractor import Vocabulary
 
 VISIBLE = "_visible"
-"""Ends the names of what is measured over the findings that an X-ray shows."""
+"""Suffix of metrics that are restricted to findings visible on an X-ray."""
 
 
 def held_out_studies(ct: Manifest) -> Manifest:
-    """One row of each `val` and `test` study that has a report."""
+    """Return one row per `val` and `test` study that has a report."""
     held_out = ct.split("val", "test")
     held_out = held_out.where(~held_out.frame["study_id"].duplicated().to_numpy())
     return held_out.where(np.array([bool(held_out.report(row)) for row in held_out.frame.index], dtype=bool))
@@ -40,28 +40,30 @@ def measure_retrieval(
     vocabulary: Vocabulary,
     reader: FindingsReader | None,
 ) -> dict[str, Any]:
-    """Look up held-out reports, write `retrieval.csv` and compare findings where both manifests have labels.
+    """Look up held-out reports, write `retrieval.csv`, and compare findings if both manifests have labels.
 
-    Labels score here and nothing else: the lookup, its re-rank and TF-IDF read texts alone.
+    Labels are used for scoring only: the lookup, its re-rank and TF-IDF read texts only.
 
     Args:
-        store: the index; `retrieval.csv` goes beside its folder.
+        store: The index; `retrieval.csv` is written beside its folder.
         queries: (N, D_t) unit rows of the reports of `held_out`.
         held_out: N studies.
-        pool: the X-rays of the index, in its order.
-        neighbours: X-rays a study in `retrieval.csv`.
-        vocabulary: says which findings an X-ray shows.
-        reader: of the findings re-rank, which is measured too (`_rerank`); None leaves it out.
+        pool: The X-rays of the index, in its order.
+        neighbours: X-rays per study in `retrieval.csv`.
+        vocabulary: Defines which findings are visible on an X-ray.
+        reader: Extracts findings for the re-rank, which is then measured too; None disables it.
 
     Returns:
-        What `retrieval_quality` returns, with `tfidf` and, where there is a reader, `rerank` beside it; where the
-        vocabulary knows all compared findings and an X-ray shows some and not all, the same over those that it shows
-        under names that end in `_visible`.
+        The result of `retrieval_quality`, with `tfidf` and, with a reader, `rerank`. If the vocabulary contains all
+        compared findings and some, but not all, are visible on an X-ray, the metrics over the visible findings are
+        added under names that end in `_visible`.
     """
     k = min(neighbours, len(pool))
     similarity, positions = store.search(queries, k)
     write_neighbours(store.folder.parent / RETRIEVAL, held_out, pool, similarity.numpy(), positions.numpy())
-    names, asked, known = common_labels(held_out.finding_names, held_out.labels(), pool.finding_names, pool.labels())
+    names, query_labels, pool_labels = common_labels(
+        held_out.finding_names, held_out.labels(), pool.finding_names, pool.labels()
+    )
     metrics: dict[str, Any] = {"queries": len(held_out), "findings_compared": names}
     if not names:
         return metrics
@@ -74,17 +76,22 @@ def measure_retrieval(
         lookup = NeighbourLookup(store, k, findings_rerank=True, visible=reader.visible)
         others["rerank"] = lookup.look_up(queries, reader.extract(reports))["positions"].numpy()
     patients = held_out.frame["patient_id"].tolist()
-    metrics |= retrieval_quality(asked, known, positions.numpy(), patients, others=others)
+    metrics |= retrieval_quality(query_labels, pool_labels, positions.numpy(), patients, others=others)
     visible = visible_columns(names, vocabulary)
     if visible is not None:
-        shown = retrieval_quality(asked[:, visible], known[:, visible], positions.numpy(), patients, others=others)
+        shown = retrieval_quality(
+            query_labels[:, visible], pool_labels[:, visible], positions.numpy(), patients, others=others
+        )
         metrics["findings_visible"] = [name for name, keep in zip(names, visible, strict=True) if keep]
         metrics |= {f"{name}{VISIBLE}": value for name, value in shown.items() if name not in ("queries", "pool")}
     return metrics
 
 
 def visible_columns(names: list[str], vocabulary: Vocabulary) -> NDArray[np.bool_] | None:
-    """(F,): which of the findings an X-ray shows; None where the vocabulary lacks one, or there is nothing to tell."""
+    """Return which findings are visible on an X-ray, (F,) bool.
+
+    Returns None if the vocabulary lacks a finding, or if all or none of the findings are visible.
+    """
     shown = {name.lower(): keep for name, keep in zip(vocabulary.names, vocabulary.visible_on_xray, strict=True)}
     if any(name.lower() not in shown for name in names):
         return None
@@ -95,7 +102,7 @@ def visible_columns(names: list[str], vocabulary: Vocabulary) -> NDArray[np.bool
 def write_neighbours(
     path: Path, queries: Manifest, pool: Manifest, similarity: NDArray[np.float32], positions: NDArray[np.int64]
 ) -> None:
-    """Write the nearest X-rays of each CT study (contract: `retrieval.csv`)."""
+    """Write the nearest X-rays of each CT study to `retrieval.csv` (docs/contracts.md)."""
     count, k = positions.shape
     nearest = pool.frame.iloc[positions.reshape(-1)]
     table = pd.DataFrame(

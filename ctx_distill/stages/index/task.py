@@ -34,32 +34,33 @@ from ctx_distill.types import XrayBatch
 
 
 class IndexTask(StageTask):
-    """Retrieval-index build: a predict job over the pool, then the index (method, stage 1).
+    """Build the retrieval index: embed the pool with a predict loop, then index the keys (method, stage 1).
 
     Args:
-        expert: folder or hub name of the X-ray expert.
-        expert_revision: pinned commit of a hub expert.
-        index_kind: exact search, or an approximate index for large pools.
-        minimum_recall: an approximate index whose recall@1 against exact search is lower is refused.
-        search_width: of an approximate index: lists visited a query (ivf, default 8), or candidates that the walk
-            through the graph keeps (hnsw, default 64); more is slower and finds more.
-        centre: take the pool's mean off the keys, and the mean of the CT `train` reports off the queries, so that what
-            all X-ray reports and what all CT reports share in style does not count (**ours**, after Mu and
-            Viswanath 2018, "All-but-the-Top").
-        neighbours: how many X-rays a study `retrieval.csv` lists.
-        key: what a CT report is compared with: the X-ray's report (`text`), its image (`image`), or the mean of both
-            cosines (`both`); the latter two in the expert's joint space. X-rays without a report can be found by
-            `image` alone.
-        report_encoder: folder or hub name of what embeds the reports in place of the expert's text tower: an expert
-            with a text tower, or a BERT-like encoder. Needed where the expert has none; for `text` keys.
-        report_encoder_revision: pinned commit of a hub encoder.
-        vocabulary: findings that are read from the pool's reports for the findings re-rank of later stages; name or
-            YAML file.
-        part_items: X-rays that a rank embeds before it writes them down; a run that was stopped resumes from what is
-            written, on any number of ranks.
+        expert: Folder or hub name of the X-ray expert.
+        expert_revision: Pinned commit of a hub expert.
+        index_kind: Exact search, or an approximate index for large pools.
+        minimum_recall: Lowest recall@1, against exact search, that an approximate index may have.
+        search_width: Lists visited per query (ivf, default 8), or candidates kept during the graph search (hnsw,
+            default 64) of an approximate index. A larger value is slower and raises recall.
+        centre: Subtract the pool's mean from the keys, and the mean of the CT `train` reports from the queries. This
+            removes the style shared by all X-ray reports and by all CT reports (**ours**, after Mu and Viswanath 2018,
+            "All-but-the-Top").
+        neighbours: X-rays per study in `retrieval.csv`.
+        key: What a CT report is compared with: the X-ray's report (`text`), its image (`image`), or the mean of both
+            cosines (`both`). The latter two need the expert's joint space. X-rays without a report are indexed with
+            `image` only.
+        report_encoder: Folder or hub name of the encoder that embeds the reports instead of the expert's text tower:
+            an expert with a text tower, or a BERT-like encoder. Required for an expert without a text tower; for
+            `text` keys only.
+        report_encoder_revision: Pinned commit of a hub encoder.
+        vocabulary: Findings to extract from the pool's reports for the findings re-rank of later stages; name or YAML
+            file.
+        part_items: X-rays that a rank embeds before it writes a shard. An interrupted run resumes from the written
+            shards, on any number of ranks.
 
     Raises:
-        InputError: expert, key and report encoder do not fit together.
+        InputError: Expert, key and report encoder are incompatible.
     """
 
     def __init__(
@@ -90,18 +91,18 @@ class IndexTask(StageTask):
             self.report_source = ReportSource(place, report_encoder_revision, self.separate.fingerprint())
         elif not self.expert.has_text:
             raise InputError(
-                f"{expert}: this expert has no text tower, so reports cannot be embedded with it. Give a report encoder"
-                " with --model.init_args.report_encoder=<folder>, or an expert with text (open_clip, SigLIP)."
+                f"{expert}: this expert has no text tower, so reports cannot be embedded with it. Set a report encoder"
+                " with --model.init_args.report_encoder=<folder>, or use an expert with text (open_clip, SigLIP)."
             )
         if key != "text" and (self.separate is not None or not self.expert.has_joint_space):
-            found = (
+            reason = (
                 f"the reports are embedded by {self.separate.name}" if self.separate is not None
                 else f"the expert's images have {self.expert.embed_dim} dimensions, its texts {self.expert.text_dim}, "
                 f"its temperature is {self.expert.logit_scale}"
             )  # fmt: skip
             raise InputError(
                 f"{expert}: key {key} compares reports with images, which needs both in the joint space of one "
-                f"contrastively trained expert, but {found}. Set --model.init_args.key=text."
+                f"contrastively trained expert, but {reason}. Set --model.init_args.key=text."
             )
         self.key: KeyKind = key
         self.index_kind, self.minimum_recall, self.search_width = index_kind, minimum_recall, search_width
@@ -111,11 +112,11 @@ class IndexTask(StageTask):
 
     @property
     def reports(self) -> ReportEncoder:
-        """What embeds reports, for keys and queries."""
+        """The encoder of reports, for keys and queries."""
         return self.separate if self.separate is not None else self.expert
 
     def describe(self) -> dict[str, Any]:
-        """The expert, and the report encoder where it is another."""
+        """Return a description of the expert, and of the report encoder if it is separate."""
         return {"expert": self.expert.describe()} | self._describe_separate()
 
     def _describe_separate(self) -> dict[str, Any]:
@@ -126,14 +127,14 @@ class IndexTask(StageTask):
                                    "text_dim": self.separate.text_dim}}  # fmt: skip
 
     def predict_step(self, batch: XrayBatch, batch_idx: int) -> dict[str, Tensor]:
-        """Values u_j (B, D_e) of a batch and its texts' v_j (B, D_t); those of images alone where no text is a key."""
+        """Return the values u_j (B, D_e) and keys v_j (B, D_t) of a batch; with key `image`, the values are the keys."""
         del batch_idx
         values = self.expert.encode_image(batch.image)
         keys = values if self.key == "image" else self.reports.encode_text(batch.report)
         return {"values": values, "keys": keys, "row": batch.row}
 
     def run(self, trainer: L.Trainer, datamodule: L.LightningDataModule, folder: Path) -> dict[str, Any]:
-        """Embed, join the ranks' shards, build, look up the held-out CT studies."""
+        """Embed the pool, merge the ranks' shards, build the index and look up the held-out CT studies."""
         assert isinstance(datamodule, XrayDataModule)
         pool, left_out = self._pool(datamodule)
         datamodule.preprocess, datamodule.preprocess_key = self.expert.preprocess, self.expert.fingerprint()
@@ -151,11 +152,11 @@ class IndexTask(StageTask):
                 return metrics
             return metrics | self._quality(store, pool, held_out_studies(datamodule.ct))
 
-        # Minutes to hours on a large pool, so that the others must not wait in a collective with a time limit.
+        # The build takes minutes to hours on a large pool, so the other ranks must not wait in a collective with a timeout.
         return run_on_rank_zero(build) or {}
 
     def _embed(self, trainer: L.Trainer, datamodule: XrayDataModule, pool: Manifest, shards: Path) -> int:
-        """Write the shards of the pool's blocks, but for what an earlier run of the same request has written.
+        """Write the shards of the pool's blocks, except those that an earlier run of the same request has written.
 
         Returns:
             The first block of this run's layout (`open_shards`).
@@ -170,7 +171,7 @@ class IndexTask(StageTask):
             "batch": datamodule.eval_batch_size,
             "precision": str(trainer.precision),
         }
-        # Rank zero alone reads what this layout has written so far: the other ranks may be writing already.
+        # Only rank zero reads what this layout has written so far, because other ranks may already be writing.
         opened: list[int] = []
         if rank() == 0:
             opened = [open_shards(shards, hash_json(request), ranks, self.part_items)]
@@ -181,37 +182,44 @@ class IndexTask(StageTask):
         starts = range(0, len(pool), size)
         standing = gather_objects(standing_blocks(shards, ranks, len(starts), first_block) if rank() == 0 else [])
         if standing and rank() == 0:
-            print(f"{shards}: {len(standing)} of {len(starts)} parts of the pool are embedded already")
+            print(f"{shards}: {len(standing)} of {len(starts)} parts of the pool are already embedded")
         for block, start in enumerate(starts, first_block):
             if block in standing:
                 continue
             stop_if_asked("between two parts of the pool")
             part = pool.where((np.arange(len(pool)) >= start) & (np.arange(len(pool)) < start + size))
             outputs: list[Any] = trainer.predict(self, dataloaders=datamodule.loader(part)) or []
-            # A sampler repeats the last item where a block does not go into equal parts.
-            own = len(range(rank(), len(part), ranks))
-            joined = {name: torch.cat([output[name] for output in outputs])[:own] for name in ("keys", "values", "row")}
+            # The sampler repeats the last item of a block that is not divisible by the number of ranks.
+            count = len(range(rank(), len(part), ranks))
+            joined = {
+                name: torch.cat([output[name] for output in outputs])[:count] for name in ("keys", "values", "row")
+            }
             write_shard(shards, rank(), ranks, joined["keys"], joined["values"], joined["row"], block)
         barrier()
         return first_block
 
     def _pool(self, datamodule: XrayDataModule) -> tuple[Manifest, dict[str, int]]:
-        """The X-rays that the index takes; those without a report only where images are the key."""
+        """Return the X-rays to index, and the counts of excluded ones by reason; only `image` keys need no report."""
         pool, left_out = datamodule.pool()
-        told = pool.has_report()
-        if self.key != "image" and not told.all():
-            pool, left_out = pool.where(told), {**left_out, "no report text": int((~told).sum())}
+        has_report = pool.has_report()
+        if self.key != "image" and not has_report.all():
+            pool, left_out = pool.where(has_report), {**left_out, "no report text": int((~has_report).sum())}
         for reason, count in left_out.items():
             if count:
-                print(f"left out of the index: {count} X-rays ({reason})")
+                print(f"index: excluded {count} X-rays ({reason})")
         if not len(pool):
-            raise InputError(f"{datamodule.manifest.path}: no X-ray is left for the index; left out: {left_out}.")
+            raise InputError(
+                f"{datamodule.manifest.path}: no X-ray to index; all were excluded: {left_out}. Add X-rays with a report,"
+                " or set --model.init_args.key=image."
+            )
         return pool, left_out
 
     def _findings(self, pool: Manifest) -> Tensor | None:
-        """(N, F) extracted from the pool's texts, the ranks sharing the work; None where a text is missing. Collective.
+        """Extract findings (N, F) from the pool's reports, distributed over the ranks (collective).
 
-        An X-ray without a text may show anything; beside it, what a text does not mention counts as absent.
+        Returns:
+            The findings, or None if any report is missing: the re-rank counts a finding that is not mentioned as
+            absent, which does not hold for an X-ray without a report.
         """
         if not pool.has_report().all():
             return None
@@ -226,7 +234,7 @@ class IndexTask(StageTask):
         left_out: dict[str, int],
         findings: Tensor | None,
     ) -> XrayIndexArtefact:
-        """Keys, index, and findings extracted from the pool's texts, as an artefact."""
+        """Write keys, index, and the findings extracted from the pool's reports, as an artefact."""
         texts = [pool.report(row) for row in pool.frame.index]
         keys = table.pop("keys")
         if self.key != "image":
@@ -252,7 +260,7 @@ class IndexTask(StageTask):
         )
 
     def _query_centre(self, ct: Manifest | None) -> list[float] | None:
-        """Mean embedding of the CT `train` reports, (D_t,); None where nothing is to be centred."""
+        """Return the mean embedding of the CT `train` reports, (D_t,), or None without centring."""
         if not self.centre or ct is None:
             return None
         train = ct.split("train")
@@ -263,7 +271,7 @@ class IndexTask(StageTask):
         return mean
 
     def _quality(self, store: XrayIndexArtefact, pool: Manifest, held_out: Manifest) -> dict[str, Any]:
-        """See `measure_retrieval`."""
+        """Measure the retrieval; see `measure_retrieval`."""
         if not len(held_out):
             return {"queries": 0}
         queries = self.reports.encode_text([held_out.report(row) for row in held_out.frame.index]).cpu()

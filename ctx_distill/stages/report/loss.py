@@ -1,4 +1,4 @@
-"""The report decoder's loss: cross-entropy of the next token, averaged over all ranks' tokens."""
+"""The report decoder's loss: next-token cross-entropy, averaged over the tokens of all ranks."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from ctx_distill.distributed import global_mean
 from ctx_distill.losses.contrastive import working_precision
 
 IGNORE = -100
-"""Target of a position that is not scored (padding, the prompt), as in Hugging Face's models."""
+"""Target of a position without loss (padding, the prompt), as in Hugging Face models."""
 
 
 def report_loss(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> dict[str, Tensor]:
-    """Mean cross-entropy over the scored tokens of the global batch.
+    """Return the mean cross-entropy over the scored tokens of the global batch.
 
     Args:
         logits: (B, T, V) for this rank's reports; position t predicts targets[:, t] (shift before).
@@ -21,8 +21,8 @@ def report_loss(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -
         label_smoothing: in [0, 1).
 
     Returns:
-        `total`, (): equal on all ranks, with the gradient of one process (reports differ in length, so a mean of
-        ranks' means would be another loss).
+        `total`, (): equal on all ranks, with the gradient of a single process. A mean of the ranks' means would be a
+        different loss, because reports differ in length.
     """
     flat = targets.reshape(-1)
     terms = F.cross_entropy(

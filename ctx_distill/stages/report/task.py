@@ -1,4 +1,4 @@
-"""Stage 4: a report decoder that reads the CT encoder's tokens."""
+"""Stage 4: train a report decoder with cross-attention to the CT encoder's tokens."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from ctx_distill.types import CTBatch, InputError
 
 
 class ReportTask(TrainedTask):
-    """A causal decoder that reads the frozen CT encoder's tokens, beside the baselines that it has to beat.
+    """Train a causal decoder on the frozen CT encoder's tokens, and compare it with retrieval and constant baselines.
 
     Args:
         model: folder of the stage-3 artefact.
@@ -46,16 +46,16 @@ class ReportTask(TrainedTask):
         width: of the small decoder, a multiple of 32.
         layers: of the small decoder.
         dropout: of the small decoder.
-        max_length: longest report in tokens.
-        beams: of the beam search.
-        no_repeat: no group of this many tokens comes twice; 0 allows it.
-        min_length: shortest report in tokens.
-        length_penalty: power of the length that a beam's score is divided by.
-        sampling: draw words instead of taking the likeliest; what is drawn for a study depends on no other.
-        lora: train adapters of `source` alone, for large models.
-        extras: scores that need Java or weights: meteor, radgraph, chexbert, green.
-        vocabulary: findings for the clinical score where the manifest has no label columns.
-        cache: where the frozen encoder's tokens are kept: 4 D_c bytes per token, 21 MB per volume with the preset `base`.
+        max_length: maximum report length in tokens.
+        beams: beams of the beam search.
+        no_repeat: n-grams of this many tokens may not repeat; 0 disables it.
+        min_length: minimum report length in tokens.
+        length_penalty: exponent of the length by which a beam's score is divided.
+        sampling: sample tokens instead of choosing the most probable; a study's samples do not depend on other studies.
+        lora: train only LoRA adapters of `source`, for large models.
+        extras: scores that need Java or model weights: meteor, radgraph, chexbert, green.
+        vocabulary: findings of the clinical score if the manifest has no label columns.
+        cache: cache of the frozen encoder's tokens: 4 D_c bytes per token, 21 MB per volume with the preset `base`.
         optimizer: see `TrainedTask`.
         scheduler: see `TrainedTask`.
         warmup: see `TrainedTask`.
@@ -98,9 +98,9 @@ class ReportTask(TrainedTask):
         self.min_length, self.length_penalty, self.sampling = min_length, length_penalty, sampling
         if lora is not None and source is None:
             raise InputError(
-                "report: lora is for a pretrained model, and source is not set. Set source, or leave lora out."
+                "report: lora is set but source is not; LoRA needs a pretrained model. Set source, or remove lora."
             )
-        self.strict_loading = lora is None  # its checkpoints hold what learns
+        self.strict_loading = lora is None  # with LoRA, checkpoints contain trainable weights only
         self.lora, self.extras = lora, tuple(extras)
         self.vocabulary = vocabulary
         self._writes = True
@@ -108,7 +108,7 @@ class ReportTask(TrainedTask):
         self._tokens = RowFeatures(cache)
 
     def run(self, trainer: L.Trainer, datamodule: L.LightningDataModule, folder: Path) -> dict[str, Any]:
-        """Make the decoder; its vocabulary comes from the `train` reports alone. Then train."""
+        """Build the decoder, with a vocabulary from the `train` reports only, then train it."""
         assert isinstance(datamodule, CTDataModule)
         check_volume_spec(self.artefact, datamodule)
         width = self.encoder.embed_dim
@@ -132,23 +132,23 @@ class ReportTask(TrainedTask):
             self._tokens.close()
 
     def setup(self, stage: str) -> None:
-        """Give the volumes of `train` and `val`, which are seen in every epoch, their places in the cache on disk."""
+        """Open the disk cache for the volumes of `train` and `val`, which are used in every epoch."""
         datamodule = getattr(self.trainer, "datamodule", None)
         if stage == "fit" and isinstance(datamodule, CTDataModule):
             val = datamodule.with_text(datamodule.manifest.split("val"))
             self._tokens.open_disk(self.trainer, [*datamodule.training_rows().frame.index, *val.frame.index])
 
     def on_train_epoch_end(self) -> None:
-        """Log the means, and once what the cache of tokens holds."""
+        """Log the epoch means, and once the size of the token cache."""
         super().on_train_epoch_end()
         self._tokens.report_once("report: tokens of CT volumes")
 
     def _ct_tokens(self, batch: CTBatch) -> Tensor:
-        """(B, T, D_c), as the cache has room computed once per volume, since the encoder is frozen."""
+        """Return the CT tokens (B, T, D_c), cached because the encoder is frozen."""
         return self._outputs(batch)[:, 1:]
 
     def _outputs(self, batch: CTBatch) -> Tensor:
-        """(B, 1 + T, D_c): the encoder's pooled vector, then its tokens."""
+        """Return the encoder's pooled vector followed by its tokens, (B, 1 + T, D_c)."""
         outputs = self._tokens.get(batch.row.tolist(), lambda new: self._frozen(batch.volume[new]))
         return outputs.to(batch.volume.device)
 
@@ -160,7 +160,7 @@ class ReportTask(TrainedTask):
 
     @torch.no_grad()
     def _embedding(self, batch: CTBatch) -> Tensor:
-        """(B, D) unit rows: the aligned model's own image features, without its prior."""
+        """Return the aligned model's image features without the projection prior, (B, D) unit rows."""
         self.image_projection.eval()
         return torch.nn.functional.normalize(self.image_projection(self._outputs(batch)[:, 0]), dim=-1)
 
@@ -171,27 +171,27 @@ class ReportTask(TrainedTask):
         return report_loss(logits, targets.masked_fill(repeated[:, None], IGNORE))["total"]
 
     def training_step(self, batch: CTBatch, batch_idx: int) -> Tensor:
-        """Cross-entropy of the next token."""
+        """Return the next-token cross-entropy."""
         del batch_idx
         loss = self._loss(batch)
         self.log_terms({"loss": loss}, "train", self.global_rows(batch.row))
         return loss
 
     def validation_step(self, batch: CTBatch, batch_idx: int) -> None:
-        """The same."""
+        """Log the next-token cross-entropy."""
         del batch_idx
         self.log_terms({"loss": self._loss(batch)}, "val", self.global_rows(batch.row))
 
     def predict_step(self, batch: CTBatch, batch_idx: int) -> dict[str, Any]:
-        """Image embeddings of a batch, and its reports where they are to be written; a repeated row's only once."""
+        """Return image embeddings of a batch and, if enabled, generated reports; each row only once over all ranks."""
         del batch_idx
         assert self.decoder is not None
-        own = own_first_rows(batch.row).nonzero().flatten()
-        rows = batch.row[own].tolist()
+        first = own_first_rows(batch.row).nonzero().flatten()
+        rows = batch.row[first].tolist()
         texts = [""] * len(rows)
         if self._writes and rows:
             texts = self.decoder.generate(
-                self._ct_tokens(batch)[own],
+                self._ct_tokens(batch)[first],
                 max_new_tokens=self.max_length,
                 num_beams=self.beams,
                 no_repeat_ngram_size=self.no_repeat,
@@ -200,32 +200,32 @@ class ReportTask(TrainedTask):
                 sampling=self.sampling,
                 seeds=rows,
             )
-        return {"row": rows, "text": texts, "embedding": self._embedding(batch)[own].double().cpu().numpy()}
+        return {"row": rows, "text": texts, "embedding": self._embedding(batch)[first].double().cpu().numpy()}
 
     def _predict(
         self, trainer: L.Trainer, datamodule: CTDataModule, manifest: Manifest, write: bool
     ) -> dict[int, tuple[str, Any]]:
-        """Row -> its report and image embedding, of all ranks."""
+        """Return report and image embedding by row, gathered from all ranks."""
         self._writes = write
         loader = datamodule.loader(manifest)
         outputs: list[Any] = trainer.predict(self, dataloaders=loader) or [] if len(manifest) else []
         parts = [zip(out["row"], zip(out["text"], out["embedding"], strict=True), strict=True) for out in outputs]
         pairs = gather_objects([pair for part in parts for pair in part])
-        found = dict(pairs)
-        if not len(pairs) == len(found) == len(manifest):
-            raise RuntimeError(f"report: {len(pairs)} outputs for {len(manifest)} rows, expected each row once.")
-        return found
+        by_row = dict(pairs)
+        if not len(pairs) == len(by_row) == len(manifest):
+            raise RuntimeError(f"report: {len(pairs)} outputs for {len(manifest)} rows; expected each row once.")
+        return by_row
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """With LoRA, leave out the base model's weights."""
+        """With LoRA, remove the base model's weights from the checkpoint."""
         if self.lora is not None and self.decoder is not None:
-            learnt = {name for name, parameter in self.decoder.named_parameters() if parameter.requires_grad}
+            trainable = {name for name, parameter in self.decoder.named_parameters() if parameter.requires_grad}
             state = checkpoint["state_dict"]
-            for name in [name for name in state if name.startswith("decoder.") and name[8:] not in learnt]:
+            for name in [name for name in state if name.startswith("decoder.") and name[8:] not in trainable]:
                 del state[name]
 
     def finish(self, trainer: L.Trainer, datamodule: L.LightningDataModule, folder: Path) -> dict[str, Any]:
-        """Write the decoder; write and score the reports of the `test` studies, beside the baselines'."""
+        """Save the decoder, and write and score the reports of the `test` studies, compared with baselines."""
         assert isinstance(datamodule, CTDataModule)
         assert self.decoder is not None
         decoder, upstream = self.decoder, {"dual-encoder": self.artefact.fingerprint}
@@ -234,19 +234,20 @@ class ReportTask(TrainedTask):
         test = datamodule.with_text(datamodule.manifest.split("test"))
         test = test.where(~test.frame["study_id"].duplicated().to_numpy())
         train = datamodule.training_rows()
-        found = self._predict(trainer, datamodule, test, write=True)
+        generated = self._predict(trainer, datamodule, test, write=True)
         keys = self._predict(trainer, datamodule, train, write=False) if len(test) else {}
-        rows, known = [int(row) for row in test.frame.index], [int(row) for row in train.frame.index]
-        references, hypotheses = [test.report(row) for row in rows], [found[row][0] for row in rows]
+        rows, train_rows = [int(row) for row in test.frame.index], [int(row) for row in train.frame.index]
+        references, hypotheses = [test.report(row) for row in rows], [generated[row][0] for row in rows]
         table = pd.DataFrame({"study_id": test.frame["study_id"], "reference": references, "generated": hypotheses})
         if rank() == 0:
             write_text(folder / REPORTS, table.to_csv(index=False, lineterminator="\n"))
         baselines: dict[str, list[str]] = {}
         if rows:
-            said = [train.report(row) for row in known]
-            queries, embedded = (np.stack([of[row][1] for row in at]) for of, at in ((found, rows), (keys, known)))
-            baselines["nearest"] = nearest_reports(queries, embedded, said)
-            baselines["frequent"] = [most_frequent_report(said)] * len(rows)
+            train_reports = [train.report(row) for row in train_rows]
+            test_embeddings = np.stack([generated[row][1] for row in rows])
+            train_embeddings = np.stack([keys[row][1] for row in train_rows])
+            baselines["nearest"] = nearest_reports(test_embeddings, train_embeddings, train_reports)
+            baselines["frequent"] = [most_frequent_report(train_reports)] * len(rows)
         names = datamodule.manifest.finding_names
         vocabulary = vocabulary_for(names) if names else load_vocabulary(self.vocabulary)
         patients = test.frame["patient_id"].tolist()

@@ -1,4 +1,4 @@
-"""The frozen X-ray expert and the index built with it, opened together and checked against each other."""
+"""Open the frozen X-ray expert together with the index that was built with it, and check that they match."""
 
 from __future__ import annotations
 
@@ -23,39 +23,43 @@ def open_teacher(
     """Open an expert and an index.
 
     Args:
-        expert: folder or hub name.
-        revision: pinned commit of a hub expert.
-        index: folder of the stage-1 artefact.
-        placement: of the index over the ranks; see `XrayIndexArtefact.open`.
-        device: of the index, once the task's `setup` places it: the rank's own device is not set before.
-        searched: whether the task looks anything up; see `XrayIndexArtefact.open`.
+        expert: Folder or hub name.
+        revision: Pinned commit of a hub expert.
+        index: Folder of the stage-1 artefact.
+        placement: How the index is distributed over the ranks; see `XrayIndexArtefact.open`.
+        device: Device of the index. The task's `setup` moves the index there, because the rank's device is not set
+            before.
+        searched: Whether the task searches the index; see `XrayIndexArtefact.open`.
+
+    Returns:
+        The expert and the index.
 
     Raises:
-        InputError: one cannot be had, or the index was built with another expert.
+        InputError: The expert or the index cannot be opened, or the index was built with another expert.
     """
     teacher = open_expert(expert, revision)
     store = XrayIndexArtefact.open(Path(index), device, placement=placement, searched=searched)
     require_same(
         f"the expert {expert}", teacher.fingerprint(),
         f"the expert that the index {index} was built with", store.expert_fingerprint,
-        "Build the index again with this expert (`ctx-distill index`), or give the expert that it was built with.",
+        "Rebuild the index with this expert (`ctx-distill index`), or pass the expert that it was built with.",
     )  # fmt: skip
     return teacher, store
 
 
 def open_queries(teacher: XrayExpert, store: XrayIndexArtefact) -> ReportEncoder:
-    """What embeds the CT reports that the index is asked with: the teacher, or the index's own report encoder.
+    """Return the encoder of the CT reports that query the index: the teacher, or the index's separate report encoder.
 
     Raises:
-        InputError: the report encoder cannot be had, or is not the one that the index was built with.
+        InputError: The report encoder cannot be opened, or differs from the one that the index was built with.
     """
-    asked = store.report_source
-    if asked is None:
+    source = store.report_source
+    if source is None:
         return teacher
-    encoder = open_report_encoder(asked.source, asked.revision)
+    encoder = open_report_encoder(source.source, source.revision)
     require_same(
-        f"the report encoder {asked.source}", encoder.fingerprint(),
-        f"the report encoder that the index {store.folder} was built with", asked.fingerprint,
-        "Build the index again (`ctx-distill index`), or put back the files that it was built with.",
+        f"the report encoder {source.source}", encoder.fingerprint(),
+        f"the report encoder that the index {store.folder} was built with", source.fingerprint,
+        "Rebuild the index (`ctx-distill index`), or restore the files that it was built with.",
     )  # fmt: skip
     return encoder

@@ -1,10 +1,9 @@
-"""The CT's own projection as a prior of its image feature (**ours**).
+"""Projection prior: add the frozen expert's embedding of the CT's own projection to the CT's image feature (**ours**).
 
     h_i = norm(norm(P_a f(V_i)) + w u'_i),   u'_i = norm(E_v(projection of V_i))
 
-The CT encoder trains without it; what the frozen X-ray expert says of the projection is added wherever the image feature
-is used. The paper's student has to learn that from pairs; where pairs are few it does not get there. Trained with the
-prior in the loss, the encoder learns less of its own and nothing is gained (docs/protocol.md).
+The CT encoder is trained without the projection prior. The prior is added at inference, wherever the image feature is
+used. With the prior in the training loss, the encoder learns less and the result does not improve (docs/protocol.md).
 """
 
 from __future__ import annotations
@@ -24,9 +23,14 @@ from ctx_distill.types import CTBatch
 
 @dataclass(frozen=True)
 class PriorSettings:
-    """Attributes:
-    weight: w, against 1 of the CT encoder's own feature; 0 leaves the prior out. It needs
-        `data.init_args.projection=true` in stage 3 and wherever the model is used.
+    """Settings of the projection prior.
+
+    Attributes:
+        weight: w, relative to 1 for the CT encoder's feature; 0 disables the prior. A weight above 0 requires
+            `data.init_args.projection=true` in stage 3 and wherever the model is used.
+
+    Raises:
+        InputError: The weight is negative.
     """
 
     weight: float = 0.0
@@ -37,56 +41,56 @@ class PriorSettings:
 
 
 class ProjectionPrior:
-    """u' of batches, each row embedded once.
+    """Compute u' for batches, embedding each row once.
 
     Args:
-        expert: the frozen expert.
-        space: dimension of the joint space.
+        expert: The frozen expert.
+        space: Dimension of the joint space.
 
     Raises:
-        InputError: the expert's image features do not lie in the joint space.
+        InputError: The expert's image features are not in the joint space.
     """
 
     def __init__(self, expert: XrayExpert, space: int) -> None:
-        # Imported here because it brings Lightning, which inference does without.
+        # Imported here because it imports Lightning, which inference does not need.
         from ctx_distill.stages.distill.targets import ProjectionTeacher
 
         check_space(expert, space)
         self.expert, self._teacher = expert, ProjectionTeacher()
 
     def features(self, batch: CTBatch) -> Tensor:
-        """(b, D) unit rows.
+        """Return u' of a batch, unit rows (b, D).
 
         Raises:
-            InputError: the batch carries no projections.
+            InputError: The batch contains no projections.
         """
         return self._teacher.targets(batch, self.expert.to(batch.row.device))
 
 
 def check_space(expert: XrayExpert, space: int) -> None:
-    """Check that the expert's image features lie in the joint space.
+    """Check that the expert's image features are in the joint space.
 
     Raises:
-        InputError: they do not.
+        InputError: They are not.
     """
     if expert.embed_dim != space:
         raise InputError(
             f"stage 3: prior.weight is set, but the joint space has {space} dimensions and the expert's image space "
-            f"{expert.embed_dim}. Keep the expert's own space (text.tower=expert, text.projection_dim=null)."
+            f"has {expert.embed_dim}. Use the expert's space (text.tower=expert, text.projection_dim=null)."
         )
 
 
 def open_prior(artefact: Artefact, space: int) -> ProjectionPrior | None:
-    """Return the prior of a dual encoder's artefact; None if it has none. Raises as `open_prior_expert`."""
+    """Return the projection prior of a dual encoder, or None if it has none. Raises as `open_prior_expert`."""
     expert = open_prior_expert(artefact, space)
     return None if expert is None else ProjectionPrior(expert, space)
 
 
 def open_prior_expert(artefact: Artefact, space: int) -> XrayExpert | None:
-    """Open the copy of the X-ray expert in a dual encoder's artefact; None if the model has no prior.
+    """Open the copy of the expert in the artefact of a dual encoder, or return None if it was trained without a prior.
 
     Raises:
-        InputError: the copy is not the expert that the model was trained with, or its image features do not lie in the
+        InputError: The copy is not the expert that the model was trained with, or its image features are not in the
             joint space.
     """
     if not artefact.config.get("prior_weight"):
@@ -96,7 +100,7 @@ def open_prior_expert(artefact: Artefact, space: int) -> XrayExpert | None:
     require_same(
         f"the expert in {folder}", expert.fingerprint(),
         f"the expert that {artefact.folder} was trained with", artefact.upstream["xray-expert"],
-        "Run `ctx-distill align` again.",
+        "Rerun `ctx-distill align`.",
     )  # fmt: skip
     check_space(expert, space)
     return expert

@@ -1,4 +1,4 @@
-"""Findings prompts as directions in a joint space, and the probability that a pair of prompts gives."""
+"""Embed findings prompts in the joint space, and compute the probability of a finding from a pair of prompts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ctx_distill.text.prompts import Pairs, Templates, prompt_pairs
 
 
 def same_finding(name: str) -> str:
-    """A finding's name without what labels differ by: case, underscores, white space."""
+    """Return a finding's name in lower case, with underscores and runs of white space replaced by one space."""
     return " ".join(name.replace("_", " ").lower().split())
 
 
@@ -25,17 +25,17 @@ def prompt_features(
     synonyms: bool = True,
     given: Vocabulary | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Mean text features of each finding's positive and negative prompts.
+    """Return the mean text features of each finding's positive and negative prompts.
 
     Args:
-        encode: B texts to (B, D) unit rows.
+        encode: Maps B texts to (B, D) unit rows.
         findings: F names.
-        templates: which prompts.
-        synonyms: ask with every plain synonym of the shipped vocabularies too, not with the label's name alone.
-        given: a vocabulary whose synonyms come before those of the shipped ones.
+        templates: Prompt templates.
+        synonyms: Also use every plain synonym of the shipped vocabularies, not only the label's name.
+        given: A vocabulary whose synonyms take precedence over the shipped ones.
 
     Returns:
-        Positive and negative (F, D), unit rows.
+        Positive and negative features, each (F, D), unit rows.
     """
     sides: tuple[list[Tensor], list[Tensor]] = ([], [])
     own = {same_finding(finding.name): finding for finding in given.findings} if given else {}
@@ -50,12 +50,12 @@ def prompt_features(
 
 
 def pair_probabilities(image: Tensor, positive: Tensor, negative: Tensor, logit_scale: float) -> Tensor:
-    """softmax over each pair of prompts: probability that the finding is present.
+    """Return the probability that each finding is present: the softmax over its pair of prompts.
 
     Args:
         image: (N, D), unit rows.
-        positive: (F, D).
-        negative: (F, D).
+        positive: (F, D), features of the positive prompts.
+        negative: (F, D), features of the negative prompts.
         logit_scale: 1 / temperature.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The part of a report that a training step reads."""
+"""Sample the part of a report that a training step uses."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from ctx_distill.text.report_text import sample_sentences
 
 
 def report_views(reports: Sequence[str], seeds: Sequence[int], share: float) -> list[str]:
-    """Return whole reports, or random subsets of their sentences.
+    """Return complete reports, or random subsets of their sentences.
 
     Args:
         reports: b reports.
-        seeds: b seeds (`TrainedTask.row_seeds`); a report's view is a function of its own.
-        share: of reports that are cut to a subset, in [0, 1].
+        seeds: b seeds (`TrainedTask.row_seeds`); a report's view depends on its seed only.
+        share: Probability in [0, 1] that a report is reduced to a subset.
     """
     views = []
     for report, seed in zip(reports, seeds, strict=True):

@@ -1,4 +1,4 @@
-"""Findings of a manifest's reports: extracted once per content, shared by ranks and by runs."""
+"""Extract the findings of a manifest's reports once, and share them between ranks and runs."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from ctx_distill.text.parallel_extraction import extract_in_processes, keep, kep
 
 
 def extract_shared(texts: Sequence[str], vocabulary: str) -> NDArray[np.float32]:
-    """Findings of N reports, each extracted by one rank and sent to all; collective.
+    """Extract the findings of N reports, each on one rank, and gather them on all ranks (collective).
 
-    Of a large manifest (`ReportTexts` with a key) they are kept beside the manifest's own cache, and a later run
-    loads them.
+    For a large manifest (`ReportTexts` with a key), the findings are cached beside the manifest's cache, and a later
+    run loads them.
 
     Args:
-        texts: the same on every rank.
-        vocabulary: name or YAML file.
+        texts: N reports, the same on every rank.
+        vocabulary: Name or YAML file.
 
     Returns:
-        (N, F) float32 as `extract_many` gives them, the same on every rank.
+        (N, F) float32 as returned by `extract_many`, the same on every rank.
     """
     columns = len(load_vocabulary(vocabulary).findings)
     place = _kept_place(texts, vocabulary)
@@ -37,21 +37,20 @@ def extract_shared(texts: Sequence[str], vocabulary: str) -> NDArray[np.float32]
     if all(gather_objects([kept is not None])):
         assert kept is not None
         return kept
-    found = extract_in_processes(_share_of(texts), vocabulary, max(1, usable_cores() // _ranks_on_these_cores()))
+    findings = extract_in_processes(_share_of(texts), vocabulary, max(1, usable_cores() // _ranks_on_these_cores()))
     if world_size() > 1:
-        # as bytes of one value each: what is sent is small, and needs no device
-        sent = gather_objects([np.nan_to_num(found, nan=2).astype(np.int8).tobytes()])
-        whole = np.frombuffer(b"".join(sent), dtype=np.int8).reshape(-1, columns).astype(np.float32)
-        whole[whole == 2] = np.nan
-        found = whole
+        # One byte per value keeps the message small, and bytes need no device.
+        sent = gather_objects([np.nan_to_num(findings, nan=2).astype(np.int8).tobytes()])
+        findings = np.frombuffer(b"".join(sent), dtype=np.int8).reshape(-1, columns).astype(np.float32)
+        findings[findings == 2] = np.nan
     if place is not None and rank() == 0:
-        keep(place, found)
-    barrier()  # a rank that asks again finds what rank 0 kept
-    return found
+        keep(place, findings)
+    barrier()  # so that a later call on any rank reads the cache that rank 0 wrote
+    return findings
 
 
 def _share_of(texts: Sequence[str]) -> Sequence[str]:
-    """This rank's texts: the ranks' shares follow each other."""
+    """Return this rank's texts; the shares are contiguous and in rank order."""
     if world_size() == 1:
         return texts
     share = own_share(len(texts))
@@ -63,7 +62,7 @@ def _share_of(texts: Sequence[str]) -> Sequence[str]:
 
 
 def _ranks_on_these_cores() -> int:
-    """Ranks of this host that may run on the same cores as this one."""
+    """Return the number of ranks of this host that may run on the same cores as this rank."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     local = (socket.gethostname(), cores)
     return gather_objects([local]).count(local)

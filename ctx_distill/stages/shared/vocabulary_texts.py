@@ -1,7 +1,8 @@
-"""The reports that a vocabulary is trained on: without words that would name somebody.
+"""Select the report texts that a vocabulary is trained on, without words that could identify a patient.
 
-A WordPiece vocabulary is published with the model, and a word of one report (a name, a hospital, a number) can become an
-entry of it. Words of fewer than five patients are left out before training; a tokenizer still spells them in pieces.
+A WordPiece vocabulary is published with the model, and a word of one report (a name, a hospital, a number) could become
+an entry. Words that occur in reports of fewer than five patients are removed before training; the tokenizer still
+spells them in pieces.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ FEWEST_PATIENTS = 5
 
 
 def vocabulary_texts(*manifests: Manifest, more: Sequence[str] = ()) -> list[str]:
-    """Reports of the manifests, in their order, then `more`, to train a vocabulary on.
+    """Return the reports of the manifests, in their order, then `more`, to train a vocabulary on.
 
     Args:
-        manifests: `train` rows. Those of the embedded phantom cohort, whose patients are nobody, are taken whole.
-        more: texts without a patient's id; each counts as a patient of its own.
+        manifests: `train` rows. Reports of synthetic cohorts, which describe no real patient, are used unchanged.
+        more: Texts without a patient id; each counts as a separate patient.
     """
     pairs = [
         pair
@@ -36,7 +37,7 @@ def vocabulary_texts(*manifests: Manifest, more: Sequence[str] = ()) -> list[str
 
 
 def common_words(texts: Sequence[str], patients: Sequence[str], fewest: int) -> list[str]:
-    """The texts without the words (case aside) that stand in texts of fewer than `fewest` patients."""
+    """Return the texts without the words (ignoring case) that occur for fewer than `fewest` patients."""
     seen: dict[str, set[str]] = defaultdict(set)
     for text, patient in zip(texts, patients, strict=True):
         for word in set(re.findall(WORD, text.lower())):

@@ -1,4 +1,4 @@
-"""Baseline: the frozen X-ray expert asked about each CT's own projection, with no CT training at all (**ours**)."""
+"""Baseline: zero-shot evaluation of the frozen X-ray expert on each CT's own projection, without CT training (**ours**)."""
 
 from __future__ import annotations
 
@@ -13,24 +13,26 @@ from ctx_distill.errors import InputError
 from ctx_distill.models.opening import open_expert
 from ctx_distill.models.xray_expert import XrayExpert
 from ctx_distill.stages.distill.targets import embed_projection
-from ctx_distill.stages.zero_shot.task import Prompts, ask_test_studies
+from ctx_distill.stages.zero_shot.task import Prompts, evaluate_studies
 from ctx_distill.text.prompts import Templates
 from ctx_distill.training.base_task import StageTask
 from ctx_distill.types import CTBatch
 
 
 class ProjectionZeroShotTask(StageTask):
-    """Zero-shot findings of the CT `test` studies out of their frontal projections; leaves what `ZeroShotTask` leaves.
+    """Predict zero-shot findings of the CT `test` studies from their frontal projections.
+
+    The output files are those of `ZeroShotTask`.
 
     Args:
         expert: folder or hub name of the X-ray expert.
         expert_revision: pinned commit of a hub expert.
-        templates: `default`, `ensemble` or `normal`, see `prompt_pairs`.
-        synonyms: ask with the vocabulary's synonyms of a finding too.
-        vocabulary: findings to ask for where the manifest has no label columns.
+        templates: `default`, `ensemble` or `normal`; see `prompt_pairs`.
+        synonyms: also use the vocabulary's synonyms of a finding.
+        vocabulary: findings to predict if the manifest has no label columns.
 
     Raises:
-        InputError: the expert's texts do not lie in the space of its images.
+        InputError: the expert has no joint space of images and texts.
     """
 
     def __init__(
@@ -45,27 +47,27 @@ class ProjectionZeroShotTask(StageTask):
         self.expert: XrayExpert = open_expert(expert, expert_revision)
         if not self.expert.has_joint_space:
             raise InputError(
-                f"{expert}: this expert has no text tower trained against its images, so it cannot be asked with "
-                "prompts. Give one with text (open_clip, SigLIP) with --expert or --model.init_args.expert=<folder>."
+                f"{expert}: this expert has no text tower in a joint space with its images, so it cannot be evaluated with "
+                "prompts. Set one with text (open_clip, SigLIP) with --expert or --model.init_args.expert=<folder>."
             )
         self.prompts = Prompts(templates, synonyms, vocabulary)
 
     def describe(self) -> dict[str, Any]:
-        """The expert."""
+        """Return a description of the expert."""
         return {"expert": self.expert.describe()}
 
     def predict_step(self, batch: CTBatch, batch_idx: int) -> dict[str, Tensor]:
-        """Features (B, D_e), unit rows, of the projections."""
+        """Return features (B, D_e), unit rows, of the projections."""
         del batch_idx
         return {"image": embed_projection(batch, self.expert), "row": batch.row}
 
     def run(self, trainer: L.Trainer, datamodule: L.LightningDataModule, folder: Path) -> dict[str, Any]:
-        """Ask, write `predictions.csv`, score where there are labels."""
+        """Predict findings, write `predictions.csv`, and score them if there are labels."""
         assert isinstance(datamodule, CTDataModule)
         if not datamodule.projection:
             raise InputError(
-                "the expert is to be asked about the CTs' own projections, but the data module computes none. Set "
+                "zero-shot: the projection baseline needs projections, but the data module computes none. Set "
                 "data.init_args.projection=true."
             )
         scale = self.expert.logit_scale or 1.0
-        return ask_test_studies(trainer, self, datamodule, folder, self.prompts, self.expert.encode_text, scale)
+        return evaluate_studies(trainer, self, datamodule, folder, self.prompts, self.expert.encode_text, scale)

@@ -1,4 +1,4 @@
-"""Stage 4: findings asked of the dual encoder with prompts, with no label seen in training; retrieval of reports and volumes."""
+"""Stage 4: zero-shot findings of the dual encoder with prompts, and retrieval between reports and volumes."""
 
 from __future__ import annotations
 
@@ -35,22 +35,22 @@ from ctx_distill.training.predictions import predict_rows, study_means, write_pr
 from ctx_distill.types import CTBatch
 
 RETRIEVAL_RULE = (
-    "one row a study (image features of its reconstructions averaged, its report once); studies with the same report text "
-    "are right answers for each other; strict_*: the own study alone, ties against it"
+    "one row per study (mean image features of its reconstructions, and its report); studies with the same report text "
+    "count as correct for each other; strict_*: only the study itself is correct, and ties count against it"
 )
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """How findings are asked for; see `prompt_features`.
+    """Which findings are predicted, and with which prompts; see `prompt_features`.
 
     Attributes:
-        templates: `default`, `ensemble`, `normal`, or a YAML file, see `load_templates`.
-        synonyms: of the findings too.
-        vocabulary: its findings are asked for where the manifest has no label columns, or with protocol `vocabulary`.
+        templates: `default`, `ensemble`, `normal`, or a YAML file; see `load_templates`.
+        synonyms: also use synonyms of the findings.
+        vocabulary: findings to predict if the manifest has no label columns, or with protocol `vocabulary`.
         protocol: which findings: `labels` (the manifest's columns), `vocabulary`, or a protocol of `metrics/protocols.py`,
-            for which the vocabulary gives the synonyms.
-        split: whose studies are scored; thresholds always come from `val`.
+            with synonyms from the vocabulary.
+        split: split to score; thresholds always come from `val`.
     """
 
     templates: str
@@ -60,7 +60,7 @@ class Prompts:
     split: str = "test"
 
     def findings(self, manifest: Manifest) -> list[str]:
-        """The findings to ask for."""
+        """Return the findings to predict."""
         if self.protocol in PROTOCOLS:
             return list(protocol_findings(self.protocol))
         labelled = list(manifest.finding_names) if self.protocol == "labels" else []
@@ -68,13 +68,13 @@ class Prompts:
 
 
 class ZeroShotTask(StageTask):
-    """Zero-shot findings of the CT `test` studies, and retrieval between their volumes and reports.
+    """Predict zero-shot findings of the CT `test` studies, and retrieve between their volumes and reports.
 
     Args:
         model: folder of the stage-3 artefact.
         templates: see `Prompts`.
-        synonyms: ask with the vocabulary's synonyms of a finding too.
-        vocabulary: findings to ask for where the manifest has no label columns.
+        synonyms: also use the vocabulary's synonyms of a finding.
+        vocabulary: findings to predict if the manifest has no label columns.
         protocol: see `Prompts`.
         split: see `Prompts`.
     """
@@ -95,24 +95,24 @@ class ZeroShotTask(StageTask):
         self.prior = open_prior(self.artefact, self.model.embed_dim)
 
     def predict_step(self, batch: CTBatch, batch_idx: int) -> dict[str, Tensor]:
-        """Image and report features, both (B, D), unit rows."""
+        """Return image and report features, both (B, D), unit rows."""
         del batch_idx
         prior = None if self.prior is None else self.prior.features(batch)
         image = self.model.encode_volume(batch.volume, prior)[0]
         return {"image": image, "text": self.model.encode_text(batch.report), "row": batch.row}
 
     def run(self, trainer: L.Trainer, datamodule: L.LightningDataModule, folder: Path) -> dict[str, Any]:
-        """Ask, write `predictions.csv`, `retrieval.csv` and `table.md`, score where there are labels."""
+        """Predict findings, write `predictions.csv`, `retrieval.csv` and `table.md`, and score them if there are labels."""
         assert isinstance(datamodule, CTDataModule)
         check_volume_spec(self.artefact, datamodule)
         scale = float(self.model.logit_scale.detach().exp())
-        metrics = ask_test_studies(trainer, self, datamodule, folder, self.prompts, self.model.encode_text, scale)
+        metrics = evaluate_studies(trainer, self, datamodule, folder, self.prompts, self.model.encode_text, scale)
         if rank() == 0 and metrics["studies"]:
             write_text(folder / "table.md", zero_shot_markdown(metrics))
         return metrics | {"model_fingerprint": self.artefact.fingerprint}
 
 
-def ask_test_studies(
+def evaluate_studies(
     trainer: L.Trainer,
     task: L.LightningModule,
     datamodule: CTDataModule,
@@ -121,55 +121,55 @@ def ask_test_studies(
     encode_text: Callable[[list[str]], Tensor],
     logit_scale: float,
 ) -> dict[str, Any]:
-    """Ask for findings in the CT studies of a split, write `predictions.csv`, score where there are labels.
+    """Predict findings of the CT studies of a split, write `predictions.csv`, and score them if there are labels.
 
     Args:
         trainer: runs the predict loop.
-        task: its `predict_step` gives `image` (b, D), unit rows, and `row`; with `text` (b, D) of the reports there is
-            retrieval too, and `retrieval.csv`.
-        datamodule: of the CTs.
-        folder: where the tables go.
-        prompts: what is asked.
-        encode_text: B texts to (B, D), in the space of `image`.
+        task: its `predict_step` returns `image` (b, D), unit rows, and `row`. If it also returns `text` (b, D) of the
+            reports, retrieval is evaluated and `retrieval.csv` is written.
+        datamodule: provides the CTs.
+        folder: folder of the tables.
+        prompts: which findings and prompts.
+        encode_text: maps B texts to (B, D), in the space of `image`.
         logit_scale: 1 / temperature.
 
     Returns:
-        `macro_auroc` and `per_finding` and all else of `findings_report`, `studies`, their number, and `retrieval` of
-        `report_retrieval`; `protocol`, `split`, `threshold_rule`, `not_scored` (findings without a label column).
+        The results of `findings_report` (`macro_auroc`, `per_finding`, ...), the number of `studies`, `retrieval` of
+        `report_retrieval`, `protocol`, `split`, `threshold_rule`, and `not_scored` (findings without a label column).
     """
     scored = datamodule.manifest.split(prompts.split)
-    asked = prompts.findings(scored)
-    columns = _label_columns(asked, scored)
+    findings = prompts.findings(scored)
+    columns = _label_columns(findings, scored)
     metrics: dict[str, Any] = {"macro_auroc": None, "per_finding": {}, "studies": 0}
     metrics |= {
         "protocol": prompts.protocol, "split": prompts.split, "templates": prompts.templates,
-        "threshold_rule": THRESHOLD_RULE, "asked": asked, "synthetic": scored.synthetic,
-        "not_scored": [name for name in asked if name not in columns],
+        "threshold_rule": THRESHOLD_RULE, "asked": findings, "synthetic": scored.synthetic,
+        "not_scored": [name for name in findings if name not in columns],
     }  # fmt: skip
     if not len(scored):
         write_predictions(folder / PREDICTIONS, scored.frame, {})
         return metrics
-    found = predict_rows(trainer, task, datamodule.loader(scored), list(scored.frame.index))
-    given = load_vocabulary(prompts.vocabulary) if prompts.protocol != "labels" else None
-    directions = prompt_features(encode_text, asked, load_templates(prompts.templates), prompts.synonyms, given)
+    features = predict_rows(trainer, task, datamodule.loader(scored), list(scored.frame.index))
+    vocabulary = load_vocabulary(prompts.vocabulary) if prompts.protocol != "labels" else None
+    directions = prompt_features(encode_text, findings, load_templates(prompts.templates), prompts.synonyms, vocabulary)
     positive, negative = (side.cpu() for side in directions)
-    scores = pair_probabilities(found["image"], positive, negative, logit_scale).numpy()
+    scores = pair_probabilities(features["image"], positive, negative, logit_scale).numpy()
     studies, means = study_means(scored, scores)
     if rank() == 0:
-        write_predictions(folder / PREDICTIONS, studies, {name: means[:, f] for f, name in enumerate(asked)})
+        write_predictions(folder / PREDICTIONS, studies, {name: means[:, f] for f, name in enumerate(findings)})
     metrics |= {
         "studies": len(studies), "images": len(scored), "patients": int(studies["patient_id"].nunique()),
     }  # fmt: skip
     if columns:
-        place = [asked.index(name) for name in columns]
-        thresholds = [Threshold(None, "val itself is scored; thresholds of its own would flatter it")] * len(place)
+        place = [findings.index(name) for name in columns]
+        thresholds = [Threshold(None, "val is scored, and thresholds chosen on it would be optimistic")] * len(place)
         if prompts.split != "val":
             val = datamodule.manifest.split("val")
-            own = np.zeros((0, len(asked)))
+            val_scores = np.zeros((0, len(findings)))
             if len(val):
-                answers = predict_rows(trainer, task, datamodule.loader(val), list(val.frame.index))
-                own = pair_probabilities(answers["image"], positive, negative, logit_scale).numpy()
-            rows, val_means = study_means(val, own)
+                val_features = predict_rows(trainer, task, datamodule.loader(val), list(val.frame.index))
+                val_scores = pair_probabilities(val_features["image"], positive, negative, logit_scale).numpy()
+            rows, val_means = study_means(val, val_scores)
             thresholds = choose_thresholds(_labels(rows, columns), val_means[:, place])
         labels = _labels(studies, columns)
         metrics |= findings_report(
@@ -178,15 +178,15 @@ def ask_test_studies(
         if len(scored) > len(studies):
             by_image = macro_auroc(_labels(scored.frame, columns), scores[:, place])
             metrics["macro_auroc_by_reconstruction"] = by_image
-    if "text" in found:
-        metrics["retrieval"] = _retrieve(found, scored, folder)
+    if "text" in features:
+        metrics["retrieval"] = _retrieve(features, scored, folder)
     return metrics
 
 
-def _label_columns(asked: list[str], manifest: Manifest) -> dict[str, str]:
-    """Finding -> its label column, of those that have one; case and underscores do not matter."""
+def _label_columns(findings: list[str], manifest: Manifest) -> dict[str, str]:
+    """Return the label column of each finding that has one, ignoring case and underscores."""
     known = {same_finding(name): f"label:{name}" for name in manifest.finding_names}
-    return {name: known[same_finding(name)] for name in asked if same_finding(name) in known}
+    return {name: known[same_finding(name)] for name in findings if same_finding(name) in known}
 
 
 def _labels(rows: pd.DataFrame, columns: dict[str, str]) -> NDArray[np.float64]:
@@ -194,19 +194,19 @@ def _labels(rows: pd.DataFrame, columns: dict[str, str]) -> NDArray[np.float64]:
     return labels
 
 
-def _retrieve(found: dict[str, Tensor], manifest: Manifest, folder: Path) -> dict[str, Any] | None:
-    """Retrieval among the studies that have a report; writes `retrieval.csv`."""
-    studies, image = study_means(manifest, F.normalize(found["image"].double(), dim=-1).numpy())
+def _retrieve(features: dict[str, Tensor], manifest: Manifest, folder: Path) -> dict[str, Any] | None:
+    """Evaluate retrieval among the studies that have a report, and write `retrieval.csv`."""
+    studies, image = study_means(manifest, F.normalize(features["image"].double(), dim=-1).numpy())
     reports = [manifest.report(int(row)) for row in studies.index]
     silent = np.array([not report for report in reports], dtype=bool)
     place = {int(row): i for i, row in enumerate(manifest.frame.index)}
-    text = found["text"].double()[[place[int(row)] for row in studies.index]].numpy()
+    text = features["text"].double()[[place[int(row)] for row in studies.index]].numpy()
     image = image / np.maximum(np.linalg.norm(image, axis=1, keepdims=True), 1e-12)
     kept = studies[~silent]
-    told = [report for report in reports if report]
-    if not told:
+    texts = [report for report in reports if report]
+    if not texts:
         return None
-    metrics, ranks = report_retrieval(image[~silent], text[~silent], told, kept["patient_id"].tolist())
+    metrics, ranks = report_retrieval(image[~silent], text[~silent], texts, kept["patient_id"].tolist())
     if rank() == 0:
         ids = kept["study_id"].to_numpy()
         tables = [

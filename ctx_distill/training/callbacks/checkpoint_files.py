@@ -1,8 +1,8 @@
-"""Checkpoint files of a stage: written beside their place, proved, moved there; a torn one is passed over.
+"""Checkpoint files of a stage: written to a temporary file, verified and renamed; corrupt ones are skipped.
 
-FOLDER/last.ckpt       the newest
-FOLDER/previous.ckpt   the one before, until the next is proved
-FOLDER/best.ckpt       weights of the lowest validation loss, where a stage selects them
+FOLDER/last.ckpt       the newest checkpoint
+FOLDER/previous.ckpt   the one before, until the next one is verified
+FOLDER/best.ckpt       weights of the lowest validation loss, if the stage selects them
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from ctx_distill.errors import InputError
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
 OWN = "ctx_distill"
-"""Key under which a checkpoint holds what Lightning's own state lacks."""
+"""Key of the state that is not part of Lightning's checkpoint."""
 
 
 @dataclass(frozen=True)
 class Standing:
-    """A checkpoint to go on from.
+    """A checkpoint to resume from.
 
     Attributes:
-        path: where it lies.
-        step: optimiser steps that it holds.
+        path: path of the file.
+        step: optimiser steps at the checkpoint.
     """
 
     path: Path
@@ -37,44 +37,44 @@ class Standing:
 
 
 class TornCheckpoint(Exception):
-    """A file that is no whole checkpoint."""
+    """A file that is not a complete checkpoint."""
 
 
 def part_of(path: Path) -> Path:
-    """The name under which a checkpoint is written before it is moved to its place."""
+    """Return the temporary name under which a checkpoint is written."""
     return path.with_name(f".{path.name}.part")
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A checkpoint's content, mapped into memory, after every byte was compared with its checksum.
+    """Verify the checksums of a checkpoint, and return its content, memory-mapped.
 
     Raises:
-        TornCheckpoint: it is not whole.
+        TornCheckpoint: the file is truncated or corrupt.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             bad = archive.testzip()
         if bad is not None:
-            raise TornCheckpoint(f"checksum of {bad}")
+            raise TornCheckpoint(f"wrong checksum of {bad}")
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except TornCheckpoint:
         raise
-    except Exception as error:  # a torn archive raises whatever its layer finds
+    except Exception as error:  # a corrupt archive can raise any exception
         raise TornCheckpoint(f"{type(error).__name__}: {error}") from error
     if not isinstance(content, dict):
-        raise TornCheckpoint(f"it holds {type(content).__name__}")
+        raise TornCheckpoint(f"expected a dict, got {type(content).__name__}")
     return content
 
 
 def settle(path: Path, keep: Path | None = None) -> None:
-    """Prove what was written under `part_of(path)` and move it to its place.
+    """Verify the file written to `part_of(path)` and rename it to `path`.
 
     Args:
-        path: the place.
-        keep: where what stood there goes; None drops it.
+        path: final path of the checkpoint.
+        keep: new path of the file that is replaced; None deletes it.
 
     Raises:
-        InputError: what was written cannot be read back; what stood before stands.
+        InputError: the written file cannot be read back; the previous file is unchanged.
     """
     part = part_of(path)
     with part.open("rb") as file:
@@ -84,7 +84,7 @@ def settle(path: Path, keep: Path | None = None) -> None:
     except TornCheckpoint as error:
         part.unlink(missing_ok=True)
         raise InputError(
-            f"{path}: the checkpoint cannot be read back ({error}); the one before it stands. Check the disk."
+            f"{path}: the checkpoint cannot be read back ({error}); the previous one is unchanged. Check the disk."
         ) from error
     if keep is not None and path.exists():
         path.replace(keep)
@@ -92,14 +92,17 @@ def settle(path: Path, keep: Path | None = None) -> None:
 
 
 def standing(folder: Path, identity: Mapping[str, str | None]) -> Standing | None:
-    """The newest whole checkpoint of a stage; a torn one is passed over with a word.
+    """Return the newest complete checkpoint of a stage; a corrupt one is skipped with a message.
 
     Args:
-        folder: of the checkpoints.
-        identity: what the checkpoint must name as its own: its stage and request.
+        folder: folder of the checkpoints.
+        identity: stage and request key that the checkpoint must have.
+
+    Returns:
+        The checkpoint, or None if there is none.
 
     Raises:
-        InputError: the checkpoint is of another stage or of another request.
+        InputError: the checkpoint belongs to another stage or request.
     """
     for name in (LAST, PREVIOUS):
         path = folder / name
@@ -108,19 +111,19 @@ def standing(folder: Path, identity: Mapping[str, str | None]) -> Standing | Non
         try:
             content = read(path)
         except TornCheckpoint as error:
-            print(f"{path}: not readable ({error}); passed over")
+            print(f"{path}: not readable ({error}); skipped")
             continue
         _compare(path, content.get(OWN, {}).get("identity", {}), identity)
         return Standing(path, int(content["global_step"]))
     return None
 
 
-def _compare(path: Path, found: Mapping[str, str | None], wanted: Mapping[str, str | None]) -> None:
-    for what, value in wanted.items():
-        if found.get(what) != value:
+def _compare(path: Path, actual: Mapping[str, str | None], expected: Mapping[str, str | None]) -> None:
+    for what, value in expected.items():
+        if actual.get(what) != value:
             raise InputError(
-                f"{path}: a checkpoint of {what} {_short(found.get(what))}, but this run is of {what} {_short(value)}. Move it"
-                " away, or give another --run; nothing was changed."
+                f"{path}: a checkpoint of {what} {_short(actual.get(what))}, but this run is of {what} {_short(value)}. Move"
+                " it away, or give another --run; nothing was changed."
             )
 
 

@@ -1,8 +1,8 @@
-"""What is known of the step at which a run gave up, in `FOLDER/fault/step-<n>.json`.
+"""Write `FOLDER/fault/step-<n>.json` about the step at which a run failed.
 
-Loss and manifest rows of every rank (one entry per batch of an accumulated step), gradient norm, learning rate per
-parameter group, the last finite norms, and the parameters whose gradient or weight is not finite. The rows are enough to
-see the batch again: what is drawn for a row depends on seed, epoch and row alone.
+It contains the loss and manifest rows of every rank (one entry per batch of an accumulated step), the gradient norm, the
+learning rate per parameter group, the last finite norms, and the parameters with a non-finite gradient or weight. The
+rows suffice to reproduce the batch, because a row's random draws depend on seed, epoch and row only.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ class FaultRecord:
 
     Attributes:
         step: optimiser steps before it.
-        epoch: which, from 0.
-        losses: of this rank's batches.
-        norm: of the gradient, over all ranks.
-        rates: the learning rate of each parameter group.
-        norms: of the last finite gradients, oldest first.
+        epoch: epoch, from 0.
+        losses: losses of this rank's batches.
+        norm: norm of the gradient, over all ranks.
+        rates: learning rate of each parameter group.
+        norms: norms of the last finite gradients, oldest first.
         rows: manifest rows of each of this rank's batches.
     """
 
@@ -43,15 +43,15 @@ class FaultRecord:
 
 
 def write_fault(root: Path, module: L.LightningModule, fault: FaultRecord) -> str:
-    """Write the file; every rank calls it.
+    """Write the file; must be called on every rank.
 
     Args:
-        root: the folder in which `fault/` is made.
-        module: whose parameters are looked through; gradients still in place.
-        fault: what else is known.
+        root: the folder in which `fault/` is created.
+        module: the module to inspect, with its gradients.
+        fault: the bad step.
 
     Returns:
-        A sentence for the error, the same on every rank: where the dump is, or why there is none.
+        A sentence for the error message, the same on every rank: the path of the dump, or why it could not be written.
     """
     path = root / "fault" / f"step-{fault.step}.json"
     bad = {

@@ -1,13 +1,12 @@
-"""Skip optimiser steps whose loss or gradient is not finite, count them, and end a run that has too many in a row.
+"""Skip and count optimiser steps with a non-finite loss or gradient, and stop a run that has too many in a row.
 
-Every rank must decide alike, or their weights drift apart. So one number decides: the norm of the gradients as the
-optimizer is about to get them, which DDP has averaged over the ranks (and which is completed where parameters are
-sharded). A loss that is not finite on one rank reaches the others through its own gradient, hence no collective is
-needed.
+All ranks must make the same decision, or their weights diverge. The decision depends on the norm of the gradients that the
+optimizer is about to use, which DDP has averaged over the ranks (with sharded parameters, the norm is summed over them). A
+non-finite loss on one rank reaches the others through its gradient, so no collective is needed.
 
-On a GPU nothing waits for the host. The step is skipped on the device, by the `found_inf` with which
-`torch.amp.GradScaler` skips steps of fused optimizers, and the norms are read back every `READ_EVERY` steps. An
-optimizer without that support costs one wait per step; `tasks.fused_optimizer` gives it to Adam and AdamW.
+On a GPU the decision needs no synchronisation. The step is skipped on the device by `found_inf`, as `torch.amp.GradScaler`
+does for fused optimizers, and the norms are read every `READ_EVERY` steps. Optimizers without this support synchronise
+once per step; `training.fused_optimizer` adds it to Adam and AdamW.
 """
 
 from __future__ import annotations
@@ -31,9 +30,9 @@ from ctx_distill.errors import InputError
 from ctx_distill.training.callbacks.fault_dump import FaultRecord, write_fault
 
 READ_EVERY = 10
-"""Steps after which a GPU's norms are read; a CPU's are read every step, which waits for nothing."""
+"""Steps between two readings of norms on a GPU; on a CPU they are read in every step."""
 LAST_NORMS = 10
-"""Finite norms that are kept for the dump."""
+"""Number of finite norms in the dump."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +41,9 @@ class _Step:
 
     Attributes:
         number: optimiser steps before it.
-        norm: () of the gradient over all ranks, before clipping.
-        scale: () of the GradScaler, where there is one.
-        losses: () per batch of the accumulated step, as they were before backward.
+        norm: (), gradient norm over all ranks, before clipping.
+        scale: (), scale of the GradScaler, or None.
+        losses: () per batch of the accumulated step, before backward.
         rows: (b,) manifest rows per batch.
     """
 
@@ -56,27 +55,27 @@ class _Step:
 
 
 class LossGuard(L.Callback):
-    """Skips optimiser steps whose loss or gradient is NaN or infinite. A finite step is never skipped.
+    """Skip optimiser steps whose loss or gradient is NaN or infinite. A finite step is never skipped.
 
-    A skipped step changes neither weights nor the optimizer's state (moments, their step count, weight decay) nor the
-    running statistics of batch norms. Step counters, learning-rate schedules and the data move on. With gradient
-    accumulation one bad batch skips its whole step. A run without bad steps is bit-identical to one without the guard.
+    A skipped step changes neither the weights, nor the optimizer's state (moments, step count, weight decay), nor the
+    running statistics of batch norms. Step counters, learning-rate schedules and data advance. With gradient
+    accumulation, one bad batch skips the complete step. A run without bad steps is bit-identical to one without the guard.
 
-    With a GradScaler (`16-mixed`) the scaler skips. Such steps are counted, but not as bad in a row until its scale
-    is down to 1: at a larger scale they are how it finds its scale.
+    With a GradScaler (`16-mixed`), the scaler skips the steps. They are counted, but only count as consecutive bad steps
+    once the scale is down to 1, because at a larger scale skipped steps are part of finding the scale.
 
     Args:
-        largest_skips: bad steps in a row after which the run ends.
+        largest_skips: consecutive bad steps after which the run fails.
 
     Attributes:
-        skipped: skipped steps of the run so far; `train/skipped_steps` is an epoch's.
-        clipped: steps of the run so far whose gradient was clipped by its norm; `train/clipped_steps` is an epoch's.
-        largest: largest finite gradient norm of the epoch so far, before clipping; `train/largest_gradient_norm`.
+        skipped: skipped steps of the run so far; `train/skipped_steps` is per epoch.
+        clipped: steps of the run so far whose gradient was clipped by norm; `train/clipped_steps` is per epoch.
+        largest: maximum finite gradient norm of the epoch so far, before clipping; `train/largest_gradient_norm`.
 
     Raises:
-        InputError: after `largest_skips` bad steps in a row, on every rank (on a GPU up to `READ_EVERY` steps
-            later); `fault/step-<n>.json` under the trainer's root folder holds what is known (see `fault_dump`). Also
-            with a strategy whose gradients are shards without being marked as such.
+        InputError: after `largest_skips` consecutive bad steps, on every rank (on a GPU, up to `READ_EVERY` steps later),
+            with a dump in `fault/step-<n>.json` under the trainer's root folder (see `fault_dump`). Also for strategies
+            whose sharded gradients are not DTensors.
     """
 
     def __init__(self, largest_skips: int = 10) -> None:
@@ -95,12 +94,12 @@ class LossGuard(L.Callback):
         self._statistics: list[tuple[Tensor, Tensor]] = []
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse strategies under which the norm cannot be known; note the norm at which gradients are clipped."""
+        """Reject strategies whose global norm is not available, and store the clipping norm."""
         del pl_module, stage
         if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy)):
             raise InputError(
-                f"trainer.strategy is {type(trainer.strategy).__name__}, whose ranks see the norm of their own shard "
-                "of the gradient; expected DDP, or FSDP2 (ModelParallelStrategy). Set trainer.strategy to one of them."
+                f"trainer.strategy is {type(trainer.strategy).__name__}, where each rank sees only the norm of its gradient "
+                "shard; expected DDP or FSDP2 (ModelParallelStrategy). Set trainer.strategy to ddp or fsdp2."
             )
         if trainer.gradient_clip_val and trainer.gradient_clip_algorithm != "value":
             self._clip = float(trainer.gradient_clip_val)
@@ -108,23 +107,23 @@ class LossGuard(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Remember the rows, and the running statistics as they were before the accumulated step."""
+        """Store the rows, and the running statistics before the accumulated step."""
         if batch_idx % trainer.accumulate_grad_batches == 0 or not self._rows:
             self._rows, self._losses = [], []
             self._statistics = [(each, each.clone()) for each in _running_statistics(pl_module)]
         self._rows.append(getattr(batch, "row", None))
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
-        """Give a loss that is not finite a gradient that is not: it then reaches all ranks by DDP's mean."""
+        """Make the gradient of a non-finite loss non-finite, so that DDP's mean propagates it to all ranks."""
         del trainer, pl_module
         value = loss.detach()
         self._losses.append(value)
         if loss.requires_grad:
-            # x + 0 is x to the bit; NaN * 0 and inf * 0 are NaN. A constant that is NaN would have a finite gradient.
+            # x + 0 is exactly x; NaN * 0 and inf * 0 are NaN. Without this, a NaN constant would have a finite gradient.
             loss.register_hook(lambda gradient: gradient + value * 0)  # type: ignore[no-untyped-call]
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
-        """Skip the step where it is bad: called after DDP's mean and the scaler's unscaling, before clipping."""
+        """Skip a bad step; called after DDP's mean and the scaler's unscaling, before clipping."""
         parameters = _with_gradient(optimizer)
         if not parameters:
             return
@@ -132,7 +131,7 @@ class LossGuard(L.Callback):
         scale = None if scaler is None else scaler._get_scale_async().clone()
         norm = _global_norm([p.grad for p in parameters if p.grad is not None])
         if scale is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
-            norm = norm / scale  # fused optimizers take the scale off inside their own kernel
+            norm = norm / scale  # fused optimizers unscale in their kernel
         self._norm = norm
         self._pending.append(_Step(trainer.global_step, norm, scale, self._losses, self._rows))
         if _is_free_to_read(norm) or len(self._pending) >= READ_EVERY:
@@ -150,17 +149,17 @@ class LossGuard(L.Callback):
                     place.copy_(torch.where(bad, before, place))
 
     def last_step_was_skipped(self) -> bool:
-        """Return whether the optimiser step that has just ended changed nothing; on a GPU this waits for the device."""
+        """Return whether the last optimiser step was skipped; on a GPU this synchronises."""
         return self._norm is not None and not bool(self._norm.isfinite())
 
     def clip(self, optimizer: Optimizer, largest: float) -> None:
-        """Clip the gradients by the norm that the step was judged by, without computing it again.
+        """Clip the gradients by the norm that was already computed for this step.
 
-        Unlike Lightning's own clipping it takes shards beside whole tensors, and fused optimizers under a scaler.
+        Unlike Lightning's clipping, this supports a mix of shards and full tensors, and fused optimizers with a scaler.
 
         Args:
-            optimizer: whose gradients are clipped.
-            largest: norm that they have at most afterwards.
+            optimizer: the optimizer whose gradients are clipped.
+            largest: maximum norm.
         """
         parameters = _with_gradient(optimizer)
         if self._norm is not None:
@@ -179,7 +178,7 @@ class LossGuard(L.Callback):
         self._epoch_began, self.largest = (self.skipped, self.clipped), 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        """The counts, and what decides when the run ends."""
+        """Return the counts and the state of the failure criterion."""
         self._read(rank() == 0)
         return {
             "skipped": self.skipped,
@@ -191,15 +190,15 @@ class LossGuard(L.Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take `state_dict` back, also that of a checkpoint of before steps were clipped."""
+        """Restore `state_dict`, including that of older checkpoints without clipping counts."""
         self.skipped, self.clipped = state_dict["skipped"], state_dict.get("clipped", 0)
         self.largest, self._in_a_row = state_dict.get("largest", 0.0), state_dict["in_a_row"]
         began = state_dict.get("epoch_began") or (self.skipped - state_dict.get("in_epoch", 0), 0)
         self._epoch_began = (int(began[0]), int(began[1]))
         self._norms = list(state_dict["norms"])[-LAST_NORMS:]
 
-    def _read(self, tell: bool) -> None:
-        """Count the steps since the last reading; the one place that waits for the device."""
+    def _read(self, verbose: bool) -> None:
+        """Count the steps since the last reading; this is the only place that synchronises with the device."""
         steps, self._pending = self._pending, []
         if not steps:
             return
@@ -218,7 +217,7 @@ class LossGuard(L.Callback):
             bad.append(str(step.number))
             if self._in_a_row >= self.largest_skips and self._fatal is None:
                 self._fatal = step
-        if bad and tell:
+        if bad and verbose:
             print(
                 f"step{'s' * (len(bad) > 1)} {', '.join(bad)}: loss or gradient not finite; skipped ({self.skipped} so far)",
                 flush=True,
@@ -239,13 +238,13 @@ class LossGuard(L.Callback):
         worst = _worst(losses)
         raise InputError(
             f"training step {step.number}: {self.largest_skips} bad steps in a row (loss {losses[worst]:g}, gradient norm "
-            f"{norm:g}, manifest rows {rows[worst]} on rank {rank()}); expected finite ones. {written} Look at those rows "
+            f"{norm:g}, manifest rows {rows[worst]} on rank {rank()}); expected finite values. {written} Check those rows "
             "(`ctx-distill check`), lower the learning rate, or train in bf16-mixed or 32-true."
         )
 
 
 def _worst(losses: list[float]) -> int:
-    """Which batch of an accumulated step to name: the first of a loss that is not finite, else the last."""
+    """Return the batch of an accumulated step to report: the first with a non-finite loss, else the last."""
     return next((place for place, loss in enumerate(losses) if not math.isfinite(loss)), len(losses) - 1)
 
 
@@ -254,29 +253,29 @@ def _with_gradient(optimizer: Optimizer) -> list[nn.Parameter]:
 
 
 def _is_free_to_read(norm: Tensor) -> bool:
-    """Whether the host need not wait for the value."""
+    """Return whether the value can be read without synchronisation."""
     return norm.is_cpu
 
 
 def _skips_on_device(optimizer: Optimizer) -> bool:
-    """Whether its step leaves everything as it is where `found_inf` is 1.
+    """Return whether a step with `found_inf` = 1 changes nothing.
 
-    Not so SGD: where its first step is skipped, its momentum stays what `torch.empty_like` found in memory.
+    This excludes SGD: if its first step is skipped, its momentum buffer stays uninitialised.
     """
-    # what was saved without fused kernels goes on without them, whatever the optimizer was made with
+    # Parameter groups restored from a checkpoint without fused kernels are not fused.
     fused = all(group.get("fused") for group in optimizer.param_groups)
     return fused and getattr(optimizer, "_step_supports_amp_scaling", False) and not isinstance(optimizer, SGD)
 
 
 def _global_norm(gradients: list[Tensor]) -> Tensor:
-    """L2 norm of all gradients, () and the same on every rank; shards are added up over their ranks (collective)."""
+    """Return the L2 norm of all gradients, (), the same on every rank; shards are reduced over ranks (collective)."""
     sharded = [gradient for gradient in gradients if isinstance(gradient, DTensor)]
     norms = [get_total_norm(part) for part in (sharded, [g for g in gradients if not isinstance(g, DTensor)]) if part]
-    whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
-    return whole[0] if len(whole) == 1 else torch.stack(whole).norm()
+    full = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    return full[0] if len(full) == 1 else torch.stack(full).norm()
 
 
 def _running_statistics(module: nn.Module) -> list[Tensor]:
-    """What a forward pass changes besides gradients: the running mean, variance and count of batch norms."""
+    """Return the buffers that a forward pass changes: running mean, variance and count of batch norms."""
     norms = (each for each in module.modules() if isinstance(each, _BatchNorm) and each.training)
     return [buffer for each in norms for buffer in each.buffers()]

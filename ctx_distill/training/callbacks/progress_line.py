@@ -1,4 +1,4 @@
-"""One line of progress a stage: a bar on a terminal, a line now and then in a log."""
+"""Training progress: a bar on a terminal, periodic lines in a log."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from ctx_distill.progress import progress_bar
 
 
 class EpochProgress(L.Callback):
-    """Shows epoch, losses and the time that is left, on rank zero.
+    """Show epoch, losses and remaining time, on rank zero.
 
     Args:
-        every_s: in a log (no terminal), seconds between two lines.
+        every_s: seconds between two lines, without a terminal.
     """
 
     def __init__(self, every_s: float = 15.0) -> None:
         self.every_s = every_s
         self._progress: Progress | None = None
         self._task: Any = None
-        self._said = 0.0
+        self._printed = 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Open the bar at the step that the run goes on from."""
+        """Open the bar at the current step."""
         del pl_module
-        self._said = time.monotonic()
+        self._printed = time.monotonic()
         if not trainer.is_global_zero or not sys.stdout.isatty():
             return
         self._progress = progress_bar(TextColumn("{task.fields[note]}"))
@@ -45,13 +45,13 @@ class EpochProgress(L.Callback):
             self._progress.update(self._task, completed=trainer.global_step, note=_note(trainer))
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Without a terminal: a line when enough time has passed, and one at the end."""
+        """Without a terminal, print a line at intervals and one at the end."""
         del pl_module
         now = time.monotonic()
         last = trainer.max_epochs is not None and trainer.current_epoch + 1 >= trainer.max_epochs
-        if self._progress is None and trainer.is_global_zero and (last or now - self._said >= self.every_s):
+        if self._progress is None and trainer.is_global_zero and (last or now - self._printed >= self.every_s):
             print(f"  epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {_note(trainer)}", flush=True)
-            self._said = now
+            self._printed = now
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Close the bar."""
@@ -59,7 +59,7 @@ class EpochProgress(L.Callback):
         self._stop()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Give the terminal back."""
+        """Close the bar."""
         del trainer, pl_module, exception
         self._stop()
 

@@ -1,4 +1,4 @@
-"""The random state of a process, in a form that a checkpoint can hold and `weights_only` reads."""
+"""The random state of a process, in a form that can be loaded with `weights_only=True`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def capture() -> dict[str, Any]:
-    """States of torch (CPU and this process's GPU), NumPy and Python."""
+    """Return the random states of torch (CPU and this process's GPU), NumPy and Python."""
     name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),
@@ -23,7 +23,7 @@ def capture() -> dict[str, Any]:
 
 
 def restore(state: dict[str, Any]) -> None:
-    """Put back what `capture` gave."""
+    """Restore the states returned by `capture`."""
     torch.set_rng_state(state["torch"].cpu())
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))

@@ -1,4 +1,4 @@
-"""What each rank last said of itself, as small files in a folder that all ranks share, and whom the others wait for."""
+"""Status records of the ranks, in a shared folder, and the diagnosis of which ranks the others wait for."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from pathlib import Path
 from ctx_distill.files import write_json
 
 EARLIER_S = 60.0
-"""A record written so long before this run began is an earlier run's; hosts' clocks agree better than that."""
+"""A record older than this before the start belongs to an earlier run; hosts' clocks differ by less."""
 
 
 @dataclass(frozen=True)
 class RankRecord:
-    """One rank at one moment.
+    """The status of one rank.
 
     Attributes:
-        rank: which.
-        host: its machine.
-        pid: its process there.
+        rank: the rank.
+        host: its host name.
+        pid: its process id.
         step: optimiser steps so far.
-        phase: what it does, such as "train batch 17".
-        place: training batches begun in this run, and what was noted since the last of them; alike on every rank that
-            is equally far, also where ranks validate on unequal numbers of batches.
-        at: innermost line of Python of its main thread.
-        waiting: whether that is inside torch's collectives or backward.
-        idle_s: since it last got on.
-        beat: how often it has written.
-        written: seconds since 1970 by its own clock.
-        ended: why it stopped, "" while it runs.
-        hung: whether it stopped as one of a run that hung.
+        phase: its activity, such as "train batch 17".
+        place: training batches started in this run, and progress notes since the last one. Ranks with equal progress have
+            equal values, even if they validate on different numbers of batches.
+        at: innermost Python line of its main thread.
+        waiting: whether that line is inside torch's collectives or backward.
+        idle_s: seconds since its last progress.
+        beat: number of records written.
+        written: time of writing, seconds since 1970 by its clock.
+        ended: why it stopped; "" while it runs.
+        hung: whether its watchdog stopped it because the run hung.
     """
 
     rank: int
@@ -51,28 +51,28 @@ class RankRecord:
 
     @property
     def name(self) -> str:
-        """For a message."""
+        """The rank, for a message."""
         return f"rank {self.rank} (host {self.host}, process {self.pid})"
 
     @property
     def where(self) -> str:
-        """For a message."""
+        """The position of the rank, for a message."""
         return f"training step {self.step}, {self.phase}, at {self.at}"
 
 
 def record_file(folder: Path, rank: int) -> Path:
-    """Where a rank's record lies."""
+    """Return the path of a rank's record."""
     return folder / f"rank-{rank:05d}.json"
 
 
 def write_record(folder: Path, record: RankRecord) -> None:
-    """Replace the rank's record, whole; a disk that does not take it is no reason to end a run."""
+    """Replace the rank's record atomically; write errors are ignored, because they should not stop a run."""
     with contextlib.suppress(OSError):
         write_json(record_file(folder, record.rank), asdict(record))
 
 
 def read_records(folder: Path, ranks: int, since: float) -> dict[int, RankRecord | None]:
-    """The record of each rank of the run that began at `since` (seconds since 1970); None where there is none."""
+    """Return the record of each rank of the run that began at `since` (seconds since 1970), or None without one."""
     records: dict[int, RankRecord | None] = dict.fromkeys(range(ranks))
     for rank in records:
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
@@ -83,15 +83,15 @@ def read_records(folder: Path, ranks: int, since: float) -> dict[int, RankRecord
 
 
 def explain(records: Mapping[int, RankRecord | None], silent: set[int]) -> str:
-    """One message: which ranks the others wait for, and why they are thought to be the ones.
+    """Return a message that reports which ranks the others wait for.
 
-    First those that give no sign, then those that ended with an error; else the ranks that have got least far and,
-    among equals, do not wait in a collective themselves. A rank without a record has not begun or is through: it is
-    to blame only where all the others wait.
+    These are, in order of precedence: ranks that no longer respond; ranks that ended with an error; ranks without a
+    record, if all others wait; else the ranks with the least progress and, among these, those that do not wait in a
+    collective. A rank without a record has not started or has finished.
 
     Args:
-        records: by rank, all ranks of the run.
-        silent: those whose record is not written any more.
+        records: records of all ranks of the run, by rank.
+        silent: ranks that no longer update their record.
     """
     known = [record for record in records.values() if record is not None]
     missing = sorted(set(records) - {record.rank for record in known})
@@ -99,7 +99,7 @@ def explain(records: Mapping[int, RankRecord | None], silent: set[int]) -> str:
     if silent:
         guilty = sorted(silent)
         lines = [
-            f"{record.name} gives no sign: its process has ended or its machine is down; last seen at {record.where}"
+            f"{record.name} does not respond: its process has ended or its machine is down; last seen at {record.where}"
             for record in known
             if record.rank in silent
         ]
@@ -108,13 +108,13 @@ def explain(records: Mapping[int, RankRecord | None], silent: set[int]) -> str:
         lines = [f"{record.name} {record.ended} at {record.where}" for record in ended]
     elif missing and all(record.waiting for record in known):
         guilty = missing
-        lines = [f"rank {rank} has left no record: it never began this run, or is gone" for rank in missing]
+        lines = [f"rank {rank} has no record: it has not started this run, or has exited" for rank in missing]
     else:
         least = min(record.place for record in known)
         behind = [record for record in known if record.place == least]
         behind = [record for record in behind if not record.waiting] or behind
         guilty = [record.rank for record in behind]
-        lines = [f"{r.name} has not got past {r.where} for {r.idle_s / 60:.3g} min" for r in behind]
+        lines = [f"{r.name} has made no progress for {r.idle_s / 60:.3g} min; it is in {r.where}" for r in behind]
     rest = sorted(set(records) - set(guilty) - set(missing))
     if rest:
         names = ", ".join(map(str, rest))

@@ -1,16 +1,16 @@
-"""A hang is an error that names the rank.
+"""Watchdog: stop a run that hangs, and report the rank that the others wait for.
 
-A rank that is stuck, or gone without closing its connections, leaves all others waiting in a collective for it, and
-none of them says for whom. So each rank keeps a thread that writes down now and then how far its main thread has got
-(`rank_records`). Where that has not moved for the set time, the thread reads what all ranks wrote, says on stderr who
-is behind, prints the Python stacks, and ends the process.
+If a rank is stuck, or has exited without closing its connections, all others wait for it in a collective. Each rank
+therefore has a thread that periodically records the progress of its main thread (`rank_records`). Without progress for
+the configured time, the thread reads the records of all ranks, reports on stderr which rank is behind, prints the Python
+stacks, and ends the process.
 
-It ends it with `os._exit`: an exception raised in a thread ends that thread alone, and one that is set on the main
-thread is seen at its next line of Python, which a process that sits in a collective, a kernel or a read never gets to.
+It uses `os._exit`, because an exception in a thread ends only that thread, and one that is set on the main thread is
+raised at its next Python line, which a process inside a collective, a kernel or a read never reaches.
 
-torch has time limits of its own, which name no rank: gloo raises "Timed out waiting" in the waiting ranks after 30 min,
-NCCL's watchdog aborts the process after 10 min (both by default; Lightning's `DDPStrategy` and `ModelParallelStrategy`
-set 30 min for either). They must be longer than this one: `strategy.timeout`, and `timeout` of every `new_group`.
+torch's timeouts do not report the rank: by default, gloo raises "Timed out waiting" after 30 min, and NCCL's watchdog
+aborts after 10 min (30 min with Lightning's `DDPStrategy` and `ModelParallelStrategy`). They must be longer than the
+watchdog's: `strategy.timeout`, and `timeout` of every `new_group`.
 """
 
 from __future__ import annotations
@@ -33,25 +33,25 @@ from ctx_distill.signals import StopRequested
 from ctx_distill.training.callbacks.rank_records import RankRecord, explain, read_records, record_file, write_record
 
 HUNG = 70
-"""Exit status (EX_SOFTWARE) of a run that hung; not 75, which asks to be run again."""
+"""Exit status (EX_SOFTWARE) of a run that hung; unlike 75, it does not request a rerun."""
 INTERVAL_S = 5.0
-"""Longest time between two records of a rank."""
+"""Maximum seconds between two records of a rank."""
 COLLECTIVES = (f"torch{os.sep}distributed{os.sep}", f"torch{os.sep}autograd{os.sep}graph.py")
-"""Files in which a main thread waits for other ranks; DDP's mean is waited for at the end of backward."""
+"""Files in which a main thread waits for other ranks; backward ends by waiting for DDP's mean."""
 
 
 class Watchdog(L.Callback):
-    """Ends a run in which this rank has not got on for a set time, with a message that names who holds it up.
+    """End a run in which this rank has made no progress for a set time, and report the rank that blocks it.
 
-    Batches of training, validation and prediction, backward passes, checkpoints and the ends of epochs are progress.
-    Time in which the whole process stood still (suspended, or starved of CPU) does not count. Where another rank's
-    process dies and the collective fails at once, the message about that rank goes before the error. It watches inside
-    `fit`, `validate` and `predict`, and changes nothing of them.
+    Batches of training, validation and prediction, backward passes, checkpoints and ends of epochs count as progress.
+    Time in which the process was suspended or had no CPU does not count. If another rank's process dies and the collective
+    fails at once, a message about that rank is printed before the error. The watchdog runs during `fit`, `validate` and
+    `predict`, and does not change their results.
 
     Args:
-        minutes: without progress; 0 switches it off.
-        folder: for the records, shared by all ranks; None: `ranks` under the trainer's root folder. They are removed
-            at a normal end.
+        minutes: minutes without progress; 0 disables the watchdog.
+        folder: folder of the records, shared by all ranks; None uses `ranks` under the trainer's root folder. Records are
+            deleted at a normal end.
     """
 
     def __init__(self, minutes: float = 20.0, folder: Path | None = None) -> None:
@@ -66,17 +66,17 @@ class Watchdog(L.Callback):
         self._records = Path()
 
     def note(self, trainer: L.Trainer, phase: str) -> None:
-        """Note progress.
+        """Record progress.
 
         Args:
-            trainer: its step is noted.
-            phase: what begins now.
+            trainer: provides the step.
+            phase: the activity that begins.
         """
         self._place, self._phase = (self._place[0], self._place[1] + 1), phase
         self._step = trainer.global_step
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Start watching; the process group stands."""
+        """Start the watchdog; the process group exists by now."""
         del pl_module, stage
         if not self.minutes or self._thread is not None:
             return
@@ -89,77 +89,77 @@ class Watchdog(L.Callback):
         self._thread.start()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Stop watching, and leave no record."""
+        """Stop the watchdog and delete the record."""
         del trainer, pl_module, stage
         self._leave("")
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Say which rank is gone, where one is; leave word for the ranks that will wait for this one."""
+        """Report a rank that has exited, if any, and leave a record for the ranks that will wait for this one."""
         del trainer, pl_module
         if self._thread is None:
             return
         self._raised = traceback.extract_tb(exception.__traceback__)[-1:]
         if isinstance(exception, RuntimeError) and world_size() > 1:  # what a broken collective raises, among others
-            records, silent = self._look_round()
+            records, silent = self._collect_records()
             if silent:
-                self._say(f"{explain(records, silent)} (this is rank {rank()}, {type(exception).__name__})")
+                self._print(f"{explain(records, silent)} (this is rank {rank()}, {type(exception).__name__})")
         self._leave("" if isinstance(exception, StopRequested) else f"ended with {type(exception).__name__}")
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Progress."""
+        """Record progress."""
         self.note(trainer, "sanity check")
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Progress."""
+        """Record progress."""
         self.note(trainer, f"start of epoch {trainer.current_epoch}")
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Progress, from which all ranks count anew."""
+        """Record progress, and start counting notes from this batch."""
         self._place = (self._place[0] + 1, 0)
         self.note(trainer, f"train batch {batch_idx}")
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
-        """Progress."""
+        """Record progress."""
         self.note(trainer, f"backward after {self._phase}")
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Progress."""
+        """Record progress."""
         self.note(trainer, self._phase.replace("backward after", "update after"))
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Progress."""
+        """Record progress."""
         self.note(trainer, f"waiting for data after train batch {batch_idx}")
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Progress."""
+        """Record progress."""
         self.note(trainer, f"end of epoch {trainer.current_epoch}")
 
     def on_validation_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Progress."""
+        """Record progress."""
         self.note(trainer, f"validation batch {batch_idx}")
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Progress."""
+        """Record progress."""
         self.note(trainer, "end of validation")
 
     def on_predict_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Progress."""
+        """Record progress."""
         self.note(trainer, f"predict batch {batch_idx}")
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Progress."""
+        """Record progress."""
         self.note(trainer, "end of prediction")
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Progress, but none by which ranks are compared: not all of them need to save."""
+        """Record progress, but not for the comparison of ranks, because not all ranks save."""
         self._phase = f"saving a checkpoint, after {self._phase.removeprefix('saving a checkpoint, after ')}"
 
     def _watch(self) -> None:
@@ -174,14 +174,14 @@ class Watchdog(L.Callback):
                 self._end()
 
     def _end(self) -> None:
-        records, silent = self._look_round()
+        records, silent = self._collect_records()
         self._write("stopped by its watchdog", hung=True)
-        self._say(explain(records, silent))
+        self._print(explain(records, silent))
         faulthandler.dump_traceback(file=2, all_threads=True)
         os._exit(HUNG)
 
-    def _look_round(self) -> tuple[dict[int, RankRecord | None], set[int]]:
-        """All records, and the ranks that have ceased to write; takes up to two and a half intervals."""
+    def _collect_records(self) -> tuple[dict[int, RankRecord | None], set[int]]:
+        """Return all records, and the ranks that no longer write; takes up to 2.5 intervals."""
         first = read_records(self._records, world_size(), self._since)
         unsure = {one for one, record in first.items() if record is not None and not record.ended and one != rank()}
         end = time.monotonic() + 2.5 * self.interval_s
@@ -221,5 +221,5 @@ class Watchdog(L.Callback):
         else:
             record_file(self._records, rank()).unlink(missing_ok=True)
 
-    def _say(self, message: str) -> None:
+    def _print(self, message: str) -> None:
         print(f"ctx-distill: {message}", file=sys.stderr, flush=True)

@@ -165,7 +165,7 @@ def test_what_only_the_ct_tells_is_read_from_its_tokens(encoder: BertTextEncoder
             {"bidirectional": False},
             r"\(BertTextEncoder\) is causal.*expected a bidirectional one.*text\.tower to scratch",
         ),
-        ({"trainable": False}, r"is frozen; expected one that learns\. Set text\.trainable to true"),
+        ({"trainable": False}, r"is frozen; expected a trainable one\. Set text\.trainable to true"),
         ({"mask_id": None}, r"has no mask token in its vocabulary; expected one such as \[MASK\]"),
     ],
 )
@@ -200,12 +200,12 @@ def test_a_tokenizer_without_places_is_refused(encoder: BertTextEncoder) -> None
         raise NotImplementedError("return_offset_mapping is not available when using Python tokenizers")
 
     encoder.tokens = tokens  # type: ignore[method-assign]
-    with pytest.raises(InputError, match=r"does not tell where its tokens stand \(return_offset.*tokenizer\.json"):
+    with pytest.raises(InputError, match=r"does not return token offsets \(return_offset.*tokenizer\.json"):
         masking(encoder)
 
 
 def test_settings_out_of_range_are_refused(encoder: BertTextEncoder) -> None:
-    with pytest.raises(InputError, match=r"masking\.word_rate is 1\.5, expected a probability"):
+    with pytest.raises(InputError, match=r"masking\.word_rate is 1\.5; expected a probability"):
         masking(encoder, word_rate=1.5)
     with pytest.raises(InputError, match="a rate above 0"):
         masking(encoder, entity_rate=0.0, word_rate=0.0)
@@ -269,7 +269,7 @@ def test_a_frozen_tower_is_refused_before_training(
 ) -> None:
     run = copy_of(finished_run, tmp_path / "run")
     assert align(run, cohort, tiny_preset, "--model.init_args.text.trainable=false") == 2
-    assert "is frozen; expected one that learns" in capsys.readouterr().err
+    assert "is frozen; expected a trainable one" in capsys.readouterr().err
 
 
 class Ordered(CTDataModule):

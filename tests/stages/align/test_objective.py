@@ -23,9 +23,9 @@ from ctx_distill.distributed import rank, world_size
 from ctx_distill.errors import InputError
 from ctx_distill.losses.siglip import INIT_LOGIT_SCALE
 from ctx_distill.models.dual_encoder import DualEncoder
-from ctx_distill.stages.align.distillation_regulariser import KeepSettings, KeepTargets
+from ctx_distill.stages.align.distillation_regulariser import DistillationRegulariser, DistillationRegulariserSettings
 from ctx_distill.stages.align.evidence import RobustSettings
-from ctx_distill.stages.align.objective import SoftTargetSettings, check_objective, own_temperature
+from ctx_distill.stages.align.objective import SoftTargetSettings, check_objective, soft_target_temperature
 from ctx_distill.stages.align.report_tower import TextSettings
 from ctx_distill.stages.align.task import AlignmentTask
 from ctx_distill.types import CTBatch
@@ -44,13 +44,13 @@ def test_corrections_beside_another_objective_are_refused() -> None:
 
 def test_soft_targets_take_the_expert_s_own_temperature() -> None:
     expert: Any = SimpleNamespace(name="x", logit_scale=20.0)
-    assert own_temperature(SoftTargetSettings(), expert) == 0.05
-    assert own_temperature(SoftTargetSettings(temperature=0.3), expert) == 0.3
+    assert soft_target_temperature(SoftTargetSettings(), expert) == 0.05
+    assert soft_target_temperature(SoftTargetSettings(temperature=0.3), expert) == 0.3
     with pytest.raises(InputError, match=r"soft_targets.temperature=0.05"):
-        own_temperature(SoftTargetSettings(), SimpleNamespace(name="x", logit_scale=None))  # type: ignore[arg-type]
+        soft_target_temperature(SoftTargetSettings(), SimpleNamespace(name="x", logit_scale=None))  # type: ignore[arg-type]
     for bad in (SoftTargetSettings(weight=1.5), SoftTargetSettings(temperature=0.0)):
         with pytest.raises(InputError, match="expected a weight from 0 to 1"):
-            own_temperature(bad, expert)
+            soft_target_temperature(bad, expert)
 
 
 class Pool:
@@ -84,9 +84,9 @@ def test_what_is_kept_is_the_mean_of_the_neighbours_and_the_projection() -> None
     )
     batch = CTBatch(torch.zeros(2, 1, 1, 1, 1), torch.arange(2), torch.tensor([11, 13]), ["a", "b"])
     half = np.sqrt(0.5)
-    plain = KeepTargets(KeepSettings(1.0, 0.0, 2), reports, store, 3)
+    plain = DistillationRegulariser(DistillationRegulariserSettings(1.0, 0.0, 2), reports, store, 3)
     np.testing.assert_allclose(plain.targets(batch), [[half, half, 0]] * 2, atol=1e-6)
-    mixed = KeepTargets(KeepSettings(1.0, 0.5, 2), reports, store, 3)
+    mixed = DistillationRegulariser(DistillationRegulariserSettings(1.0, 0.5, 2), reports, store, 3)
     with pytest.raises(InputError, match=r"projection=true"):
         mixed.targets(batch)
     batch.projection = torch.tensor([[[0.0, 0.0, 1.0]], [[1.0, 1.0, 0.0]]])
@@ -95,8 +95,8 @@ def test_what_is_kept_is_the_mean_of_the_neighbours_and_the_projection() -> None
     for _ in range(2):
         np.testing.assert_allclose(mixed.targets(batch), expected, atol=1e-6)
     assert seen == [1, 1]  # a row is embedded once, by itself
-    with pytest.raises(InputError, match=r"joint space has 4 dimensions and the expert's image space 3"):
-        KeepTargets(KeepSettings(1.0), reports, store, 4)
+    with pytest.raises(InputError, match=r"joint space has 4 dimensions and the expert's image space has 3"):
+        DistillationRegulariser(DistillationRegulariserSettings(1.0), reports, store, 4)
 
 
 EVERYTHING: dict[str, Any] = {
@@ -115,7 +115,7 @@ def train(run: str, cohort: str, folder: str, given: dict[str, Any], epochs: int
         expert=str(root / "expert" / "artefact"), index=str(root / "index" / "artefact"),
         student=str(root / "distill" / "artefact"), objective=given.get("objective", "infonce"),
         text=TextSettings(tower="scratch", width=32, layers=1, vocab_size=300, context_length=64),
-        robust=RobustSettings(**given["robust"]), keep=KeepSettings(**given.get("keep", {})),
+        robust=RobustSettings(**given["robust"]), keep=DistillationRegulariserSettings(**given.get("keep", {})),
         optimizer=partial(torch.optim.SGD, lr=0.02, momentum=0.9),
         scheduler=partial(torch.optim.lr_scheduler.StepLR, step_size=1000),
     )  # fmt: skip

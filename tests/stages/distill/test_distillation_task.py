@@ -124,7 +124,7 @@ def test_a_ct_without_a_report_is_distilled_towards_its_projection_alone(
     task = task_of(finished_run, teachers=BOTH)
     batch = val_batch(without_a_report, projection=True)
     assert [bool(report) for report in batch.report[:2]] == [False, True]
-    target, own = task._target(batch, batch.report), task.own_projection.targets(batch, task.teacher)
+    target, own = task._target(batch, batch.report), task.projection_teacher.targets(batch, task.teacher)
     torch.testing.assert_close(target[0], own[0])
     assert not torch.allclose(target[1], own[1])
     anchors = task._anchors_of(batch, batch.report)
@@ -210,7 +210,7 @@ def test_the_oracle_needs_labels_and_the_index_s_own_manifest(finished_run: Path
     other = NeighbourSettings(control="oracle", oracle_manifest=str(cohort / "ct.csv"))
     with pytest.raises(InputError, match=r"the manifest that the index .* was built from disagree"):
         fit(task_of(finished_run, neighbours=other), data(cohort, with_labels=True), tmp_path)
-    with pytest.raises(InputError, match="oracle_manifest names no X-ray manifest"):
+    with pytest.raises(InputError, match="oracle_manifest is not set"):
         NeighbourSettings(control="oracle")
 
 
@@ -269,7 +269,7 @@ def test_tau_is_the_expert_s_own_or_must_be_named(finished_run: Path, monkeypatc
         return teacher, store
 
     monkeypatch.setattr(distillation, "open_teacher", without_temperature)
-    with pytest.raises(InputError, match=r"names no temperature of its own; set --model\.init_args\.tau"):
+    with pytest.raises(InputError, match=r"the expert has no temperature; set --model\.init_args\.tau"):
         task_of(finished_run, anchors="bank")
     with pytest.raises(InputError, match=r"with no temperature.*anchors=bank"):
         task_of(finished_run, tau=0.1)
@@ -307,7 +307,7 @@ def test_nearly_uniform_targets_are_warned_about_once(finished_run: Path, cohort
     told = [str(entry.message) for entry in caught if "nearly uniform" in str(entry.message)]
     assert len(told) == 1
     assert "at tau 5" in told[0]
-    assert "set a smaller model.init_args.tau" in told[0]
+    assert "Set a smaller model.init_args.tau" in told[0]
     assert float(trainer.callback_metrics["train/target_entropy"]) == pytest.approx(math.log(6), rel=0.02)
 
 
@@ -335,7 +335,7 @@ def test_keys_and_values_may_differ_in_dimension(finished_run: Path, cohort: Pat
     )
     fit(task, data(cohort), tmp_path / "fit")
     other = index_of(tmp_path / "other", expert, keys=32, values=24)
-    with pytest.raises(InputError, match=r"values of 24 dimensions and holds 24; the expert .* has 32"):
+    with pytest.raises(InputError, match=r"values of 24 dimensions and contains 24; the expert .* has 32"):
         DistillationTask(ResNet3D(variant="small"), source, str(other))
     same = XrayIndexArtefact.open(index_of(tmp_path / "same", expert, keys=16, values=24))
     assert len({task.store.fingerprint, same.fingerprint, XrayIndexArtefact.open(other).fingerprint}) == 3
@@ -344,7 +344,7 @@ def test_keys_and_values_may_differ_in_dimension(finished_run: Path, cohort: Pat
 def test_projections_must_be_computed_and_weights_make_sense(finished_run: Path, cohort: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"data\.init_args\.projection=true"):
         fit(task_of(finished_run, teachers=BOTH), data(cohort), tmp_path)
-    with pytest.raises(InputError, match="one of them above 0"):
+    with pytest.raises(InputError, match="at least one of them above 0"):
         TeacherSettings(retrieved=0.0)
     with pytest.raises(InputError, match=r"subset_share is 1\.5"):
         NeighbourSettings(subset_share=1.5)

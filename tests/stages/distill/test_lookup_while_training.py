@@ -154,7 +154,7 @@ def test_placement_and_device_of_the_settings_reach_the_index(finished_run: Path
     assert isinstance(task.store.index, ShardedIndex)
     assert task.store.index._device == "cpu"
     if not torch.cuda.is_available():
-        with pytest.raises(InputError, match="FAISS sees none"):
+        with pytest.raises(InputError, match="FAISS has no GPU"):
             DistillationTask(
                 ResNet3D(variant="small"), *folders, neighbours=NeighbourSettings(device="gpu"), vocabulary="phantom"
             )

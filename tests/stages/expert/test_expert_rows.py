@@ -129,7 +129,7 @@ def test_the_stage_reads_no_excluded_row_and_counts_them(
         "validation: patient is in CT test": 0, "validation: not a frontal view": 1, "validation: language is not en": 0,
         "CT train reports: patient is in X-ray val or test": 1, "CT train reports: language is not en": 1,
     }  # fmt: skip
-    assert "left out of the expert: 2 rows (patient is in CT val or test)" in capsys.readouterr().out
+    assert "expert: excluded 2 rows (patient is in CT val or test)" in capsys.readouterr().out
 
 
 def test_the_ablation_s_expert_is_trained_on_nobody_who_is_scored(cohort: Path, tmp_path: Path) -> None:

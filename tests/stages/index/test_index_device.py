@@ -21,7 +21,7 @@ from ctx_distill.retrieval import index as index_module
 from ctx_distill.retrieval.build_index import build_index
 from ctx_distill.retrieval.index import XrayIndex, faiss_module, gpu_of
 from ctx_distill.retrieval.sharded import ShardedIndex
-from ctx_distill.stages.align.distillation_regulariser import KeepSettings
+from ctx_distill.stages.align.distillation_regulariser import DistillationRegulariserSettings
 from ctx_distill.stages.align.evidence import RobustSettings
 from ctx_distill.stages.align.task import AlignmentTask
 from ctx_distill.stages.distill.targets import NeighbourSettings, TeacherSettings
@@ -171,7 +171,7 @@ def test_alignment_places_the_index_that_it_uses_on_the_gpu_of_its_rank(
     finished_run: Path, cohort: Path, gpus: Gpus, opened: list[Path], asks: str
 ) -> None:
     evidence = ("retrieved", "findings") if asks == "retrieved" else ("findings",)
-    keep = KeepSettings(weight=0.5 if asks == "keep" else 0.0)
+    keep = DistillationRegulariserSettings(weight=0.5 if asks == "keep" else 0.0)
     task = alignment(finished_run, RobustSettings(evidence=evidence, vocabulary="phantom"), keep=keep)  # type: ignore[arg-type]
     task.model = SimpleNamespace(embed_dim=task.lookup.store.value_dim)  # type: ignore[assignment]
     assert len(opened) == 1, "it is read, and refused where it is damaged, when the task is made"
@@ -200,5 +200,5 @@ def test_refusals_still_come_when_the_task_is_made(finished_run: Path, tmp_path:
         alignment(tmp_path, RobustSettings(evidence=("retrieved",), vocabulary="phantom"))
     if not torch.cuda.is_available():
         for placement in ("replicated", "sharded"):
-            with pytest.raises(InputError, match="FAISS sees none"):
+            with pytest.raises(InputError, match="FAISS has no GPU"):
                 distillation(finished_run, neighbours=NeighbourSettings(device="gpu", placement=placement))  # type: ignore[arg-type]

@@ -117,7 +117,7 @@ def test_two_ranks_resume_and_embed_only_what_is_missing(stage: Stage, finished_
     resumed = stage.launched()
     assert resumed.statuses == [0], resumed.printed
     parts = -(-len(pool) // (2 * PART))
-    assert resumed.printed.count(f"1 of {parts} parts of the pool are embedded already") == 1
+    assert resumed.printed.count(f"1 of {parts} parts of the pool are already embedded") == 1
     assert set(resumed.rows) == pool - done
     same_index(stage.artefact.parent, finished_run / "index")
 

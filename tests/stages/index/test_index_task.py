@@ -140,7 +140,7 @@ def test_findings_are_read_from_texts_and_the_re_rank_uses_them(
     shown = reader.visible
     assert torch.equal(store.findings[first][shown] == 1, own[0][shown] == 1)
 
-    with pytest.raises(InputError, match="holds findings that the vocabulary chexpert does not"):
+    with pytest.raises(InputError, match="has findings that the vocabulary chexpert lacks"):
         FindingsReader(store, "chexpert")
 
     metrics: dict[str, Any] = json.loads((tmp_path / "index" / "metrics.json").read_text())
@@ -189,7 +189,7 @@ def test_an_expert_without_text_takes_a_report_encoder(
     with pytest.raises(InputError, match="report encoder that the index"):
         open_queries(*open_teacher(str(images_alone), None, str(run / "index" / "artefact")))
     place.unlink()
-    with pytest.raises(InputError, match=r"report_encoder\.json: does not say"):
+    with pytest.raises(InputError, match=r"report_encoder\.json: no readable source"):
         XrayIndexArtefact.open(run / "index" / "artefact")
 
 
@@ -209,9 +209,9 @@ def test_images_are_found_without_reports_and_then_nothing_is_re_ranked(
         sizes[key] = len(store)
         assert (store.findings is None) == (key == "image")
     assert sizes["image"] - sizes["text"] == 5
-    assert "left out of the index: 5 X-rays (no report text)" in capsys.readouterr().out
+    assert "index: excluded 5 X-rays (no report text)" in capsys.readouterr().out
     store = XrayIndexArtefact.open(tmp_path / "image" / "index" / "artefact")
-    with pytest.raises(InputError, match="built without"):
+    with pytest.raises(InputError, match="built without them"):
         FindingsReader(store, "ct-rate")
     metrics = json.loads((tmp_path / "image" / "index" / "metrics.json").read_text())
     assert metrics["jaccard_tfidf"] is not None

@@ -109,5 +109,5 @@ def test_refusals(finished_run: Path, cohort: Path, tmp_path: Path) -> None:
         expert, index, TextSettings(projection_dim=8), encoder=ResNet3D("small", base_width=8), prior=PriorSettings(1.0)
     )
     trainer = L.Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path)
-    with pytest.raises(InputError, match="Keep the expert's own space"):
+    with pytest.raises(InputError, match="Use the expert's space"):
         narrow.run(trainer, module(cohort), tmp_path)

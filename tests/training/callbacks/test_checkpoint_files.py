@@ -1,4 +1,4 @@
-"""Checkpoint files: proved before they take their place, passed over where torn, refused where they are another run's."""
+"""Checkpoint files: proved before they take their place, skipped where corrupt, refused where they are another run's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ctx_distill.distributed import rank
 from ctx_distill.errors import InputError
 from ctx_distill.training.callbacks import random_state
 from ctx_distill.training.callbacks.checkpoint_files import LAST, OWN, PREVIOUS, part_of, read, settle, standing
-from ctx_distill.training.callbacks.checkpoints import Checkpoints, _Room
+from ctx_distill.training.callbacks.checkpoints import Checkpoints, _WriteErrors
 
 IDENTITY = {"stage": "DistillationTask", "request": "abc"}
 
@@ -52,14 +52,16 @@ def test_a_torn_checkpoint_is_passed_over(tmp_path: Path, capsys: pytest.Capture
     found = standing(tmp_path, IDENTITY)
     assert found is not None
     assert (found.path.name, found.step) == (PREVIOUS, 5)
-    assert ("passed over" in capsys.readouterr().out) == (damage != "gone")
+    assert ("skipped" in capsys.readouterr().out) == (damage != "gone")
 
 
 def test_what_cannot_be_read_back_does_not_take_the_place(tmp_path: Path) -> None:
     path = tmp_path / LAST
     write(path, 5)
     part_of(path).write_bytes(path.read_bytes()[:-300])
-    with pytest.raises(InputError, match=r"last\.ckpt: the checkpoint cannot be read back .* the one before it stands"):
+    with pytest.raises(
+        InputError, match=r"last\.ckpt: the checkpoint cannot be read back .* the previous one is unchanged"
+    ):
         settle(path, keep=tmp_path / PREVIOUS)
     assert [item.name for item in tmp_path.iterdir()] == [LAST]
     assert read(path)["global_step"] == 5
@@ -86,7 +88,7 @@ def test_a_pickled_object_is_not_unpickled(tmp_path: Path, capsys: pytest.Captur
     torch.save({"global_step": 1, "thing": Shell()}, tmp_path / LAST)
     assert standing(tmp_path, IDENTITY) is None
     assert not (tmp_path / "ran").exists()
-    assert "passed over" in capsys.readouterr().out
+    assert "skipped" in capsys.readouterr().out
 
 
 def test_a_full_disk_is_a_clear_error_that_leaves_nothing_half_written(tmp_path: Path) -> None:
@@ -94,12 +96,12 @@ def test_a_full_disk_is_a_clear_error_that_leaves_nothing_half_written(tmp_path:
     write(path, 5)
 
     def fill_the_disk() -> None:
-        with _Room(path, 7, 5):
+        with _WriteErrors(path, 7, 5):
             part_of(path).write_bytes(b"half")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with pytest.raises(
-        InputError, match=r"step 7 cannot be written \(No space left on device\); that of step 5 stands"
+        InputError, match=r"step 7 cannot be written \(No space left on device\); the latest is of step 5"
     ):
         fill_the_disk()
     assert [item.name for item in tmp_path.iterdir()] == [LAST]

@@ -119,9 +119,9 @@ def test_a_rank_that_hangs_is_named_and_the_run_ends(ended: dict[str, list[tuple
     assert first != 0
     assert "never ended" not in first_said + second_said
     assert "ctx-distill: rank 1 (host " in second_said
-    assert "has not got past training step 3, train batch 3, at test_watchdog.py:" in second_said
-    assert "in meet for" in second_said
-    assert "; rank 0 waits for it" in second_said
+    assert "min; it is in training step 3, train batch 3, at test_watchdog.py:" in second_said
+    assert "has made no progress for " in second_said
+    assert "in meet; rank 0 waits for it" in second_said
     assert "in training_step" in second_said, "the stack of the main thread"
     # The other rank either saw the same, or the connection break when the first of them had ended.
     assert "ctx-distill: rank 1 (host " in first_said or "Error" in first_said
@@ -134,7 +134,7 @@ def test_a_rank_whose_process_is_gone_is_named(ended: dict[str, list[tuple[int, 
     assert second == -signal.SIGKILL
     assert first not in (0, -signal.SIGKILL), first_said
     assert "ctx-distill: rank 1 (host " in first_said
-    assert "gives no sign" in first_said
+    assert "does not respond" in first_said
     assert "last seen at training step" in first_said
 
 
@@ -181,25 +181,25 @@ def of(number: int, **changes: object) -> RankRecord:
     [
         pytest.param(
             {0: of(0, place=(18, 2)), 1: of(1), 2: of(2, place=(18, 2))}, set(),
-            f"rank 1 (host n1, process 11) has not got past {WHERE} for 30 min; "
+            f"rank 1 (host n1, process 11) has made no progress for 30 min; it is in {WHERE}; "
             "ranks 0, 2 wait for it",
             id="least far",
         ),
         pytest.param(
             {0: of(0, waiting=True), 1: of(1, waiting=True), 2: of(2)}, set(),
-            f"rank 2 (host n1, process 12) has not got past {WHERE} for 30 min; "
+            f"rank 2 (host n1, process 12) has made no progress for 30 min; it is in {WHERE}; "
             "ranks 0, 1 wait for it",
             id="equally far, one does not wait in a collective",
         ),
         pytest.param(
             {0: of(0, place=(2, 9)), 1: of(1, place=(3, 1))}, set(),
-            f"rank 0 (host n1, process 10) has not got past {WHERE} for 30 min; "
+            f"rank 0 (host n1, process 10) has made no progress for 30 min; it is in {WHERE}; "
             "rank 1 waits for it",
             id="batches count before what follows them",
         ),
         pytest.param(
             {0: of(0, place=(18, 0)), 1: of(1, place=(19, 4))}, {1},
-            "rank 1 (host n1, process 11) gives no sign: its process has ended or its machine is down; last seen at "
+            "rank 1 (host n1, process 11) does not respond: its process has ended or its machine is down; last seen at "
             "training step 117, train batch 17, at x.py:3 in f; rank 0 waits for it",
             id="gone, though it was ahead",
         ),
@@ -211,18 +211,18 @@ def of(number: int, **changes: object) -> RankRecord:
         ),
         pytest.param(
             {0: of(0, place=(18, 2)), 1: of(1, ended="stopped by its watchdog", hung=True)}, set(),
-            f"rank 1 (host n1, process 11) has not got past {WHERE} for 30 min; "
+            f"rank 1 (host n1, process 11) has made no progress for 30 min; it is in {WHERE}; "
             "rank 0 waits for it",
             id="stopped by its own watchdog first",
         ),
         pytest.param(
             {0: of(0, waiting=True), 1: None}, set(),
-            "rank 1 has left no record: it never began this run, or is gone; rank 0 waits for it",
+            "rank 1 has no record: it has not started this run, or has exited; rank 0 waits for it",
             id="no record, and the others wait",
         ),
         pytest.param(
             {0: of(0), 1: None}, set(),
-            f"rank 0 (host n1, process 10) has not got past {WHERE} for 30 min",
+            f"rank 0 (host n1, process 10) has made no progress for 30 min; it is in {WHERE}",
             id="no record, since it is through",
         ),
     ],
