@@ -14,3 +14,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         content = page.read_text(encoding="utf-8").replace("](../docs/", "](../")
         files.append(File.generated(config, f"manifests/{page.name}", content=content))
     return files
+
+
+def on_page_markdown(markdown: str, **_: object) -> str:
+    """Turn links into data_manifests/, as they work in the repository, into links within the site."""
+    return markdown.replace("](../data_manifests/", "](manifests/")
