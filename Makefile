@@ -154,7 +154,7 @@ $(AXE): tests/explorer/axe/package-lock.json tests/explorer/axe/package.json $(N
 	@touch $@
 
 docs: $(READY) ## build the documentation site into site/; it needs no network
-	@$(VENV)/bin/mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 	@echo "site/index.html"
 
 page: $(READY) ## write RUN/index.html again
