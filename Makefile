@@ -62,7 +62,7 @@ JOB = --data "$(DATA)" --run "$(RUN)" --preset "$(PRESET)" $(if $(EXPERT),--expe
 	$(if $(TIME),--time "$(TIME)") $(if $(PARTS),--parts "$(PARTS)") $(if $(PREPARED),--prepared "$(PREPARED)") \
 	--sbatch="$$SBATCH" $(if $(SBATCH_PREPARE),--sbatch-prepare="$$SBATCH_PREPARE") --setup="$$SETUP" $(if $(DRY),--dry-run)
 
-.PHONY: help setup demo data expert all stage-1 stage-2 stage-3 stage-4 ablation explorer wheel wheelhouse page settings compare check lock clean \
+.PHONY: help setup demo data expert all stage-1 stage-2 stage-3 stage-4 ablation explorer wheel wheelhouse docs page settings compare check lock clean \
 	slurm-stage-1 slurm-stage-2 slurm-stage-3 slurm-stage-4 slurm-expert slurm-prepare slurm-all \
 	test test-quick test-slow test-slurm test-browser test-device test-gpu gpu-wheels gpu-report gpu-rehearsal chaos bench-large-batch bench-data bench-index bench-train bench-processes bench-text \
 	bench-cache bench-retrieval bench-pairs bench-equal-keys bench-manifest
@@ -159,6 +159,10 @@ wheelhouse: wheel $(UV) ## collect every wheel for a machine without a network i
 $(AXE): tests/explorer/axe/package-lock.json tests/explorer/axe/package.json $(NIIVUE)
 	@$(NPM) ci --prefix tests/explorer/axe --loglevel=error
 	@touch $@
+
+docs: $(READY) ## build the documentation site into site/; it needs no network
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+	@echo "site/index.html"
 
 page: $(READY) ## write RUN/index.html again
 	@$(CLI) page --run "$(RUN)"
