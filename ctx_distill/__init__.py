@@ -17,12 +17,12 @@ def load(
     """Open a run folder, or the artefact of a dual encoder or classifier, for use; see `CTModel.predict`.
 
     Args:
-        path: a run folder, a stage's folder, or an artefact.
-        index: folder of an X-ray index, for `CTModel.nearest`; default: the run's own.
-        vocabulary: findings to ask for where the run names none: a shipped vocabulary or a file (default: ct-rate).
+        path: run folder, stage folder, or artefact.
+        index: folder of an X-ray index for `CTModel.nearest`; by default the index of the run.
+        vocabulary: findings to predict if the run has no labels: a shipped vocabulary or a file (default: ct-rate).
 
     Raises:
-        InputError: nothing usable is there, or its parts do not belong together.
+        InputError: no usable model, or parts that do not match.
     """
     from pathlib import Path
 

@@ -1,8 +1,8 @@
-"""Artefacts: what one stage hands to the next, as safetensors and JSON, written whole or not at all.
+"""Read and write artefacts, the outputs of stages, as safetensors and JSON.
 
-An artefact folder holds `artefact.json` (kind, fingerprint, upstream fingerprints, config), `model.safetensors`, and
-whatever files its kind adds. The fingerprint is a SHA-256 over config and weights, so equal artefacts have equal
-fingerprints wherever they lie.
+An artefact folder contains `artefact.json` (kind, fingerprint, upstream fingerprints, config), `model.safetensors`, and
+additional files of its kind. It is written atomically. The fingerprint is a SHA-256 of config and weights, so equal
+artefacts have equal fingerprints in any location.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ __all__ = [
 
 Kind = Literal["xray-expert", "xray-index", "ct-encoder", "dual-encoder", "classifier", "report-decoder"]
 RECORD_ATTEMPTS = 10
-"""Reads of a record, 10 ms apart, before the artefact counts as missing: it may be replaced in two steps at that moment."""
+"""Attempts to read a record, 10 ms apart, before the artefact counts as missing; it may be in the middle of a replacement."""
 WEIGHTS_FILE = "model.safetensors"
 
 
@@ -48,11 +48,11 @@ class Artefact:
     """An artefact read from disk.
 
     Attributes:
-        folder: where it lies.
-        kind: what it is.
-        fingerprint: SHA-256 (hex) of its config and weights.
-        config: plain JSON values to build it again.
-        upstream: fingerprint of each artefact or input that it was made from, by name ("xray-expert", ...).
+        folder: artefact folder.
+        kind: kind of artefact.
+        fingerprint: SHA-256 (hex) of config and weights.
+        config: JSON values from which the model is built.
+        upstream: fingerprint of each artefact or input that it depends on, by name ("xray-expert", ...).
     """
 
     folder: Path
@@ -62,7 +62,7 @@ class Artefact:
     upstream: dict[str, str] = field(default_factory=dict)
 
     def weights(self) -> dict[str, Tensor]:
-        """All tensors, on the CPU."""
+        """Return all tensors on the CPU."""
         return dict(load_file(self.folder / WEIGHTS_FILE))
 
 
@@ -74,23 +74,26 @@ def write_artefact(
     upstream: Mapping[str, str] | None = None,
     extra: Callable[[Path], None] | None = None,
 ) -> Artefact:
-    """Write an artefact beside its place and move it there; at no moment is there none where there was one before.
+    """Write an artefact to a temporary folder and move it into place, so that readers always see an artefact.
 
     Args:
-        folder: the artefact's folder.
-        kind: what it is.
-        config: plain JSON values.
-        tensors: the weights, saved as safetensors.
-        upstream: fingerprints of what it was made from.
-        extra: called with the temporary folder to add more files (a tokenizer, an index) before the move.
+        folder: artefact folder.
+        kind: kind of artefact.
+        config: JSON values.
+        tensors: weights, saved as safetensors.
+        upstream: fingerprints of the inputs, by name.
+        extra: function that adds files (a tokenizer, an index) to the temporary folder before the move.
+
+    Returns:
+        The artefact as read from disk.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     restore_folder(folder)
-    for left in folder.parent.glob(f".{folder.name}.new-*"):  # of a writer that was killed
+    for left in folder.parent.glob(f".{folder.name}.new-*"):  # from a writer that was killed
         shutil.rmtree(left, ignore_errors=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.new-", dir=folder.parent))
     try:
-        save_file(_apart(tensors), temporary / WEIGHTS_FILE)
+        save_file(_unshared(tensors), temporary / WEIGHTS_FILE)
         if extra is not None:
             extra(temporary)
         fingerprint = hash_json({"kind": kind, "config": dict(config), "weights": hash_file(temporary / WEIGHTS_FILE)})
@@ -104,15 +107,15 @@ def write_artefact(
     return read_artefact(folder, kind)
 
 
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors on the CPU, none in another's storage; without a copy where that is so, as in a large index."""
-    own = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    uses = Counter(value.untyped_storage().data_ptr() for value in own.values())
+def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors on the CPU with separate storage; copies only tensors that share storage."""
+    on_cpu = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    uses = Counter(value.untyped_storage().data_ptr() for value in on_cpu.values())
     return {
         name: value
         if uses[value.untyped_storage().data_ptr()] == 1 and value.untyped_storage().nbytes() == value.nbytes
         else value.clone()
-        for name, value in own.items()
+        for name, value in on_cpu.items()
     }
 
 
@@ -120,31 +123,29 @@ def read_artefact(folder: Path, kind: Kind) -> Artefact:
     """Read an artefact's record.
 
     Raises:
-        InputError: the folder holds no artefact, a torn one, or one of another kind.
+        InputError: no artefact, a corrupt one, or one of another kind.
     """
     path = folder / ARTEFACT_FILE
     text = _read_record(folder)
     if text is None:
         raise InputError(
-            f"{folder}: no {kind} artefact here ({ARTEFACT_FILE} is missing). "
-            "Run the stage that makes it, or give the folder of one."
+            f"{folder}: no {kind} artefact ({ARTEFACT_FILE} is missing). "
+            "Run the stage that creates it, or pass another folder."
         )
     try:
         record = json.loads(text)
         artefact = Artefact(folder, record["kind"], record["fingerprint"], record["config"], record["upstream"])
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{path}: not a readable artefact record ({error}). Run the stage that makes it again."
-        ) from error
+        raise InputError(f"{path}: corrupt artefact record ({error}). Run the stage that creates it again.") from error
     if artefact.kind != kind:
         raise InputError(
-            f"{folder}: holds a {artefact.kind} artefact, but a {kind} is needed here. Give the folder of a {kind}."
+            f"{folder}: contains a {artefact.kind} artefact; expected a {kind}. Pass the folder of a {kind}."
         )
     return artefact
 
 
 def _read_record(folder: Path) -> str | None:
-    """Read an artefact's record, None where there is none; `replace_folder` may be at work on a file system without exchange."""
+    """Read an artefact's record, or return None if there is none; retries during a two-step `replace_folder`."""
     for attempt in range(RECORD_ATTEMPTS):
         if attempt:
             time.sleep(0.01)
@@ -155,40 +156,40 @@ def _read_record(folder: Path) -> str | None:
 
 
 def require_same(first: str, first_fingerprint: str, second: str, second_fingerprint: str, remedy: str) -> None:
-    """Check that two artefacts agree on something that both name.
+    """Check that two artefacts have equal fingerprints of a shared input.
 
     Raises:
-        InputError: they disagree; the message names both.
+        InputError: the fingerprints differ; the message names both artefacts.
     """
     if first_fingerprint != second_fingerprint:
         raise InputError(
-            f"{first} and {second} disagree: {first_fingerprint[:12]} against {second_fingerprint[:12]}. {remedy}"
+            f"{first} and {second} do not match: {first_fingerprint[:12]} and {second_fingerprint[:12]}. {remedy}"
         )
 
 
 def load_weights(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str = "", source: str = "weights") -> None:
-    """Load the tensors under a prefix into a module, strictly.
+    """Load the tensors with a prefix into a module, strictly.
 
     Raises:
-        InputError: keys are missing or left over, or shapes differ; the message lists the first of each.
+        InputError: missing or unexpected keys, or different shapes; the message lists the first of each.
     """
-    own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    selected = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
     expected = module.state_dict()
-    missing = sorted(expected.keys() - own.keys())
-    left_over = sorted(own.keys() - expected.keys())
+    missing = sorted(expected.keys() - selected.keys())
+    unexpected = sorted(selected.keys() - expected.keys())
     shapes = sorted(
-        f"{name} {tuple(own[name].shape)} for {tuple(expected[name].shape)}"
-        for name in own.keys() & expected.keys()
-        if own[name].shape != expected[name].shape
+        f"{name} {tuple(selected[name].shape)} for {tuple(expected[name].shape)}"
+        for name in selected.keys() & expected.keys()
+        if selected[name].shape != expected[name].shape
     )
-    if missing or left_over or shapes:
+    if missing or unexpected or shapes:
         parts = [
-            f"{len(items)} {what}: {', '.join(items[:3])}"
-            for what, items in (("missing", missing), ("left over", left_over), ("of another shape", shapes))
+            f"{len(items)} {problem}: {', '.join(items[:3])}"
+            for problem, items in (("missing", missing), ("unexpected", unexpected), ("of different shape", shapes))
             if items
         ]
         raise InputError(
             f"{source}: weights do not fit {type(module).__name__} ({'; '.join(parts)}). "
-            "Use the configuration that they were trained with."
+            "Use the configuration of the training run."
         )
-    module.load_state_dict(own)
+    module.load_state_dict(selected)

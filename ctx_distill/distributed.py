@@ -1,16 +1,16 @@
-"""Rank and world size asked at call time, and gathers whose gradient equals one process with the whole batch.
+"""Query rank and world size at call time, and gather tensors with the gradient of a single process.
 
-The convention, in one place: **every rank computes its loss on the global batch** (all ranks' rows, gathered in rank
-order) **and DDP averages the ranks' gradients**. What is minimised is then the mean over ranks of what each rank
-computed, so the backward of a gather hands every rank the *sum* over ranks of the gradients of its rows; dividing by
-the world size is DDP's part. Both a parameter in front of the gather (an encoder) and one behind it (the temperature)
-then get exactly the gradient of one process, also where ranks hold unequal numbers of rows.
+Convention: **every rank computes its loss on the global batch** (the rows of all ranks, gathered in rank order) **and DDP
+averages the gradients of the ranks**. This minimises the mean over ranks of their losses. The backward pass of a gather
+therefore gives every rank the *sum* over ranks of the gradients of its rows, and DDP divides by the world size. Parameters
+before the gather (an encoder) and after it (the temperature) then get exactly the gradient of a single process, even with
+unequal numbers of rows per rank.
 
 Gathers are collective: every rank calls them in the same order, and a tensor needs a gradient on all ranks or on none.
 
-**Devices.** NCCL refuses tensors on the CPU. Gathers of tensors therefore take them on the rank's own device, which is
+**Devices.** NCCL does not support CPU tensors. Tensors are therefore gathered on the rank's device, which is
 `trainer.strategy.root_device`, not `task.device`: Lightning moves the module to the CPU at the end of every loop. Objects,
-flags and barriers go through a gloo group of their own on the CPU (`host_group`), at any device.
+flags and barriers use a separate gloo group on the CPU (`host_group`).
 """
 
 from __future__ import annotations
@@ -32,34 +32,34 @@ T = TypeVar("T")
 
 
 def is_distributed() -> bool:
-    """Whether a process group stands now."""
+    """Return whether a process group is initialised."""
     return dist.is_available() and dist.is_initialized()
 
 
 def world_size() -> int:
-    """Number of ranks now; 1 without a process group."""
+    """Return the current number of ranks; 1 without a process group."""
     return int(dist.get_world_size()) if is_distributed() else 1
 
 
 def rank() -> int:
-    """This process's rank now; 0 without a process group."""
+    """Return the current rank of this process; 0 without a process group."""
     return int(dist.get_rank()) if is_distributed() else 0
 
 
 def barrier() -> None:
-    """Wait for all ranks, at most `ALIVE_LIMIT`; nothing without a process group.
+    """Wait for all ranks, at most `ALIVE_LIMIT`; does nothing without a process group.
 
-    Where rank 0 works meanwhile, use `run_on_rank_zero`.
+    Use `run_on_rank_zero` if rank 0 works while the others wait.
     """
     if world_size() > 1:
-        # `dist.barrier` would choose a GPU to put a tensor on.
-        met = dist.all_reduce(torch.zeros(1), group=host_group(), async_op=True)
-        assert met is not None
-        met.wait(ALIVE_LIMIT)
+        # `dist.barrier` would allocate a tensor on a GPU.
+        reduction = dist.all_reduce(torch.zeros(1), group=host_group(), async_op=True)
+        assert reduction is not None
+        reduction.wait(ALIVE_LIMIT)
 
 
 def gather_row_counts(rows: int, device: torch.device) -> list[int]:
-    """The number of rows that each rank holds, in rank order; exchanged on the rank's `device`."""
+    """Return the number of rows of each rank in rank order, exchanged on the rank's `device`."""
     if world_size() == 1:
         return [rows]
     counts = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world_size())]
@@ -68,12 +68,12 @@ def gather_row_counts(rows: int, device: torch.device) -> list[int]:
 
 
 class _GatherRows(torch.autograd.Function):
-    """All ranks' rows; backward sums the ranks' gradients and takes this rank's rows."""
+    """Gather the rows of all ranks; backward sums the gradients over ranks and selects this rank's rows."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, counts: list[int]) -> Tensor:
         ctx.start, ctx.rows = sum(counts[: rank()]), x.shape[0]
-        # Collectives need equal shapes, so short ranks are padded to the longest and trimmed again.
+        # Collectives need equal shapes, so all ranks pad to the max number of rows and trim afterwards.
         padded = x.new_zeros((max(counts), *x.shape[1:]))
         padded[: x.shape[0]] = x
         parts = [torch.empty_like(padded) for _ in counts]
@@ -88,14 +88,14 @@ class _GatherRows(torch.autograd.Function):
 
 
 def gather_with_gradient(x: Tensor) -> Tensor:
-    """Rows of all ranks in rank order, differentiable (see the module's convention).
+    """Gather the rows of all ranks in rank order, differentiably (see the convention of this module).
 
     Args:
-        x: (b, ...) this rank's rows; b may differ between ranks, the other dimensions may not. Integer and boolean
-            tensors are gathered too, without a gradient.
+        x: (b, ...) this rank's rows; only b may differ between ranks. Integer and boolean tensors are gathered without a
+            gradient.
 
     Returns:
-        (sum of b, ...); x itself without a process group.
+        (sum of b, ...); x without a process group.
     """
     if world_size() == 1:
         return x
@@ -110,10 +110,10 @@ def gather_with_gradient(x: Tensor) -> Tensor:
 
 
 def first_rows(rows: Tensor) -> Tensor:
-    """Which of the gathered rows come for the first time.
+    """Return which of the gathered rows occur for the first time.
 
     Args:
-        rows: (B,) int64 of the global batch; a held-out row that a sampler repeated comes twice.
+        rows: (B,) int64 rows of the global batch; rows that a sampler repeated as padding occur twice.
 
     Returns:
         (B,) bool.
@@ -123,7 +123,7 @@ def first_rows(rows: Tensor) -> Tensor:
 
 
 def own_first_rows(rows: Tensor) -> Tensor:
-    """`first_rows` of the global batch, for this rank's rows (b,) alone; collective."""
+    """Return `first_rows` of the global batch for this rank's rows (b,); collective."""
     if world_size() == 1:
         return torch.ones_like(rows, dtype=torch.bool)
     counts = gather_row_counts(len(rows), rows.device)
@@ -132,15 +132,16 @@ def own_first_rows(rows: Tensor) -> Tensor:
 
 
 def own_share(total: int) -> slice:
-    """Return this rank's consecutive part of `total` items; the parts of all ranks in rank order are all items."""
+    """Return this rank's consecutive part of `total` items; the parts of all ranks cover all items in rank order."""
     share = -(-total // world_size())
     return slice(rank() * share, (rank() + 1) * share)
 
 
 def gather_objects(items: list[T]) -> list[T]:
-    """Items of all ranks in rank order, pickled between this run's own processes (texts, names; no tensors of a GPU).
+    """Gather the items of all ranks in rank order, pickled between the processes of this run.
 
-    Collective, on the CPU: NCCL would copy the pickled bytes of all ranks to every GPU.
+    Use it for texts and names, not for GPU tensors. Collective, on the CPU: NCCL would copy the pickled bytes of all ranks
+    to every GPU.
     """
     if world_size() == 1:
         return list(items)
@@ -150,30 +151,30 @@ def gather_objects(items: list[T]) -> list[T]:
 
 
 def global_mean(values: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Weighted mean over the rows of all ranks, with the gradient of one process.
+    """Return the weighted mean over the rows of all ranks, with the gradient of a single process.
 
-    The mean of ranks' means is another number where ranks hold unequal rows (or unequal numbers of tokens).
+    It differs from the mean of the ranks' means if ranks have unequal numbers of rows (or tokens).
 
     Args:
-        values: (b,) a term a row.
+        values: (b,) one term per row.
         weights: (b,) non-negative, default all one.
 
     Returns:
-        () the same on every rank; 0 where all weights are 0.
+        (), equal on every rank; 0 if all weights are 0.
     """
     weights = torch.ones_like(values) if weights is None else weights
     return global_ratio(values * weights, weights)
 
 
 def global_ratio(numerators: Tensor, denominators: Tensor) -> Tensor:
-    """Sum over the rows of all ranks of one divided by that of the other, with the gradient of one process.
+    """Return the ratio of two sums over the rows of all ranks, with the gradient of a single process.
 
     Args:
         numerators: (b,) floating.
         denominators: (b,) non-negative, of the same type.
 
     Returns:
-        () the same on every rank; 0 where all denominators are 0.
+        (), equal on every rank; 0 if all denominators are 0.
     """
     sums = gather_with_gradient(torch.stack([numerators.sum(), denominators.sum()])[None]).sum(0)
     return sums[0] / sums[1].clamp_min(torch.finfo(numerators.dtype).tiny)
@@ -183,9 +184,10 @@ _host_group: Any = None
 
 
 def any_rank(*flags: bool) -> list[bool]:
-    """For each flag, whether it is set on any rank; the same on every rank.
+    """Return for each flag whether it is set on any rank.
 
-    Collective, over a group of its own on the CPU: it neither waits for a GPU nor falls between the gradients' calls.
+    Collective, over a separate group on the CPU, so that it neither waits for a GPU nor interferes with gradient
+    collectives.
     """
     if world_size() == 1:
         return list(flags)
@@ -195,17 +197,17 @@ def any_rank(*flags: bool) -> list[bool]:
 
 
 def host_group() -> Any:
-    """A gloo group of all ranks for words between the processes; made at the first call, which is collective."""
+    """Return a gloo group of all ranks for messages; created by the first call, which is collective."""
     global _host_group
     if _host_group is None or _host_group[0] is not dist.group.WORLD:
-        # no limit of its own to speak of: training/callbacks/watchdog.py ends a run that hangs, and says who holds it up
+        # a long timeout, because training/callbacks/watchdog.py stops a hung run and reports the hung rank
         _host_group = (dist.group.WORLD, dist.new_group(backend="gloo", timeout=timedelta(days=7)))
     return _host_group[1]
 
 
 @torch.no_grad()
 def copy_from_rank_zero(module: nn.Module) -> None:
-    """Give rank 0's parameters and buffers to all ranks; collective, through the host, and so on any device."""
+    """Copy rank 0's parameters and buffers to all ranks; collective, through host memory, for any device."""
     if world_size() == 1:
         return
     for value in module.state_dict().values():
@@ -218,62 +220,63 @@ def copy_from_rank_zero(module: nn.Module) -> None:
 
 
 ALIVE_EVERY_S = 5.0
-"""Seconds between two signs of life of rank 0 in `run_on_rank_zero`."""
+"""Seconds between heartbeats of rank 0 in `run_on_rank_zero`."""
 ALIVE_LIMIT = timedelta(minutes=30)
-"""Longest wait for a sign of life, which a library that holds Python's lock delays, and for all ranks in `barrier`."""
+"""Max wait for a heartbeat, which a library that holds the GIL delays, and for all ranks in `barrier`."""
 _WORKING, _DONE, _FAILED = 0, 1, 2
 
 
 def run_on_rank_zero(work: Callable[[], T]) -> T | None:
-    """Run something long on rank 0 while all other ranks wait for its end; collective.
+    """Run a long function on rank 0 while all other ranks wait; collective.
 
-    The others wait in short collectives on the CPU: a thread of rank 0 sends a sign of life every `ALIVE_EVERY_S`. So no
-    time limit of a process group bounds the work, and the others still end when rank 0 fails, dies or stands still.
+    The other ranks wait in short collectives on the CPU: a thread of rank 0 sends a heartbeat every `ALIVE_EVERY_S`. The
+    work is therefore not bounded by the timeout of a process group, and the others still stop if rank 0 fails, dies or
+    hangs.
 
     Args:
-        work: must not call collectives.
+        work: function to run; must not call collectives.
 
     Returns:
         What `work` returned on rank 0, None on the others.
 
     Raises:
-        InputError, StopRequested: `work` raised it; on all ranks, so that all end with the same exit status.
-        RuntimeError: on the other ranks: `work` raised another error, or rank 0 is gone.
+        InputError, StopRequested: `work` raised it; raised on all ranks, so that all exit with the same status.
+        RuntimeError: on the other ranks, if `work` raised another error or rank 0 is gone.
     """
     if world_size() == 1:
         return work()
     if rank() != 0:
         _wait_for_rank_zero()
         return None
-    over = threading.Event()
-    signs = threading.Thread(target=_show_life, args=(over,), name="signs of life", daemon=True)
+    finished = threading.Event()
+    heartbeat = threading.Thread(target=_send_heartbeats, args=(finished,), name="heartbeat", daemon=True)
     group = host_group()
-    signs.start()
+    heartbeat.start()
     try:
         result = work()
     except BaseException as error:
-        over.set()
-        signs.join()
-        with contextlib.suppress(RuntimeError):  # whom nobody waits for any more, has its own error to tell
+        finished.set()
+        heartbeat.join()
+        with contextlib.suppress(RuntimeError):  # the other ranks may be gone
             _send_state(_FAILED)
             dist.broadcast_object_list([type(error).__name__, str(error)], src=0, group=group)
         raise
-    over.set()
-    signs.join()
+    finished.set()
+    heartbeat.join()
     _send_state(_DONE)
     return result
 
 
-def _show_life(over: threading.Event) -> None:
-    while not over.wait(ALIVE_EVERY_S):
+def _send_heartbeats(finished: threading.Event) -> None:
+    while not finished.wait(ALIVE_EVERY_S):
         try:
             _send_state(_WORKING)
-        except RuntimeError:  # a waiting rank is gone: the main thread gets this error with its next collective
+        except RuntimeError:  # a waiting rank is gone: the main thread gets this error from its next collective
             return
 
 
 def _send_state(state: int) -> int:
-    """Broadcast rank 0's state; the others' argument is overwritten."""
+    """Broadcast and return rank 0's state; the argument of other ranks is ignored."""
     value = torch.tensor([state])
     sent = dist.broadcast(value, src=0, group=host_group(), async_op=True)
     assert sent is not None
@@ -285,13 +288,13 @@ def _wait_for_rank_zero() -> None:
     while (state := _send_state(_WORKING)) == _WORKING:
         pass
     if state == _FAILED:
-        told: list[Any] = [None, None]
-        dist.broadcast_object_list(told, src=0, group=host_group())
-        _raise_as_rank_zero(*told)
+        error: list[Any] = [None, None]
+        dist.broadcast_object_list(error, src=0, group=host_group())
+        _raise_as_rank_zero(*error)
 
 
 def _raise_as_rank_zero(kind: str, message: str) -> NoReturn:
-    for known in (InputError, StopRequested):
-        if kind == known.__name__:
-            raise known(message)
-    raise RuntimeError(f"rank 0 ended with {kind}: {message}")
+    for error_type in (InputError, StopRequested):
+        if kind == error_type.__name__:
+            raise error_type(message)
+    raise RuntimeError(f"rank 0 failed with {kind}: {message}")

@@ -1,10 +1,10 @@
-"""The error of bad input; light, so that the command line can import it before anything heavy."""
+"""The exception for invalid input; without heavy imports, so that the command line starts quickly."""
 
 from __future__ import annotations
 
 
 class InputError(ValueError):
-    """Bad input by a user: names what was read, what was found, what was expected, and the remedy.
+    """Invalid user input; the message states what is wrong, where, what was expected, and what to do.
 
-    The command line prints it without a traceback and ends with status 2.
+    The command line prints it without a traceback and exits with status 2.
     """

@@ -1,7 +1,7 @@
-"""One function over many items in worker processes: bounded, with a progress bar, stopped at once by an error or Ctrl-C.
+"""Apply a function to many items in worker processes, with bounded memory, a progress bar and prompt interruption.
 
-The processes are those of `concurrent.futures`. pebble would report the item of a dead worker by itself, but that replaces
-only `_one_by_one`: the bound on items in flight and the stop at a signal would stay ours, with one more dependency.
+The pool is that of `concurrent.futures`. pebble would report the item of a dead worker by itself, but it would replace only
+`_one_by_one`: the bound on items in flight and the stop at a signal would remain here, with one more dependency.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from ctx_distill.progress import LogLine, progress_bar
 T = TypeVar("T")
 R = TypeVar("R")
 
-DIED = "was ended by the system (no memory left, or a decoder that crashed)"
+DIED = "was killed (out of memory, or a crashed decoder)"
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on."""
+    """Return the number of cores available to this process."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -39,20 +39,20 @@ def in_processes(
     workers: int | None = None,
     died: Callable[[T], R] | None = None,
 ) -> Iterator[tuple[T, R]]:
-    """Each item with the function's value, in the order they are done.
+    """Yield each item with its result, in the order of completion.
 
     Args:
-        title: beside the progress bar.
-        function: a function of a module; it is run in processes started afresh, with one thread of torch each.
-        items: may be endless as far as memory goes: four a worker are in flight.
-        total: their number.
-        workers: processes; None takes one a core.
-        died: the value of an item that ended its process (no memory, a crash of a decoder); what was in flight beside it is
-            run again, each alone, to find out which it was.
+        title: title of the progress bar.
+        function: module-level function, run in spawned processes with one torch thread each.
+        items: items to process; at most four per worker are in flight.
+        total: number of items.
+        workers: number of processes; None uses one per core.
+        died: returns the result for an item that killed its process (out of memory, a crashed decoder). The items in
+            flight are then repeated one by one to identify it.
 
     Raises:
-        InputError: an item ended its process, and there is no `died`.
-        StopRequested: a signal asked for it; what is yielded by then is done.
+        InputError: an item killed its process, and `died` is None.
+        StopRequested: stopped by a signal; items yielded before are complete.
     """
     waiting, workers = iter(items), max(1, min(workers or usable_cores(), total))
     pool = _pool(workers)
@@ -80,7 +80,7 @@ def in_processes(
                     yield item, future.result()
                     progress.advance(bar)
                     log.advance()
-                if suspects and not signals.requested():  # else the signal reached the workers too
+                if suspects and not signals.requested():  # otherwise the signal reached the workers too
                     suspects += running.values()
                     running.clear()
                     pool.shutdown()
@@ -96,7 +96,7 @@ def in_processes(
 def _one_by_one(
     title: str, function: Callable[[T], R], items: Iterable[T], died: Callable[[T], R] | None
 ) -> Iterator[tuple[T, R]]:
-    """As `in_processes` with one item in flight, so that it is known which one ends the process."""
+    """Process one item at a time, to identify the one that kills its process."""
     pool = _pool(1)
     try:
         for item in items:
@@ -106,8 +106,8 @@ def _one_by_one(
                 if signals.requested():
                     raise signals.StopRequested(title) from None
                 if died is None:
-                    told = f"{title}: the process that worked on {item} {DIED}; leave it out, or give more memory"
-                    raise InputError(told) from error
+                    message = f"{title}: the process for {item} {DIED}; exclude the item, or provide more memory"
+                    raise InputError(message) from error
                 pool.shutdown()
                 value, pool = died(item), _pool(1)
             yield item, value
@@ -120,15 +120,15 @@ def _pool(workers: int) -> ProcessPoolExecutor:
 
 
 def _begin() -> None:
-    """Set up a worker: torch gets one thread there, and it ends with the process that started it."""
+    """Set up a worker: one torch thread, and exit with the parent process."""
     end_with_parent()
-    os.environ["OMP_NUM_THREADS"] = "1"  # of a torch that is imported later: reading texts needs none
+    os.environ["OMP_NUM_THREADS"] = "1"  # in case torch is imported later; text processing does not need it
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
 
 
 def end_with_parent() -> None:
-    """End this worker when its parent is gone: a killed parent cannot end its workers, which would wait forever."""
+    """End this worker when its parent is gone. A killed parent cannot stop its workers, which would wait forever."""
     threading.Thread(target=_wait_for_parent, daemon=True).start()
 
 

@@ -1,4 +1,4 @@
-"""The run's one seed, `seed_everything`, and the seeds that everything drawn in training gets from it."""
+"""The run's seed (`seed_everything`) and the seeds derived from it."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ VARIABLE = "PL_GLOBAL_SEED"
 
 
 def run_seed() -> int:
-    """Return the seed of the run; 0 where nothing was seeded."""
+    """Return the seed of the run, or 0 if none was set."""
     return int(os.environ.get(VARIABLE, "0"))
 
 
 def seed_of(*parts: object) -> int:
-    """Return the seed of one draw.
+    """Return the seed of one random draw.
 
     Args:
-        parts: what the draw is for and of, such as the epoch, the manifest row and a name. Never the rank or the place in
-            a batch: then what is drawn does not depend on the world size, or on whether the run was stopped.
+        parts: identifiers of the draw, such as epoch, manifest row and a name. Never use the rank or the position in a
+            batch, so that the draw does not depend on the world size or on interruptions.
 
     Returns:
         56 bits of a hash of the run's seed and the parts.

@@ -1,9 +1,9 @@
-"""Signals that ask a run to stop and go on later: SIGUSR1 (a time limit is near) and SIGTERM (pre-emption, `scancel`).
+"""Handle signals that ask a run to stop and resume later: SIGUSR1 (time limit) and SIGTERM (pre-emption, `scancel`).
 
-They are only noted. The training loop sees the note at its next batch, writes a checkpoint, and the process ends with
-status 75, by which a job script knows that the same command goes on from there. `install` is the first thing that the
-command line does: until then such a signal ends the process. A job that starts the process with the signals blocked
-(`env --block-signal=USR1,TERM`) loses none even then, since `install` takes the block away last.
+Signals are only recorded. At its next batch the training loop writes a checkpoint, and the process exits with status 75,
+which tells a job script to repeat the command. The command line calls `install` first; before that, such a signal ends
+the process. A job that starts the process with blocked signals (`env --block-signal=USR1,TERM`) loses none, because
+`install` unblocks them last.
 """
 
 from __future__ import annotations
@@ -15,44 +15,44 @@ from contextlib import contextmanager
 from types import FrameType
 
 STOPPED = 75
-"""Exit status (EX_TEMPFAIL): stopped by a signal, to be run again."""
-ASKING = tuple(getattr(signal, name) for name in ("SIGUSR1", "SIGTERM") if hasattr(signal, name))
-_noted: list[int] = []
+"""Exit status (EX_TEMPFAIL) of a run that was stopped by a signal and can be resumed."""
+STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGUSR1", "SIGTERM") if hasattr(signal, name))
+_received: list[int] = []
 
 
 class StopRequested(Exception):
-    """The run ends here because a signal asked for it; the same command goes on."""
+    """A signal stopped the run; repeating the command resumes it."""
 
 
 def install() -> None:
-    """Note the signals from now on, and let those in that were held back; nothing outside the main thread."""
+    """Record stop signals from now on and unblock pending ones; does nothing outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         return
-    for number in ASKING:
-        signal.signal(number, _note)
+    for number in STOP_SIGNALS:
+        signal.signal(number, _record)
     if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKING)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
 def requested() -> str | None:
-    """The name of the first signal that asked this process to stop; None where none has."""
-    return signal.Signals(_noted[0]).name if _noted else None
+    """Return the name of the first stop signal that this process received, or None."""
+    return signal.Signals(_received[0]).name if _received else None
 
 
 @contextmanager
 def listening() -> Iterator[None]:
-    """`install` for as long as a command runs; then the handlers of before stand again and the notes are gone."""
-    before = {number: signal.getsignal(number) for number in ASKING}
+    """Record stop signals within the context; afterwards restore the handlers and clear the record."""
+    previous_handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     install()
     try:
         yield
     finally:
-        _noted.clear()
+        _received.clear()
         if threading.current_thread() is threading.main_thread():
-            for number, handler in before.items():
+            for number, handler in previous_handlers.items():
                 signal.signal(number, handler)
 
 
-def _note(number: int, frame: FrameType | None) -> None:
+def _record(number: int, frame: FrameType | None) -> None:
     del frame
-    _noted.append(number)
+    _received.append(number)

@@ -1,4 +1,4 @@
-"""Batches and outputs, shared by every part.
+"""Batches and outputs shared by all packages.
 
 Shapes: B batch, C channel, D H W depth (inferior to superior), rows (anterior to posterior), columns (patient's
 right to left), F findings, T tokens.
@@ -17,10 +17,10 @@ __all__ = ["CTBatch", "EncoderOutput", "InputError", "XrayBatch"]
 
 
 class _PinnedTensors:
-    """A batch whose tensors `DataLoader(pin_memory=True)` can pin, so that copies to a GPU do not wait."""
+    """A batch whose tensors `DataLoader(pin_memory=True)` can pin for asynchronous copies to a GPU."""
 
     def pin_memory(self) -> Self:
-        """The batch with its tensors in page-locked memory; a tensor that holds no data yet (device meta) stays as it is."""
+        """Return the batch with its tensors in page-locked memory, except tensors on the meta device."""
         values = {one.name: getattr(self, one.name) for one in fields(self)}  # type: ignore[arg-type]
         pinned = {name: value.pin_memory() for name, value in values.items() if _has_data(value)}
         return replace(self, **pinned)  # type: ignore[type-var]
@@ -32,17 +32,16 @@ def _has_data(value: object) -> TypeGuard[Tensor]:
 
 @dataclass
 class CTBatch(_PinnedTensors):
-    """CT volumes of one batch with the texts of their studies.
+    """A batch of CT volumes with the reports of their studies.
 
     Attributes:
         volume: (B, 1, D, H, W) float32, scaled to the volume spec's output range.
-        study: (B,) int64, an integer a study: equal numbers are images of one study.
-        row: (B,) int64, the row of the manifest (its whole frame) that each item came from.
-        report: B report texts (findings and impression joined; "" where a study has none).
-        labels: (B, F) float32 holding 1, 0, -1 (uncertain) or NaN (blank); None where the task must not see labels.
-        projection: (B, H, W) float32 in [0, 1], each scan's own frontal digital radiograph, bone bright; None where the
-            data module was not asked for it.
-        unreadable: rows that others were read in place of, and why; `data.set_aside` counts them.
+        study: (B,) int64, integer code of the study; equal for images of one study.
+        row: (B,) int64, row number of each item in the full manifest.
+        report: B report texts (findings and impression joined; "" if missing).
+        labels: (B, F) float32: 1, 0, -1 (uncertain) or NaN (blank); None if the task must not see labels.
+        projection: (B, H, W) float32 in [0, 1], frontal projection of each scan, bone bright; None if not requested.
+        unreadable: rows that were replaced because they are unreadable, with reasons; counted by `data.set_aside`.
     """
 
     volume: Tensor
@@ -56,11 +55,11 @@ class CTBatch(_PinnedTensors):
 
 @dataclass
 class XrayBatch(_PinnedTensors):
-    """Radiographs of one batch, preprocessed for one X-ray expert.
+    """A batch of radiographs, preprocessed for an X-ray expert.
 
     Attributes:
-        image: (B, C, H, W) float32, as the expert's `preprocess` gives it.
-        study: (B,) int64, an integer a study.
+        image: (B, C, H, W) float32, output of the expert's `preprocess`.
+        study: (B,) int64, integer code of the study.
         row: (B,) int64, the manifest row.
         report: B report texts.
         unreadable: as `CTBatch`.
@@ -75,11 +74,11 @@ class XrayBatch(_PinnedTensors):
 
 @dataclass
 class EncoderOutput:
-    """What a CT encoder gives.
+    """The output of a CT encoder.
 
     Attributes:
-        pooled: (B, D_c), one vector a volume.
-        tokens: (B, T, D_c), the token grid flattened in D, H, W order.
+        pooled: (B, D_c), one vector per volume.
+        tokens: (B, T, D_c), token grid flattened in D, H, W order.
     """
 
     pooled: Tensor

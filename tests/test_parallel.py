@@ -28,7 +28,7 @@ def test_an_item_that_ends_its_process_costs_no_other() -> None:
 
 
 def test_without_a_value_for_it_the_item_is_named() -> None:
-    with pytest.raises(InputError, match=r"counting: the process that worked on .*_exit.* was ended by the system"):
+    with pytest.raises(InputError, match=r"counting: the process for .*_exit.* was killed"):
         list(in_processes("counting", eval, [DEADLY], 1, workers=1))
 
 

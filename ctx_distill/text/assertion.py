@@ -1,7 +1,7 @@
-"""Present, absent or uncertain: which cue of a sentence reaches which mention in it.
+"""Classify mentions as present, absent or uncertain from the cues of their sentence.
 
-The rules are NegEx's (Chapman et al. 2001,
-doi:10.1006/jbin.2001.1029) with scopes for enumerations and for negations that stand behind what they negate.
+The rules are those of NegEx (Chapman et al. 2001, doi:10.1006/jbin.2001.1029), with scopes for enumerations and for
+negations that follow the mention.
 """
 
 from __future__ import annotations
@@ -56,24 +56,25 @@ class _Cue:
 
 
 class Sentence:
-    """The words of one sentence with the cues found in them."""
+    """The words and cues of one sentence."""
 
     def __init__(self, text: str) -> None:
-        """Args: text: one sentence."""
-        self._index, self._detection, self._own = _cues()
+        """Parse one sentence."""
+        self._index, self._detection, self._statement_starts = _cues()
         self.tokens = words(text)
 
     @functools.cached_property
     def _cues(self) -> list[_Cue]:
-        """By end, not by start: looking back from a mention, the nearest cue is the one that ends last."""
+        """The cues ordered by end: looking back from a mention, the nearest cue is the one that ends last."""
         return [_Cue(kind, start, end) for start, end, _, kind in self._index.find(self.tokens)]
 
     def assertion(self, start: int, end: int) -> int | None:
-        """PRESENT, ABSENT or UNCERTAIN for the mention tokens[start:end]; None where nothing is said of it.
+        """Return PRESENT, ABSENT or UNCERTAIN for the mention tokens[start:end]; None if nothing is asserted.
 
-        A cue behind the mention ("... is not seen") outranks one before it ("no ..."); of several, the nearest.
+        A cue after the mention ("... is not seen") takes precedence over one before it ("no ..."), and the nearest cue
+        over others.
         """
-        closed = len(self.tokens)  # a cue of both kinds ("absent") looks back before it closes
+        closed = len(self.tokens)  # a cue of both kinds ("absent") applies backwards before it closes the scope
         for cue in self._cues:
             if cue.kind == "pseudo" and cue.start < start < cue.end:
                 return ABSENT  # "no increase in wall thickness", where the increase is the finding
@@ -99,7 +100,7 @@ class Sentence:
         return PRESENT
 
     def _denied(self, doubt: _Cue) -> bool:
-        """Whether a doubt is itself denied: "no finding suggestive of", "no evidence to suggest"."""
+        """Return whether a doubt is itself negated: "no finding suggestive of", "no evidence to suggest"."""
         return any(
             cue.kind == "negation_before"
             and doubt.start - _DENIED_WORDS <= cue.end <= doubt.start
@@ -108,9 +109,9 @@ class Sentence:
         )
 
     def clause(self, start: int, end: int) -> tuple[int, int]:
-        """The clause of tokens[start:end], as (first word, one behind the last).
+        """Return the clause of tokens[start:end] as (first word, one past the last).
 
-        A clause ends at a semicolon, at a word such as "but", and at a comma with a verb on both of its sides.
+        A clause ends at a semicolon, at a word such as "but", and at a comma between two verbs.
         """
         low, high = 0, len(self.tokens)
         for begin, behind in self._clause_ends:
@@ -135,9 +136,9 @@ class Sentence:
         return ends
 
     def enumeration(self, start: int, end: int) -> tuple[int, int]:
-        """The part of the clause, between commas, in which tokens[start:end] stands, with the enumeration behind it.
+        """Return the part of the clause between commas around tokens[start:end], with the enumeration after it.
 
-        A part with a preposition of its own ("dilatation in the ascending aorta") goes on with no enumeration.
+        A part with its own preposition ("dilatation in the ascending aorta") does not continue an enumeration.
         """
         low, high = self.clause(start, end)
         begin = max((i + 1 for i in range(low, start) if self.tokens[i] in (",", "(")), default=low)
@@ -154,15 +155,15 @@ class Sentence:
         return begin, behind
 
     def is_prose(self, start: int, end: int) -> bool:
-        """Whether tokens[start:end] holds a verb, so that its commas do not part items of a list."""
+        """Return whether tokens[start:end] contains a verb, so that its commas do not separate list items."""
         return any(self._is_verb(token) for token in self.tokens[start:end])
 
     def cues(self) -> list[tuple[int, int, str]]:
-        """The cues as (first word, one behind the last word, kind in cues.yaml), by place."""
+        """Return the cues as (first word, one past the last word, kind in cues.yaml), in order."""
         return [(cue.start, cue.end, cue.kind) for cue in self._cues]
 
     def interrupted(self, start: int, end: int) -> bool:
-        """Whether a negation or an end of scope lies within tokens[start:end], the span of a phrase with gaps."""
+        """Return whether a negation or an end of scope is within tokens[start:end], the span of a gapped phrase."""
         return "not" in self.tokens[start:end] or any(
             start < cue.start
             and cue.end < end
@@ -174,9 +175,9 @@ class Sentence:
         return token in _COPULAS or token in self._detection
 
     def _reaches_back(self, cue: _Cue, start: int, end: int) -> bool:
-        """Whether a cue behind a mention speaks of it, and not only of a later one in the same clause."""
+        """Return whether a cue after a mention applies to it, and not only to a later one in the same clause."""
         between = _without_relative(self.tokens[end : cue.start])
-        # "nodule (metastasis?)", "opacity, atelectasis vs. pneumonia": the doubt is of the word beside it
+        # "nodule (metastasis?)", "opacity, atelectasis vs. pneumonia": the doubt applies to the adjacent word
         if self.tokens[cue.start] in ("?", "v", "vs", "versus"):
             return not any(token in BREAKS for token in between)
         if "(" in between and ")" not in between:
@@ -185,7 +186,7 @@ class Sentence:
             between = between[:-1]
         parted = "," in between or "and" in between
         for before, token in itertools.pairwise(["", *between]):
-            # "the nodule observed in the upper lobe has resolved": a participle without its auxiliary is no verb
+            # "the nodule observed in the upper lobe has resolved": a participle without auxiliary is not a verb
             if token in _COPULAS or (token in self._detection and (parted or before in _AUXILIARIES)):
                 return False
         return not (parted and any(self._is_verb(token) for token in self._same_clause(start)))
@@ -195,11 +196,11 @@ class Sentence:
         return self.tokens[max(ends, default=0) : start]
 
     def _closed(self, start: int, end: int) -> bool:
-        """Whether the scope of a cue that ends at `start` is over before the mention at `end`."""
-        complete = False  # the cue's own statement has had its verb: "No nodule was detected, ..."
+        """Return whether the scope of a cue that ends at `start` is closed before the mention at `end`."""
+        complete = False  # the statement of the cue has its verb: "No nodule was detected, ..."
         for i in range(start, end):
             token = self.tokens[i]
-            if token in self._detection and i > start:  # "no visible pneumothorax" has had none
+            if token in self._detection and i > start:  # "no visible pneumothorax" has none
                 complete = True
             if token not in (",", "and", ")"):
                 continue
@@ -207,7 +208,11 @@ class Sentence:
                 continue
             rest = self.tokens[i + 1 :]
             segment = rest[: rest.index(",")] if "," in rest else rest
-            if segment and segment[0] in self._own and (segment[0] == "there" or not {"or", "nor"} & set(rest)):
+            if (
+                segment
+                and segment[0] in self._statement_starts
+                and (segment[0] == "there" or not {"or", "nor"} & set(rest))
+            ):
                 return True
             for word, following in zip(segment, [*segment[1:], ""]):
                 if word in _COPULAS and following not in self._detection and following not in ("not", "also"):
@@ -218,7 +223,7 @@ class Sentence:
 
 
 def _without_relative(between: list[str]) -> list[str]:
-    """Words without relative clauses: ", which was seen in the previous examination," says nothing of today."""
+    """Remove relative clauses, such as ", which was seen in the previous examination,"."""
     kept: list[str] = []
     skipping = False
     for i, token in enumerate(between):
@@ -235,10 +240,10 @@ def _without_relative(between: list[str]) -> list[str]:
 
 @functools.cache
 def _cues() -> tuple[PhraseIndex[str], frozenset[str], frozenset[str]]:
-    """The shipped cues: (index of phrases by kind, words of detection, words that open a statement of their own)."""
+    """Load the shipped cues: (index of phrases by kind, words of detection, words that start a new statement)."""
     raw: dict[str, Any] = yaml.safe_load(_CUES_FILE.read_text(encoding="utf-8"))
     detection = frozenset(stem(word) for word in raw.pop("detection"))
-    own = frozenset(stem(word) for word in raw.pop("own_statement"))
+    statement_starts = frozenset(stem(word) for word in raw.pop("own_statement"))
     index: PhraseIndex[str] = PhraseIndex()
     for kind, phrases in raw.items():
         for phrase in phrases:
@@ -246,4 +251,4 @@ def _cues() -> tuple[PhraseIndex[str], frozenset[str], frozenset[str]]:
     for word in detection:
         for prefix in ("not", "not been", "not be", "not clearly", "not definitely", "never", "no longer"):
             index.add(f"{prefix} {word}", "negation_after")
-    return index, detection, own
+    return index, detection, statement_starts

@@ -1,4 +1,4 @@
-"""Labels that a report's text contradicts: listed, so that nobody follows either of them blindly."""
+"""Find labels that contradict the text of their report."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from ctx_distill.text.assertion import ABSENT, PRESENT
 
 @dataclass(frozen=True)
 class Contradiction:
-    """A label against the text of its report.
+    """A label that contradicts the text of its report.
 
     Attributes:
-        place: of the report, from 0.
-        finding: as the vocabulary spells it.
+        place: position of the report, from 0.
+        finding: name as in the vocabulary.
         label: 1 or 0.
-        text: what the report asserts, 0 or 1, never the same as `label`.
+        text: assertion of the report, 0 or 1, opposite to `label`.
     """
 
     place: int
@@ -28,12 +28,12 @@ class Contradiction:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What came of comparing labels with texts.
+    """The result of comparing labels with texts.
 
     Attributes:
-        contradictions: label 1 and denied in the text, or label 0 and asserted there.
-        compared: labels of 1 or 0 of reports whose text speaks of the finding, the contradictions included.
-        unmentioned: labels of 1 whose finding the text does not speak of; silence contradicts nothing.
+        contradictions: labels of 1 denied in the text, and labels of 0 asserted there.
+        compared: number of labels of 1 or 0 whose finding the text mentions, including contradictions.
+        unmentioned: number of labels of 1 whose finding the text does not mention; not contradictions.
     """
 
     contradictions: tuple[Contradiction, ...]
@@ -42,16 +42,16 @@ class Comparison:
 
 
 def compare(labels: Mapping[str, Sequence[float | None]], read: Sequence[Mapping[str, int]]) -> Comparison:
-    """Compare labels with what was read from the reports.
+    """Compare labels with the findings extracted from the reports.
 
     Args:
-        labels: finding -> N values: 1, 0, -1 (uncertain), or None or NaN (blank); the last two contradict nothing.
-        read: of N reports, finding -> assertion, as `extract` gives it.
+        labels: N values per finding: 1, 0, -1 (uncertain), or None or NaN (blank). Uncertain and blank are ignored.
+        read: assertions by finding for each of N reports, from `extract`.
 
     Raises:
-        ValueError: columns of another length than `read`.
+        ValueError: the length of a column differs from that of `read`.
     """
-    found: list[Contradiction] = []
+    contradictions: list[Contradiction] = []
     compared = unmentioned = 0
     for finding, values in labels.items():
         for place, (label, report) in enumerate(zip(values, read, strict=True)):
@@ -62,19 +62,19 @@ def compare(labels: Mapping[str, Sequence[float | None]], read: Sequence[Mapping
             if text in (PRESENT, ABSENT):
                 compared += 1
                 if text != label:
-                    found.append(Contradiction(place, finding, int(label), text))
-    return Comparison(tuple(sorted(found, key=lambda c: c.place)), compared, unmentioned)
+                    contradictions.append(Contradiction(place, finding, int(label), text))
+    return Comparison(tuple(sorted(contradictions, key=lambda c: c.place)), compared, unmentioned)
 
 
 def label_value(where: str, text: str) -> float | None:
-    """A cell of a label column: "1", "0.0", "-1" or blank ("", "nan").
+    """Parse a cell of a label column: "1", "0.0", "-1" or blank ("", "nan").
 
     Args:
         where: file, row and column, for the message.
-        text: the cell.
+        text: content of the cell.
 
     Raises:
-        InputError: anything else.
+        InputError: any other content.
     """
     cell = text.strip()
     if cell.lower() in ("", "nan"):
@@ -85,6 +85,6 @@ def label_value(where: str, text: str) -> float | None:
         value = float("inf")
     if value not in (PRESENT, ABSENT, -1):
         raise InputError(
-            f"{where}: found {cell[:40]!r}, expected a label: 1, 0, -1 or blank; correct or rename the column"
+            f"{where}: found {cell[:40]!r}; expected a label (1, 0, -1 or blank), correct or rename the column"
         )
     return value

@@ -1,10 +1,9 @@
-"""Clinical entities of a report and where they stand: findings of a vocabulary, assertion cues, sides, sizes, places.
+"""Locate clinical entities of a report: findings of a vocabulary, assertion cues, sides, sizes and places.
 
-The matcher is the project's own (`text.findings`, `text.assertion`), so that what is masked is what labels, retrieval
-and false negatives read, and one YAML that a radiologist edits rules them all. The maintained clinical libraries were
-looked at first: no release of medSpaCy installs from wheels alone on Python 3.11 (1.0.0 needs leveldb, which has none;
-those after it are sources), and negspaCy 1.1.0, which brings spaCy and 21 packages more, is NegEx alone: it takes its
-entities from elsewhere, so this vocabulary would still have to find them.
+The matcher is shared with the extractor (`text.extractor`, `text.assertion`), so that masking, labels, retrieval and
+false-negative detection use the same YAML vocabulary. Clinical libraries were considered: no release of medSpaCy installs
+from wheels alone on Python 3.11, and negspaCy 1.1.0 (spaCy and 21 more packages) implements only NegEx, so entities would
+still have to be entities with this vocabulary.
 """
 
 from __future__ import annotations
@@ -39,8 +38,8 @@ class EntitySpan:
     Attributes:
         start: first character.
         end: one past the last character.
-        kind: what it is.
-        name: the finding; of the other kinds, the kind again.
+        kind: kind of entity.
+        name: name of the finding; for other kinds, the kind.
     """
 
     start: int
@@ -50,42 +49,47 @@ class EntitySpan:
 
 
 class EntityFinder:
-    """Entities of texts, by a vocabulary."""
+    """Find entities in texts with a vocabulary."""
 
     def __init__(self, vocabulary: Vocabulary, kinds: Sequence[EntityKind] = ("finding", "cue")) -> None:
-        """Args: vocabulary: the findings. kinds: what counts as an entity."""
+        """Create a finder.
+
+        Args:
+            vocabulary: the findings.
+            kinds: kinds of entities to find.
+        """
         self.vocabulary = vocabulary
         self.kinds = tuple(kinds)
         self._known: dict[str, tuple[EntitySpan, ...]] = {}
 
     def spans(self, text: str) -> list[EntitySpan]:
-        """Entities of a text, in order, without overlap.
+        """Return the entities of a text in order, without overlap.
 
-        Findings count whatever is said of them, and so do phrases that assert an absence ("the lungs are clear").
-        Entities that overlap are one, with the name of the first; a finding's name goes before a cue's, a cue's
-        before an attribute's.
+        Findings count regardless of their assertion, as do phrases that assert an absence ("the lungs are clear").
+        Overlapping entities are merged; names of findings take precedence over cues, cues over attributes, and earlier
+        entities over later ones.
 
         Args:
-            text: a report, in one line or in many.
+            text: report, with or without line breaks.
         """
-        found: list[EntitySpan] = []
-        plain = text.replace("“", '"').replace("”", '"')  # as `split_sentences` writes them
+        entities: list[EntitySpan] = []
+        plain = text.replace("“", '"').replace("”", '"')  # as in `split_sentences`
         behind = 0
         for sentence in split_sentences(text):
             start = plain.find(sentence, behind)
             if start >= 0:
                 behind = start + len(sentence)
-                found += [EntitySpan(start + e.start, start + e.end, e.kind, e.name) for e in self._read(sentence)]
+                entities += [EntitySpan(start + e.start, start + e.end, e.kind, e.name) for e in self._read(sentence)]
                 continue
-            # a line break or a run of spaces lies inside the sentence
+            # the sentence contains a line break or several spaces
             place = re.compile(r"\s+".join(map(re.escape, sentence.split()))).search(plain, behind)
             if place is not None:
                 behind = place.end()
-                found += self._locate(Sentence(sentence), word_spans(place.group()), place.start())
-        return found
+                entities += self._locate(Sentence(sentence), word_spans(place.group()), place.start())
+        return entities
 
     def _read(self, sentence: str) -> tuple[EntitySpan, ...]:
-        """Entities of a sentence; remembered, since reports repeat."""
+        """Return the entities of a sentence; cached, since sentences recur."""
         known = self._known.get(sentence)
         if known is None:
             if len(self._known) >= _CACHE:
@@ -94,7 +98,7 @@ class EntityFinder:
         return known
 
     def _locate(self, sentence: Sentence, places: Sequence[tuple[int, int]], shift: int) -> list[EntitySpan]:
-        """Entities of a sentence whose words stand at `places`, moved by `shift` characters."""
+        """Return the entities of a sentence whose words have the spans `places`, shifted by `shift` characters."""
         matches: list[tuple[int, int, EntityKind, str]] = []
         if "finding" in self.kinds:
             matches += [(start, end, "finding", name) for start, end, name in self.vocabulary.mentions(sentence)]
@@ -108,7 +112,7 @@ class EntityFinder:
 
 
 def _joined(matches: Iterable[tuple[int, int, EntityKind, str]]) -> list[tuple[int, int, EntityKind, str]]:
-    """Matches in order, overlapping ones as one; of equals, the name of the one that was given first."""
+    """Sort matches and merge overlapping ones; ties take the name of the earlier one."""
     rank = {"finding": 0, "cue": 1}
     joined: list[tuple[int, int, EntityKind, str]] = []
     for match in sorted(matches, key=lambda m: m[0]):
@@ -122,12 +126,12 @@ def _joined(matches: Iterable[tuple[int, int, EntityKind, str]]) -> list[tuple[i
 
 
 def _attributes(tokens: Sequence[str]) -> list[tuple[int, int, EntityKind, str]]:
-    """Sides, sizes and places among the words of a sentence."""
-    found = [(start, end, kind, str(kind)) for start, end, _, kind in _attribute_index().find(tokens)]
+    """Return the sides, sizes and places in a sentence."""
+    entities = [(start, end, kind, str(kind)) for start, end, _, kind in _attribute_index().find(tokens)]
     for i, (token, unit) in enumerate(itertools.pairwise(tokens)):
         if token[0].isdigit() and unit in _LENGTH_UNITS:
-            found.append((i, i + 2, "size", "size"))
-    return found
+            entities.append((i, i + 2, "size", "size"))
+    return entities
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""`ctx-distill findings`: the findings of a table of reports as columns of the same table."""
+"""Implement `ctx-distill findings`: add the findings of reports as columns to a table."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from ctx_distill.parallel import in_processes, usable_cores
 from ctx_distill.text.contradictions import compare, label_value
 from ctx_distill.text.extractor import extract, extract_sides, load_vocabulary
 from ctx_distill.text.familiarity import is_foreign
-from ctx_distill.text.findings_table_parts import parts_folder, request_hash, standing_parts, write_part
+from ctx_distill.text.findings_table_parts import completed_parts, parts_folder, request_hash, write_part
 from ctx_distill.text.report_text import join_sections
 from ctx_distill.text.sections import cut_report
 
 _PART = 500
 _FEW = 4000
-"""Fewer reports than this are read before a second process would have started."""
+"""Below this number of reports, starting processes takes longer than the extraction."""
 
 _ID_COLUMNS = ("study_id", "image_id", "VolumeName", "id", "uid", "patient_id")
 _FOREIGN_SHARE = 0.1
 
 _Part = tuple[int, tuple[str, ...]]
 _Row = tuple[dict[str, int], dict[str, str], bool]
-"""What a report asserts, its sides, and whether it seems to be in another language."""
+"""Assertions of a report, its sides, and whether it seems to be in another language."""
 
 
 def report_texts(table: Table) -> tuple[list[str], str]:
-    """The reports of a table, and the columns that they come from.
+    """Return the reports of a table and the names of their columns.
 
-    `report_text` is cut at its headings first (history, indication and technique say nothing of the picture).
+    `report_text` is first split at its headings; history, indication and technique are dropped.
 
     Raises:
-        InputError: neither `report_text`, nor `findings` or `impression`.
+        InputError: the table has none of `report_text`, `findings` and `impression`.
     """
     columns = table.columns
     if "report_text" in columns:
@@ -46,8 +46,8 @@ def report_texts(table: Table) -> tuple[list[str], str]:
     read = [name for name in ("findings", "impression") if name in columns]
     if not read:
         raise InputError(
-            f"{table.path}: found the header {', '.join(columns) or 'none'}; expected report_text, or findings and "
-            "impression: rename the column that holds the reports"
+            f"{table.path}: the header is {', '.join(columns) or 'empty'}; expected column report_text, or findings and "
+            "impression. Rename the column with the reports"
         )
     blank = [""] * len(table.rows)
     pairs = zip(columns.get("findings", blank), columns.get("impression", blank), strict=True)
@@ -57,59 +57,61 @@ def report_texts(table: Table) -> tuple[list[str], str]:
 def write_findings(
     source: Path, out: Path, vocabulary: str, prefix: str = "", sides: bool = False, workers: int | None = None
 ) -> str:
-    """Write `source` with a column a finding: 1 present, 0 absent, -1 uncertain, blank where it is not mentioned.
+    """Write `source` with one column per finding: 1 present, 0 absent, -1 uncertain, blank if not mentioned.
 
-    A stop leaves no half table; of many reports the parts that were read stand beside it, and the same call goes on
-    with the others. Where `source` holds labels of the vocabulary (a column named as a finding, or `label:<finding>`), those that the text contradicts are
-    listed in `<out's stem>.contradictions.csv`.
+    The table is written atomically. For many reports, completed parts are stored next to it, and repeating an interrupted
+    call resumes from them. If `source` has labels of the vocabulary (a column named like a finding, or
+    `label:<finding>`), labels that contradict the text are listed in `<stem of out>.contradictions.csv`.
 
     Args:
         source: CSV (UTF-8) or Parquet with `report_text`, or `findings` and `impression`.
-        out: the table to write, .csv or .parquet; whole, or not at all.
+        out: table to write, .csv or .parquet.
         vocabulary: name or YAML file.
-        prefix: put before the findings' names in the header.
+        prefix: prefix of the finding names in the header.
         sides: also write `side:<finding>`: left, right, both or blank.
-        workers: processes; None takes one a core.
+        workers: number of processes; None uses one per core.
 
     Returns:
-        What was done, for the terminal, warnings included.
+        A summary for the terminal, including warnings.
 
     Raises:
-        InputError: an unreadable table, missing columns, a column of a finding's name, a label that is none, an unknown
+        InputError: an unreadable table, missing columns, a column named like a finding, an invalid label, or an unknown
             vocabulary or suffix.
-        StopRequested: a signal asked for it.
+        StopRequested: stopped by a signal.
     """
     names = load_vocabulary(vocabulary).names
     if out.suffix.lower() not in (".csv", ".parquet"):
-        raise InputError(f"{out}: unknown suffix {out.suffix!r}; expected .csv or .parquet, give another name")
+        raise InputError(f"{out}: unknown suffix {out.suffix!r}; expected .csv or .parquet, change the file name")
     if out.exists() and source.exists() and out.samefile(source):
-        raise InputError(f"{out}: is the table that is read; give another file to write")
+        raise InputError(f"{out}: input and output are the same file; choose another output file")
     table = read_table(source)
     added = [prefix + name for name in names] + ([f"side:{name}" for name in names] if sides else [])
-    doubled = [name for name in added if name in table.columns]
-    if doubled:
-        raise InputError(f"{source}: holds a column {doubled[0]!r} already; give another --prefix, such as 'found:'")
+    duplicates = [name for name in added if name in table.columns]
+    if duplicates:
+        raise InputError(
+            f"{source}: column {duplicates[0]!r} exists already; choose another --prefix, such as 'found:'"
+        )
     texts, read = report_texts(table)
     labels = _labels(table, names)
     folder = parts_folder(out)
     rows = _read_all(texts, vocabulary, workers, folder, source)
     columns = dict(table.columns)
     for name in names:
-        columns[prefix + name] = [str(found.get(name, "")) for found, _, _ in rows]
+        columns[prefix + name] = [str(findings.get(name, "")) for findings, _, _ in rows]
     if sides:
         for name in names:
-            columns[f"side:{name}"] = [told.get(name, "") for _, told, _ in rows]
-    told = [_told_labels(table, out, labels, rows)] if labels else []
+            columns[f"side:{name}"] = [sides_of_row.get(name, "") for _, sides_of_row, _ in rows]
+    label_lines = [_write_contradictions(table, out, labels, rows)] if labels else []
     (_write_parquet if out.suffix.lower() == ".parquet" else _write_csv)(out, columns)
     shutil.rmtree(folder, ignore_errors=True)
     empty = sum(not text for text in texts)
-    blank = f"; {empty:,} without text" if empty else ""
-    head = f"{out}: {len(rows):,} reports ({read}), {len(names)} findings of {vocabulary}{blank}"
-    return "\n".join([head, *told, *_told_foreign(table, rows, len(rows) - empty)])
+    without_text = f"; {empty:,} without text" if empty else ""
+    head = f"{out}: {len(rows):,} reports ({read}), {len(names)} findings of {vocabulary}{without_text}"
+    return "\n".join([head, *label_lines, *_foreign_warning(table, rows, len(rows) - empty)])
 
 
 def _labels(table: Table, names: Sequence[str]) -> dict[str, list[float | None]]:
-    """The label columns of the vocabulary's findings that a table holds."""
+    """Return the table's label columns of the vocabulary's findings."""
     labels = {}
     for name in names:
         column = next((c for c in (f"label:{name}", name) if c in table.columns), None)
@@ -121,31 +123,31 @@ def _labels(table: Table, names: Sequence[str]) -> dict[str, list[float | None]]
     return labels
 
 
-def _told_labels(table: Table, out: Path, labels: dict[str, list[float | None]], rows: Sequence[_Row]) -> str:
-    """Write the list of contradictions beside `out`, and say how many there are."""
-    found = compare(labels, [report for report, _, _ in rows])
+def _write_contradictions(table: Table, out: Path, labels: dict[str, list[float | None]], rows: Sequence[_Row]) -> str:
+    """Write the list of contradictions next to `out` and return a summary line."""
+    comparison = compare(labels, [report for report, _, _ in rows])
     key = next((name for name in _ID_COLUMNS if name in table.columns), None)
     ids = table.columns[key] if key else [""] * len(table.rows)
     path = out.with_name(f"{out.stem}.contradictions.csv")
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["row", key or "id", "finding", "label", "text"])
-    writer.writerows((table.rows[c.place], ids[c.place], c.finding, c.label, c.text) for c in found.contradictions)
+    writer.writerows((table.rows[c.place], ids[c.place], c.finding, c.label, c.text) for c in comparison.contradictions)
     write_text(path, text.getvalue())
-    studies = len({c.place for c in found.contradictions})
+    studies = len({c.place for c in comparison.contradictions})
     return (
-        f"labels of {len(labels)} findings: {len(found.contradictions):,} of {found.compared:,} contradict the text, in {studies:,}"
-        f" reports ({path}); {found.unmentioned:,} of 1 are not mentioned in it"
+        f"labels of {len(labels)} findings: {len(comparison.contradictions):,} of {comparison.compared:,} contradict the text, in {studies:,}"
+        f" reports ({path}); {comparison.unmentioned:,} positive labels are not mentioned in the text"
     )
 
 
-def _told_foreign(table: Table, rows: Sequence[_Row], with_text: int) -> list[str]:
+def _foreign_warning(table: Table, rows: Sequence[_Row], with_text: int) -> list[str]:
     foreign = [row for row, (_, _, odd) in zip(table.rows, rows, strict=True) if odd]
     if len(foreign) <= _FOREIGN_SHARE * with_text:
         return []
     return [
-        f"warning: {len(foreign):,} of {with_text:,} reports hold hardly any word that the extractor knows (first: row {foreign[0]});"
-        " it reads English only, and their blanks mean nothing: translate them first"
+        f"warning: {len(foreign):,} of {with_text:,} reports contain hardly any known word (first: row {foreign[0]});"
+        " the extractor supports English only, so their blanks are meaningless. Translate them first"
     ]
 
 
@@ -154,7 +156,7 @@ def _read_all(texts: Sequence[str], vocabulary: str, workers: int | None, folder
     if len(texts) < _FEW:
         return read((0, tuple(texts)))
     parts: list[_Part] = [(i, tuple(texts[i : i + _PART])) for i in range(0, len(texts), _PART)]
-    by_place = standing_parts(folder, request_hash(source, vocabulary, _PART))
+    by_place = completed_parts(folder, request_hash(source, vocabulary, _PART))
     waiting = [part for part in parts if part[0] not in by_place]
     for part, rows in in_processes("findings", read, waiting, len(waiting), workers or usable_cores()):
         write_part(folder, part[0], rows)

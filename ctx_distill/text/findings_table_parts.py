@@ -1,4 +1,4 @@
-"""The parts of a findings table that stand when the command is stopped, so that the same command goes on from there."""
+"""Store completed parts of a findings table, so that an interrupted command can be resumed."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ctx_distill.text.extractor import load_vocabulary
 
 
 def parts_folder(out: Path) -> Path:
-    """Beside the table, until that is whole."""
+    """Return the folder of the parts, next to the table until it is complete."""
     return out.with_name(f".{out.name}.parts")
 
 
 def request_hash(source: Path, vocabulary: str, part_size: int) -> str:
-    """Of everything that a part depends on: the reports, the phrases, the rules, the size of a part."""
+    """Return a hash of everything that a part depends on: reports, vocabulary, rules and part size."""
     rules = sorted(
         path for path in Path(ctx_distill.text.__file__).parent.rglob("*") if path.suffix in (".py", ".yaml")
     )
@@ -27,8 +27,8 @@ def request_hash(source: Path, vocabulary: str, part_size: int) -> str:
     )
 
 
-def standing_parts(folder: Path, request: str) -> dict[int, Any]:
-    """Place -> content of the parts that this request left; those of another request are deleted."""
+def completed_parts(folder: Path, request: str) -> dict[int, Any]:
+    """Return the content of this request's parts by position; delete parts of other requests."""
     try:
         if json.loads((folder / "request.json").read_text(encoding="utf-8")) != {"request": request}:
             raise ValueError
@@ -36,15 +36,15 @@ def standing_parts(folder: Path, request: str) -> dict[int, Any]:
         shutil.rmtree(folder, ignore_errors=True)
         write_json(folder / "request.json", {"request": request})
         return {}
-    found = {}
+    parts = {}
     for path in folder.glob("part-*.json"):
         try:
-            found[int(path.stem.removeprefix("part-"))] = json.loads(path.read_text(encoding="utf-8"))
+            parts[int(path.stem.removeprefix("part-"))] = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             path.unlink(missing_ok=True)
-    return found
+    return parts
 
 
 def write_part(folder: Path, place: int, content: Any) -> None:
-    """Write one part, whole or not at all."""
+    """Write one part atomically."""
     write_json(folder / f"part-{place:08d}.json", content)

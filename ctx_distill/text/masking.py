@@ -1,8 +1,8 @@
-"""What of a text is masked for masked language modelling: whole words and whole entities, entities more often.
+"""Select words and entities for masked language modelling.
 
-BERT's scheme (Devlin et al. 2019, arXiv 1810.04805: of what is chosen, 80 % becomes the mask token, 10 % a random
-token, 10 % stays) over units: an entity or another word, all tokens of which share one fate, as SpanBERT does with its
-spans (Joshi et al. 2020, arXiv 1907.10529), so that a visible half does not give the other away.
+BERT's scheme (Devlin et al. 2019, arXiv 1810.04805: 80 % of the selection becomes the mask token, 10 % a random token,
+10 % is unchanged) is applied to units, which are entities or other words. All tokens of a unit are treated alike, as in
+SpanBERT (Joshi et al. 2020, arXiv 1907.10529), so that a visible part does not reveal the rest.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ Fate = Literal["mask", "random", "keep"]
 
 @dataclass(frozen=True)
 class Unit:
-    """Tokens that are chosen together.
+    """Tokens that are selected together.
 
     Attributes:
-        tokens: their positions in the token sequence.
-        entity: whether they are an entity, or any other word.
+        tokens: positions in the token sequence.
+        entity: whether the unit is an entity rather than another word.
     """
 
     tokens: tuple[int, ...]
@@ -34,16 +34,16 @@ class Unit:
 def maskable_units(
     text: str, entities: Sequence[EntitySpan], offsets: Sequence[Sequence[int]], special: Sequence[bool]
 ) -> list[Unit]:
-    """Entities and the words outside them, as tokens, in order.
+    """Return entities and the words outside them as tokens, in order.
 
     Args:
-        text: what was tokenised.
-        entities: of the text, in order and without overlap.
+        text: tokenised text.
+        entities: entities of the text, in order and without overlap.
         offsets: L pairs, first and one past the last character of each token.
-        special: L, true at marks and padding, which belong to no unit.
+        special: L, true for special tokens and padding, which belong to no unit.
 
     Returns:
-        Units with at least one token; a punctuation mark belongs to one only inside an entity (**ours**).
+        Units with at least one token; punctuation belongs to a unit only within an entity (**ours**).
     """
     regions = [(entity.start, entity.end, True) for entity in entities]
     for start, end in word_spans(text):
@@ -66,17 +66,16 @@ def maskable_units(
 def choose_units(
     units: Sequence[Unit], entity_rate: float, word_rate: float, rng: random.Random
 ) -> list[tuple[Unit, Fate]]:
-    """Units to be predicted, and what is put in their place.
+    """Select the units to predict and their replacement.
 
     Args:
-        units: of one text.
-        entity_rate: probability that an entity is chosen.
-        word_rate: probability that another word is chosen.
-        rng: what is drawn from.
+        units: units of one text.
+        entity_rate: probability of selecting an entity.
+        word_rate: probability of selecting another word.
+        rng: random source.
 
     Returns:
-        Chosen units in order. At least one where there is any (an entity, if there is one), unless the rates of the
-        units there are 0.
+        Selected units in order: at least one (preferably an entity), unless there are none with a positive rate.
     """
     rates = [entity_rate if unit.entity else word_rate for unit in units]
     chosen = [unit for unit, rate in zip(units, rates) if rng.random() < rate]

@@ -1,7 +1,7 @@
-"""Words of a text, and phrases found among them.
+"""Split text into words and find phrases in them.
 
-Words are matched, not characters: phrases live in a dictionary of dictionaries of stemmed words, so that thousands of
-short reports a second can be read and a vocabulary may grow without cost.
+Phrases are matched by word in nested dictionaries of stemmed words. This processes thousands of short reports per second,
+independent of the size of the vocabulary.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ _CONTRACTED = re.compile("n['’]t")
 _GAP = "..."
 _GAP_WORDS = 8
 BREAKS = frozenset(",;:?()")
-"""The marks that `words` keeps."""
+"""Punctuation that `words` keeps."""
 
 
 @functools.lru_cache(maxsize=65536)
 def stem(word: str) -> str:
-    """A word without its plural ending: nodules -> nodule, opacities -> opacity, masses -> mass, stenosis unchanged."""
+    """Return a word without its plural ending: nodules -> nodule, opacities -> opacity, masses -> mass, stenosis unchanged."""
     if len(word) < 4 or not word.endswith("s") or word.endswith(("ss", "us", "is")):
         return word
     if word.endswith("ies"):
@@ -37,17 +37,17 @@ def stem(word: str) -> str:
 
 def _lower(text: str) -> str:
     lowered = text.lower()
-    # the small letters of a few capitals ("İ") are two characters, after which no place would fit the text
+    # a few capitals ("İ") have two-character lower case, which would shift positions in the text
     return lowered if len(lowered) == len(text) else "".join(c.lower()[0] for c in text)
 
 
 def words(text: str) -> list[str]:
-    """Stemmed lower-case words and the marks , ; : ? ( ) of a text; hyphens, slashes and periods part words."""
+    """Return stemmed lower-case words and the marks , ; : ? ( ); hyphens, slashes and periods separate words."""
     return [stem(word) for word in _TOKEN.findall(_CONTRACTED.sub(" not", _lower(text)))]
 
 
 def word_spans(text: str) -> list[tuple[int, int]]:
-    """Where each of `words(text)` stands: its first character and one past its last; "n't" stands for "not"."""
+    """Return the character span (start, end) of each of `words(text)`; "n't" is the span of "not"."""
     lowered = _lower(text)
     spaces = [match.start() + i for i, match in enumerate(_CONTRACTED.finditer(lowered))]
     matches = _TOKEN.finditer(_CONTRACTED.sub(" not", lowered))
@@ -64,10 +64,10 @@ class _Node(Generic[T]):
 
 
 class PhraseIndex(Generic[T]):
-    """Phrases with payloads, found in a list of words: the longest at each place, left to right, without overlap.
+    """Find phrases with payloads in a list of words: the longest at each position, left to right, without overlap.
 
-    A phrase may hold gaps, written "...": up to eight words and no punctuation ("heart ... normal"). Phrases with
-    gaps are found beside the others and hide none of them.
+    A phrase may contain gaps, written "...", of up to eight words without punctuation ("heart ... normal"). Phrases with
+    gaps are matches independently of the others.
     """
 
     def __init__(self) -> None:
@@ -76,10 +76,10 @@ class PhraseIndex(Generic[T]):
         self._first: set[str] = set()
 
     def add(self, phrase: str, payload: T | None) -> None:
-        """Adds a phrase; one without a payload only hides the shorter phrases inside it."""
+        """Add a phrase; a phrase without a payload only hides the shorter phrases within it."""
         parts = [words(part) for part in phrase.split(_GAP)]
         if not all(parts):
-            raise ValueError(f"the phrase {phrase!r} holds no word, or nothing before or after '...'")
+            raise ValueError(f"the phrase {phrase!r} has no word, or nothing before or after '...'")
         self._first.add(parts[0][0])
         if len(parts) > 1:
             if payload is not None:
@@ -95,8 +95,8 @@ class PhraseIndex(Generic[T]):
             node.payloads.append(payload)
 
     def find(self, tokens: Sequence[str]) -> list[tuple[int, int, bool, T]]:
-        """Matches as (first word, one behind the last word, whether the phrase has gaps, payload), by place."""
-        found: list[tuple[int, int, bool, T]] = []
+        """Return matches as (first word, one past the last word, whether the phrase has gaps, payload), in order."""
+        matches: list[tuple[int, int, bool, T]] = []
         free_from, total = 0, len(tokens)
         gapped, begins, first = self._gapped, self._root.children, self._first
         for i in [i for i, token in enumerate(tokens) if token in first]:
@@ -105,7 +105,7 @@ class PhraseIndex(Generic[T]):
                 for parts, payload in gapped[token]:
                     end = _match_gapped(tokens, i, parts)
                     if end:
-                        found.append((i, end, True, payload))
+                        matches.append((i, end, True, payload))
             node = begins.get(token)
             if i < free_from or node is None:
                 continue
@@ -117,12 +117,12 @@ class PhraseIndex(Generic[T]):
                 node = node.children.get(tokens[j]) if j < total else None
                 j += 1
             if best is not None:
-                found.extend((i, free_from, False, payload) for payload in best.payloads)
-        return found
+                matches.extend((i, free_from, False, payload) for payload in best.payloads)
+        return matches
 
 
 def _match_gapped(tokens: Sequence[str], start: int, parts: list[list[str]]) -> int:
-    """One behind the last word of a gapped phrase that begins at `start`; 0 where it does not stand there."""
+    """Return one past the last word of a gapped phrase that starts at `start`, or 0 if it does not match."""
     end = start + len(parts[0])
     if len(parts[0]) > 1 and list(tokens[start:end]) != parts[0]:
         return 0

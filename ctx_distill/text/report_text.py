@@ -1,4 +1,4 @@
-"""Reports as text: sections, sentences, random subsets of sentences, chunks that a text tower can read."""
+"""Split report texts into sections, sentences, random subsets of sentences, and chunks that fit a text tower."""
 
 from __future__ import annotations
 
@@ -7,36 +7,36 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 NO_TEXT = frozenset({"", "not given", "not given.", "nan", "none", "n/a"})
-"""What stands in place of a text that was not given (lower case)."""
+"""Placeholders for a missing text (lower case)."""
 _ABBREVIATION = re.compile(
     r"dr|mr|mrs|ms|prof|st|vs|cf|approx|figs?|e\.g|i\.e|a\.m|p\.m|resp|incl|diam|max|etc|ser|im|img"
 )
 _UNIT = re.compile(r"mm|cm|ml|cc|mg|m|kg|hu|sec|min")
 _BULLET = re.compile(r"^(?:[-*•·–]+|\(?\d{1,2}[.)])\s+")
 _LIST_NUMBER = re.compile(r"(?<![Nn]o\.\s)(?:(?<=[.;:!?]\s)|^)\(?\d{1,2}[.)]\s+(?=[^\W\d_])")
-# CT-RATE parts the items of an impression by stray quote marks; a quoted word ("tree-in-bud") parts nothing
+# CT-RATE separates the items of an impression by stray quotation marks; a quoted word ("tree-in-bud") is kept
 _INLINE_MARK = re.compile(r"""\s*[•·]\s*|\s*"{2,}\s*|(?<=[.!?])\s*"\s*|\s"\s(?=[A-Z0-9])|^"\s*|\s*"$""")
 _DIGIT_MARK = re.compile(r"\d[.)]\s")
-"""What every match of `_LIST_NUMBER` holds."""
+"""Part of every match of `_LIST_NUMBER`."""
 _MARK = re.compile(r"[•·\"]")
-"""What every match of `_INLINE_MARK` ends with, save for the space behind it."""
+"""End of every match of `_INLINE_MARK`, except trailing space."""
 _SHORT = 8
 _END = re.compile(r"[.!?]+[)\]'’]*(?=\s+\S)")
 _LONGEST = 300
 _WRAPPED = 60
-"""A line at least this long that ends without punctuation was wrapped by a machine, so the sentence goes on."""
+"""A line of at least this length without final punctuation was wrapped, so its sentence continues."""
 
 
 class UniformSource(Protocol):
-    """What `sample_sentences` draws from: `random.Random` and `numpy.random.Generator` both fit."""
+    """Random source of `sample_sentences`, such as `random.Random` or `numpy.random.Generator`."""
 
     def random(self) -> float:
-        """A number in [0, 1)."""
+        """Return a number in [0, 1)."""
         ...
 
 
 def _lines(text: str) -> list[str]:
-    """Physical lines joined where a line break lies inside a sentence, parted at list marks and empty lines."""
+    """Join lines that were wrapped within a sentence; split at list marks and empty lines."""
     parts: list[str] = []
     previous = ""
     for raw in text.splitlines():
@@ -54,14 +54,14 @@ def _lines(text: str) -> list[str]:
 
 
 def _ends_here(piece: str, start: int, end: int, mark: str, after: str) -> bool:
-    """Whether `mark` at the end of the words piece[start:end] closes a sentence that the character `after` does not go on with.
+    """Return whether `mark` after piece[start:end] ends a sentence, given the next character `after`.
 
-    The words are parted by single spaces.
+    The words are separated by single spaces.
     """
     if after in ",;:)":
         return False
     if mark.startswith("."):
-        tail = piece[max(start, end - _SHORT) : end]  # a longer word is no abbreviation and no unit
+        tail = piece[max(start, end - _SHORT) : end]  # a longer word is neither an abbreviation nor a unit
         word = tail[max(tail.rfind(" "), tail.rfind("("), tail.rfind("[")) + 1 :].lower()
         if _ABBREVIATION.fullmatch(word) or (word == "no" and after.isdigit()):
             return False
@@ -73,7 +73,7 @@ def _ends_here(piece: str, start: int, end: int, mark: str, after: str) -> bool:
 
 
 def _items(line: str) -> list[str]:
-    """What `_INLINE_MARK.split` gives, looked for at quote marks and bullets alone: they are rare, and a search is slow."""
+    """Return `_INLINE_MARK.split(line)`, searching only at quotation marks and bullets, which are rare."""
     items: list[str] = []
     done = 0
     for found in _MARK.finditer(line):
@@ -92,16 +92,16 @@ def _items(line: str) -> list[str]:
 
 
 def split_sentences(text: str) -> list[str]:
-    """Sentences of a report, in order, without list marks and without empty ones.
+    """Return the non-empty sentences of a report in order, without list marks.
 
-    Decimal points, units with a period ("5 mm. in diameter"), abbreviations, numbered and bulleted lists, lines
-    wrapped by a machine, and the quote marks that CT-RATE puts between the items of an impression are understood.
+    Handles decimal points, units with a period ("5 mm. in diameter"), abbreviations, numbered and bulleted lists, wrapped
+    lines, and the quotation marks that CT-RATE puts between the items of an impression.
 
     Args:
-        text: a report or a section of one; may be empty.
+        text: report or section; may be empty.
 
     Returns:
-        Sentences with single spaces and their own end marks.
+        Sentences with single spaces and their end marks.
     """
     sentences: list[str] = []
     for line in _lines(text):
@@ -112,7 +112,7 @@ def split_sentences(text: str) -> list[str]:
                 start = 0
                 for match in _END.finditer(piece):
                     end = match.end()
-                    # the pattern looks ahead to the space that parts two words, so that a character stands behind it
+                    # the lookahead of the pattern guarantees a character after the space
                     if _ends_here(piece, start, match.start(), match.group(), piece[end + 1]):
                         sentences.append(piece[start:end].strip())
                         start = end
@@ -121,12 +121,12 @@ def split_sentences(text: str) -> list[str]:
 
 
 def reading_pieces(text: str) -> Iterator[str]:
-    """Sentences, those of more than 300 words in pieces: the time of reading one grows with its square."""
+    """Yield sentences, split at 300 words because the time per sentence is quadratic in its length."""
     for sentence in split_sentences(text):
         parts = sentence.split() if len(sentence) > _LONGEST else [sentence]
         if len(parts) > _LONGEST:
             yield from (" ".join(parts[i : i + _LONGEST]) for i in range(0, len(parts), _LONGEST))
-        elif len(sentence) > 10 * _LONGEST:  # hardly a space: at marks
+        elif len(sentence) > 10 * _LONGEST:  # few spaces: split at word boundaries
             marks = re.findall(r"\w+|\W", sentence)
             yield from ("".join(marks[i : i + 2 * _LONGEST]) for i in range(0, len(marks), 2 * _LONGEST))
         else:
@@ -134,45 +134,45 @@ def reading_pieces(text: str) -> Iterator[str]:
 
 
 def _section(text: object) -> str:
-    if not isinstance(text, str) or text.strip().lower() in NO_TEXT:  # a blank cell of pandas is NaN, a float
+    if not isinstance(text, str) or text.strip().lower() in NO_TEXT:  # pandas represents a blank cell as NaN
         return ""
-    # by sentences, so that the items of a list stay apart when their line breaks go
+    # by sentence, so that list items stay separate without their line breaks
     return " ".join(item if item.rstrip(")]'’")[-1:] in tuple(".!?") else item + "." for item in split_sentences(text))
 
 
 def join_sections(findings: str | float | None, impression: str | float | None) -> str:
-    """The report of a study: findings, then impression, sentence by sentence, each ended by a mark.
+    """Join findings and impression into a report whose sentences all have an end mark.
 
     Args:
-        findings: the section's text; None, NaN, "" and CT-RATE's "Not given." mean that there is none.
+        findings: text of the section; None, NaN, "" and CT-RATE's "Not given." mean that it is missing.
         impression: likewise. An impression equal to the findings is not repeated.
 
     Returns:
-        One string without line breaks and list marks, "" where both are missing; `split_sentences` parts it again
-        into the sentences of its sections.
+        One string without line breaks and list marks, "" if both are missing; `split_sentences` recovers the
+        sentences.
     """
     first, second = _section(findings), _section(impression)
     return first if first == second else " ".join(part for part in (first, second) if part)
 
 
 def sample_sentences(text: str, rng: UniformSource, minimum: int = 1) -> str:
-    """A random subset of a report's sentences in their order: the augmentation a text tower needs for short prompts.
+    """Return a random subset of a report's sentences in order, an augmentation for short prompts.
 
-    The size of the subset is `minimum` with probability 3/8, the whole report with probability 1/4, and otherwise
-    uniform between the two; which sentences is uniform. So single sentences are frequent, and with them prompts such
-    as "Pleural effusion is present." look like what the tower was trained on (see stack-facts: towers trained on
-    whole reports only did badly on one-sentence prompts).
+    The subset has `minimum` sentences with probability 3/8, all sentences with probability 1/4, and otherwise a uniform
+    size in between; sentences are chosen uniformly. Single sentences are therefore frequent, so that prompts such as
+    "Pleural effusion is present." resemble the training texts. Towers trained on complete reports alone performed badly
+    on one-sentence prompts.
 
     Args:
-        text: a report; returned as it is (with single spaces) where it has no more than `minimum` sentences.
-        rng: `random.Random` or `numpy.random.Generator`; only its `random()` is used.
-        minimum: smallest number of sentences, at least 1.
+        text: report; returned with single spaces if it has at most `minimum` sentences.
+        rng: random source.
+        minimum: min number of sentences, at least 1.
 
     Raises:
         ValueError: `minimum` below 1.
     """
     if minimum < 1:
-        raise ValueError(f"sample_sentences: minimum is {minimum}, expected 1 or more.")
+        raise ValueError(f"sample_sentences: minimum is {minimum}; expected 1 or more")
     sentences = split_sentences(text)
     total = len(sentences)
     if total <= minimum:
@@ -190,7 +190,7 @@ def sample_sentences(text: str, rng: UniformSource, minimum: int = 1) -> str:
 
 
 def _longest_prefix(words: Sequence[str], fits: Callable[[str], bool]) -> int:
-    low, high = 1, len(words)  # one word is always taken, or packing would not end
+    low, high = 1, len(words)  # take at least one word, so that packing terminates
     while low < high:
         middle = (low + high + 1) // 2
         if fits(" ".join(words[:middle])):
@@ -201,15 +201,15 @@ def _longest_prefix(words: Sequence[str], fits: Callable[[str], bool]) -> int:
 
 
 def pack_chunks(sentences: Sequence[str], fits: Callable[[str], bool]) -> list[str]:
-    """Packs sentences greedily, in order, into as few chunks as fit a text tower's context.
+    """Pack sentences greedily and in order into few chunks that fit a text tower's context.
 
     Args:
-        sentences: as `split_sentences` gives them.
+        sentences: sentences from `split_sentences`.
         fits: whether a text fits (for example: its token count is at most the context length).
 
     Returns:
-        Chunks that each fit. A sentence that does not fit alone is broken between words; a single word that does not
-        fit is a chunk by itself, for the tokenizer to truncate.
+        Chunks that each fit. A sentence that does not fit is split between words; a single word that does not fit
+        is its own chunk, which the tokenizer truncates.
     """
     chunks: list[str] = []
     current = ""

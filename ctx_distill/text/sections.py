@@ -1,4 +1,4 @@
-"""A report's findings and impression out of the whole text, and marks of de-identification out of both."""
+"""Split a report into findings and impression, and remove de-identification marks."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from ctx_distill.text.report_text import NO_TEXT
 _HEADING = re.compile(r"(?:^|(?<=[\s.]))([A-Z][A-Z0-9/&(), -]{2,60}?)\s*:(?!\d)")
 _FINDINGS = re.compile(r"FINDINGS?\b|REPORT$|BODY OF REPORT|COMPARATIVE FINDINGS")
 _IMPRESSION = re.compile(r"(?:FINAL |SUMMARY )?IMPRESSIONS?\b|CONCLUSIONS?\b|SUMMARY$|OPINION|ASSESSMENT|DIAGNOSIS")
-# Headings in other letters ("Findings:", "impression:") are only believed where they are among these words and open a line
-# behind a finished one, or stand behind a sentence of a report that itself opens with such a heading.
+# Headings that are not in capitals ("Findings:", "impression:") count only if they are among these words and start a line
+# after a finished one, or follow a sentence in a report that starts with such a heading.
 _SOFT_NAMES = (
     r"findings?|impressions?|findings and impression|conclusions?|opinion|summary|indications?|clinical (?:history|indication|information)"
     r"|history|reason for (?:exam|examination|study)|technique|comparison|exam|examination|procedure"
 )
 _SOFT = re.compile(rf"(?:\A|(?<=\n)|(?<=[.!?] ))[ \t]*({_SOFT_NAMES})[ \t]*:(?!\d)", re.IGNORECASE)
-# Sections about the examination or the patient's past; what they say is not seen in the picture.
+# Sections about the examination or the patient's history, which do not describe the image.
 _ASIDE = re.compile(
     r"INDICATION|(?:CLINICAL |PATIENT |MEDICAL )?HISTORY|CLINICAL|REASON|TECHNIQUE|TECHNICAL|COMPARISON|EXAM|STUDY|PROCEDURE|"
     r"WET READ|NOTIFICATION|DATE|ACCESSION|PROVISIONAL|ORDER|PHYSICIAN|REFERRING|DICTATED|SIGNED|ELECTRONICALLY|NARRATIVE"
@@ -27,10 +27,10 @@ _MARK = re.compile(r"\[\*\*.*?\*\*\]|\[(?:REMOVED|REDACTED|DEIDENTIFIED|DE-IDENT
 
 
 def without_marks(text: str) -> str:
-    """A text without what de-identification left in it, and without holes where that stood.
+    """Remove de-identification marks and the gaps that they leave.
 
-    `___` (MIMIC-CXR), `XXXX` (Open-I) and `[**...**]` (MIMIC-III) go; `x-XXXX` becomes "x-ray", the word that Open-I's program
-    took for a name. "Not given." and its like become "".
+    Removes `___` (MIMIC-CXR), `XXXX` (Open-I) and `[**...**]` (MIMIC-III). `x-XXXX` becomes "x-ray", which Open-I's program
+    mistook for a name. Placeholders such as "Not given." become "".
     """
     if text.strip().lower() in NO_TEXT:
         return ""
@@ -44,11 +44,12 @@ def without_marks(text: str) -> str:
 
 
 def cut_report(text: str) -> tuple[str, str]:
-    """Findings and impression of a report with headings ("FINDINGS:", "IMPRESSION:", or "Findings:" at the start of a line).
+    """Return findings and impression of a report with headings.
 
-    "Findings: none" is a sentence. A heading of another kind ("LUNGS:") stays where it stands. Indication, technique, comparison and their like are left
-    out; a paragraph behind one of them belongs to the body. A report without either heading is all findings;
-    "FINDINGS AND IMPRESSION" are findings.
+    Headings are "FINDINGS:", "IMPRESSION:", or "Findings:" at the start of a line; "Findings: none" is a sentence. Other
+    headings ("LUNGS:") stay in the text. Indication, technique, comparison and similar sections are dropped; a paragraph
+    after one of them belongs to the body. A report without headings is returned as findings, and so is "FINDINGS AND
+    IMPRESSION".
     """
     text = _TITLE_LINE.sub("", text)
     parts: dict[str, list[str]] = {"body": [], "findings": [], "impression": [], "aside": []}
@@ -67,27 +68,29 @@ def cut_report(text: str) -> tuple[str, str]:
 
 
 def _headings(text: str) -> list[re.Match[str]]:
-    """The headings of a report, by place; those in other letters where they are believed."""
+    """Return the headings of a report in order, including valid ones that are not in capitals."""
     capitals = {match.start(1): match for match in _HEADING.finditer(text)}
     others = [match for match in _SOFT.finditer(text) if match.start(1) not in capitals]
     opens = any(not text[: match.start(1)].strip() for match in (*capitals.values(), *others))
-    found = dict(capitals)
+    headings = dict(capitals)
     for match in others:
         before, kind = text[: match.start(1)].rstrip(" \t"), _kind(match.group(1).upper())
-        own_line = not before or before[-1] == "\n"
+        starts_line = not before or before[-1] == "\n"
         finished = not before.strip() or before.rstrip()[-1] in ".!?:" or re.search(r"\n[ \t]*\n\Z", before)
         first_line = text[match.end() :].lstrip().partition("\n")[0].strip().lower().rstrip(".")
-        if finished and (own_line or opens) and (kind == "aside" or first_line not in NO_TEXT):
-            found[match.start(1)] = match
+        if finished and (starts_line or opens) and (kind == "aside" or first_line not in NO_TEXT):
+            headings[match.start(1)] = match
     ends = [
-        place for place, match in found.items() if _kind(match.group(1).strip().upper()) in ("findings", "impression")
+        place
+        for place, match in headings.items()
+        if _kind(match.group(1).strip().upper()) in ("findings", "impression")
     ]
     for match in others:
-        # nothing says where it ends, and the whole report would be taken for it
+        # its end is unknown, and the rest of the report would be dropped with it
         goes_on = max(ends, default=-1) > match.start(1) or re.search(r"\n[ \t]*\n", text[match.end() :].strip())
         if _kind(match.group(1).upper()) == "aside" and not goes_on:
-            found.pop(match.start(1), None)
-    return [found[place] for place in sorted(found)]
+            headings.pop(match.start(1), None)
+    return [headings[place] for place in sorted(headings)]
 
 
 def _kind(heading: str) -> str | None:
@@ -99,7 +102,7 @@ def _kind(heading: str) -> str | None:
 
 def _keep(parts: dict[str, list[str]], section: str, text: str) -> None:
     if section == "aside":
-        # An aside is one paragraph; what follows an empty line is the report going on without a heading.
+        # An aside is one paragraph; after an empty line the report continues without a heading.
         text = "\n\n".join(re.split(r"\n\s*\n", text.strip())[1:])
         section = "body"
     if text.strip():

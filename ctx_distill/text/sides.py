@@ -1,4 +1,4 @@
-"""Left, right or both: on which side a mention of a sentence lies."""
+"""Determine the side (left, right or both) of a mention in a sentence."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _WORDS: dict[str, tuple[str, ...]] = {
         "bibasal", "biapical", "bihilar",
     ),
 }  # fmt: skip
-# A side of something else than the lung, the pleura or the chest wall.
+# Sides of structures other than lung, pleura and chest wall.
 _NO_SIDE = (
     "left ventricle", "right ventricle", "left ventricular", "right ventricular", "left atrium", "right atrium",
     "left atrial", "right atrial", "left heart", "right heart", "left facing", "right facing", "left anterior descending",
@@ -26,23 +26,23 @@ _JOINTS = frozenset([",", "and", "with", "or", "by", "without", "no"])
 
 
 def side_of(sentence: Sentence, start: int, end: int, others: Sequence[tuple[int, int]]) -> str:
-    """The side of the mention tokens[start:end].
+    """Return the side of the mention tokens[start:end].
 
-    Side words between the mention and its neighbours count ("left effusion and right pneumothorax"), each neighbour
-    keeping what is on its side of the joint (a comma, "and", "with"); where there are none, those of the whole clause
-    ("in the left lung, effusion and atelectasis are seen").
+    Side words between the mention and its neighbours count ("left effusion and right pneumothorax"), divided at a joint (a
+    comma, "and", "with"). If there are none, side words of the complete clause count ("in the left lung, effusion and
+    atelectasis are seen").
 
     Args:
-        sentence: the words.
+        sentence: the sentence.
         start: first word of the mention.
-        end: one behind its last word.
-        others: the places of the sentence's other mentions.
+        end: one past its last word.
+        others: positions of the sentence's other mentions.
 
     Returns:
-        "left", "right", "both", or "" where no side is told.
+        "left", "right", "both", or "" if no side is mentioned.
     """
-    found = _found(sentence)
-    if not found:
+    side_words = _side_words(sentence)
+    if not side_words:
         return ""
     low, high = sentence.clause(start, end)
     first = max((e for _, e in others if low < e <= start), default=low)
@@ -51,17 +51,17 @@ def side_of(sentence: Sentence, start: int, end: int, others: Sequence[tuple[int
         first = next((i for i in range(first, start) if sentence.tokens[i] in _JOINTS), first)
     if last < high:
         last = next((i for i in range(last - 1, end - 1, -1) if sentence.tokens[i] in _JOINTS), last)
-    return _sum(side for place, side in found if first <= place < last) or _sum(
-        side for place, side in found if low <= place < high
+    return _sum(side for place, side in side_words if first <= place < last) or _sum(
+        side for place, side in side_words if low <= place < high
     )
 
 
 def joined(sides: Sequence[str]) -> str:
-    """Several mentions' sides as one."""
+    """Combine the sides of several mentions."""
     return _sum(side for side in sides if side)
 
 
-def _found(sentence: Sentence) -> list[tuple[int, str]]:
+def _side_words(sentence: Sentence) -> list[tuple[int, str]]:
     if _first_words().isdisjoint(sentence.tokens):
         return []
     return [(place, side) for place, _, _, side in _index().find(sentence.tokens)]

@@ -1,4 +1,4 @@
-"""A WordPiece vocabulary trained on reports, in the Hugging Face format, for text towers and the report decoder."""
+"""Train a WordPiece tokenizer on reports, in Hugging Face format, for text towers and the report decoder."""
 
 from __future__ import annotations
 
@@ -9,39 +9,39 @@ from typing import Any
 from ctx_distill.errors import InputError
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-"""In this order, so their ids are 0 to 4 in every vocabulary."""
+"""Special tokens, with ids 0 to 4 in every vocabulary."""
 
 WORD = r"\d+(?:[.,]\d+)*|[^\W\d_]+(?:-[^\W\d_]+)*|[^\w\s]|_"
-"""Numbers with their decimals, words with their hyphens, and single marks: so that decoding gives "8.5 mm" back."""
+"""Numbers with decimals, hyphenated words, and single marks, so that decoding restores "8.5 mm"."""
 
 
 def train_wordpiece(texts: Iterable[str], vocab_size: int, out_folder: Path, context_length: int) -> Any:
-    """Train a lower-case WordPiece tokenizer and save it where AutoTokenizer and open_clip find it.
+    """Train a lower-case WordPiece tokenizer and save it for AutoTokenizer and open_clip.
 
     The same texts in the same order give the same vocabulary. Texts become "[CLS] words [SEP]".
 
     Args:
-        texts: reports; empty ones are passed over.
-        vocab_size: largest vocabulary, special tokens included; small corpora give smaller ones.
-        out_folder: where `tokenizer.json` and `tokenizer_config.json` are written.
+        texts: reports; empty ones are skipped.
+        vocab_size: max vocabulary size including special tokens; small corpora give fewer.
+        out_folder: folder for `tokenizer.json` and `tokenizer_config.json`.
         context_length: the tokenizer's `model_max_length`.
 
     Returns:
-        The tokenizer as `AutoTokenizer.from_pretrained(out_folder)` gives it.
+        The tokenizer from `AutoTokenizer.from_pretrained(out_folder)`.
 
     Raises:
-        InputError: there are no texts, or `vocab_size` leaves no room beside the special tokens.
+        InputError: there is no text, or `vocab_size` does not exceed the number of special tokens.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
     corpus = [text for text in texts if text.strip()]
     if not corpus:
         raise InputError(
-            "tokenizer: no report has any text, so no vocabulary can be trained. Expected text in the columns findings"
-            " or impression of the train split."
+            "tokenizer: no report has text to train a vocabulary; expected text in column findings or impression of"
+            " the train split"
         )
     if vocab_size <= len(SPECIAL_TOKENS):
-        raise InputError(f"tokenizer: vocab_size is {vocab_size}, expected more than {len(SPECIAL_TOKENS)}.")
+        raise InputError(f"tokenizer: vocab_size is {vocab_size}; expected more than {len(SPECIAL_TOKENS)}")
     normalizer = normalizers.BertNormalizer(lowercase=True)
     split = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(WORD), behavior="isolated")]
@@ -53,8 +53,8 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int, out_folder: Path, con
         tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=True)
         return tokenizer
 
-    # The trainer numbers the inner characters ("##a") in the order of a randomly seeded hash map and breaks ties by
-    # number, so equal runs would differ. Given as special tokens they have their numbers beforehand.
+    # The trainer numbers inner characters ("##a") in the order of a randomly seeded hash map and breaks ties by number,
+    # so equal runs would differ. Passing them as special tokens fixes their numbers.
     characters = sorted({c for text in corpus for c in normalizer.normalize_str(text) if not c.isspace()})
     fixed = [*SPECIAL_TOKENS, *(f"##{c}" for c in characters)]
     trained = blank({})

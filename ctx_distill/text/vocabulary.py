@@ -1,4 +1,4 @@
-"""A vocabulary: findings, the phrases that speak of them, and the places that decide which finding a phrase is of."""
+"""Vocabularies: findings, the phrases that mention them, and the places that disambiguate phrases."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from ctx_distill.text.phrases import PhraseIndex
 from ctx_distill.text.sides import side_of
 
 _SENTENCE_CACHE = 262_144
-"""Sentences that a vocabulary remembers, with what they say: about 100 MB."""
+"""Number of sentences whose result a vocabulary caches: about 100 MB."""
 _UNPAIRED = frozenset(["heart", "pericardium", "vessels", "diaphragm", "mediastinum", "whole chest"])
 
 
 @dataclass(frozen=True)
 class Located:
-    """Terms that mean a finding in some places and not in others: a calcification of the aorta, and of a valve.
+    """Terms whose meaning depends on the place, such as a calcification of the aorta or of a valve.
 
-    The places are looked for in the term's clause, first beside and behind the term, then before it.
+    Places are searched in the term's clause, first next to and after the term, then before it.
 
     Attributes:
         terms: phrases, as `Finding.synonyms`.
-        sites: places in whose company a term is the finding.
-        elsewhere: places in whose company, where none of `sites` stands there, it is not.
-        against: words in whose company, in the clause, it is not, whatever else stands there.
-        required: whether a term that stands without any place is none either.
+        sites: places with which a term is the finding.
+        elsewhere: places with which it is not, unless one of `sites` is there.
+        against: words of the clause with which it is never the finding.
+        required: whether a term without any place is not the finding either.
     """
 
     terms: tuple[str, ...]
@@ -45,17 +45,19 @@ class Finding:
     """One finding of a vocabulary.
 
     Attributes:
-        name: as the label columns spell it.
-        synonyms: phrases that mention it. Without case, plurals tolerated; "..." stands for up to eight words.
+        name: name as in the label columns.
+        synonyms: phrases that mention it, case-insensitive and with plurals; "..." matches up to eight words.
         normal: phrases that assert its absence ("the pleural spaces are clear").
-        exclude: phrases that hold a synonym and mean something else ("subcutaneous edema").
-        region: where it lies; None where not given.
-        visible_on_xray: whether a radiograph shows it; None where not given.
-        denied: phrases whose denial denies the finding and whose presence does not assert it ("infiltrative lesion").
+        exclude: phrases that contain a synonym but mean something else ("subcutaneous edema").
+        region: anatomical region, or None.
+        visible_on_xray: whether a radiograph shows it, or None if unknown.
+        denied: phrases whose negation negates the finding, but whose presence does not assert it ("infiltrative
+            lesion").
         located: terms that need a place.
-        contrary: phrases whose assertion, or doubt, takes the finding away, so that it means "nothing of these" ("No Finding").
-        supporting: phrases that, asserted, speak for such a finding as its own synonyms do ("the lungs are clear"); so does the
-            denial of a contrary phrase.
+        contrary: phrases that rule out the finding if asserted or uncertain, so that it means "none of these" ("No
+            Finding").
+        supporting: phrases whose assertion supports such a finding like its synonyms ("the lungs are clear"), as does
+            the negation of a contrary phrase.
     """
 
     name: str
@@ -74,7 +76,7 @@ _Place = Literal["site", "elsewhere", "against"]
 
 
 class Reading(NamedTuple):
-    """What a sentence says of a finding: its number in the vocabulary, the assertion, "left", "right", "both" or ""."""
+    """A mention in a sentence: number of the finding, assertion, and side ("left", "right", "both" or "")."""
 
     number: int
     assertion: int
@@ -96,13 +98,13 @@ class _Match(NamedTuple):
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Findings to look for, in the order of the columns that `extract_many` gives.
+    """Findings to extract, in the order of the columns of `extract_many`.
 
     Attributes:
-        name: of the vocabulary.
-        findings: at least one, with distinct names.
-        masks: phrases of findings that are not asked for; they hide what they contain ("pericardial effusion" hides
-            "effusion"), so that a part of a vocabulary reads a report as the whole does.
+        name: name of the vocabulary.
+        findings: at least one finding, with distinct names.
+        masks: phrases of other findings, which hide what they contain ("pericardial effusion" hides "effusion"), so that
+            a subset of a vocabulary gives the same results as the full vocabulary.
     """
 
     name: str
@@ -116,7 +118,7 @@ class Vocabulary:
 
     @property
     def visible_on_xray(self) -> NDArray[np.bool_]:
-        """(F,): which findings a radiograph shows; one of which nothing is said counts as shown."""
+        """Whether a radiograph shows each finding, (F,) bool; unknown counts as true."""
         return np.array([finding.visible_on_xray is not False for finding in self.findings], dtype=bool)
 
     @functools.cached_property
@@ -144,12 +146,12 @@ class Vocabulary:
 
     @functools.cached_property
     def rest(self) -> frozenset[int]:
-        """Numbers of the findings that mean "nothing of these": those with `contrary` phrases."""
+        """The numbers of the findings that mean "none of these": those with `contrary` phrases."""
         return frozenset(i for i, finding in enumerate(self.findings) if finding.contrary)
 
     @functools.cached_property
     def _places(self) -> PhraseIndex[tuple[int, int, _Place]]:
-        """Places with the rule (finding, number) and what they are to it."""
+        """The places with their rule (finding, number) and their role in it."""
         index: PhraseIndex[tuple[int, int, _Place]] = PhraseIndex()
         for number, finding in enumerate(self.findings):
             for i, rule in enumerate(finding.located):
@@ -182,9 +184,9 @@ class Vocabulary:
             yield _Match(start, end, phrase)
 
     def mentions(self, sentence: Sentence) -> list[tuple[int, int, str]]:
-        """Mentions in a sentence, whatever is said of them, as (first word, one behind the last word, finding).
+        """Return the mentions in a sentence as (first word, one past the last word, finding), in order.
 
-        All phrases but excluded ones, by place; a phrase with gaps reaches from its first word to its last one.
+        Mentions of any assertion count, except excluded phrases; a gapped phrase spans its first to its last word.
         """
         return [
             (match.start, match.end, self.findings[match.phrase.number].name)
@@ -193,7 +195,7 @@ class Vocabulary:
         ]
 
     def read(self, sentence: str) -> tuple[Reading, ...]:
-        """What a sentence says, mention by mention; remembered, since reports repeat."""
+        """Return the readings of a sentence by mention; cached, since sentences recur."""
         known = self._sentences.get(sentence)
         if known is not None:
             return known
@@ -208,7 +210,7 @@ class Vocabulary:
             elif kind == "supporting" and assertion == PRESENT:
                 result.append(Reading(number, PRESENT, ""))
             elif kind == "synonym" and number in self.rest:
-                if assertion == PRESENT:  # "no effusion, no finding ..." denies nothing by its second half
+                if assertion == PRESENT:  # the second half of "no effusion, no finding ..." negates nothing
                     result.append(Reading(number, PRESENT, ""))
             elif kind == "synonym" and assertion is not None:
                 side = ""
@@ -230,7 +232,7 @@ class Vocabulary:
 
 
 def _is_there(parsed: Sentence, start: int, end: int, places: dict[_Place, list[int]], required: bool) -> bool:
-    """Whether the term tokens[start:end] means the finding; `places` are the first words of its rule's places."""
+    """Return whether the term tokens[start:end] means the finding; `places` has the first words of its places."""
     low, high = parsed.clause(start, end)
     begin, behind = parsed.enumeration(start, end)
     near, far = range(begin, behind), range(low, high)

@@ -134,7 +134,9 @@ def test_real_scans_and_the_crop_of_one_lung(
     table = pd.read_csv(out / "check.csv", keep_default_na=False).set_index("image_id")
     assert (table["errors"] == "").all()
     assert [name for name, text in table["warnings"].items() if text] == ["elastix_crop"]
-    assert "157.1 mm from right to left; two lungs are wider" in table.loc["elastix_crop", "warnings"]
+    assert (
+        "157.1 mm from right to left; expected at least 200 mm for two lungs" in table.loc["elastix_crop", "warnings"]
+    )
     assert main(["check", str(real_mini / "xray.csv"), "--out", str(tmp_path / "x"), "--workers", "1"]) == 0
     assert "26 images, 0 with errors, 0 with warnings" in capsys.readouterr().out
 
@@ -230,9 +232,9 @@ def test_prepared_items_are_compared(
     assert main([*command[:2], "--out", str(tmp_path / "new"), *command[4:]]) == 1
     assert "error, prepared: 1" in capsys.readouterr().out
     table = pd.read_csv(tmp_path / "new/check.csv", keep_default_na=False)
-    assert table["errors"].str.contains("its checksum is not the item's").sum() == 1
+    assert table["errors"].str.contains("checksum mismatch, the file is damaged").sum() == 1
     assert main(["check", str(cohort / "ct.csv"), "--prepared", str(tmp_path)]) == 2
-    assert "prepare it first" in capsys.readouterr().err
+    assert "prepare the folder first" in capsys.readouterr().err
 
 
 def test_films(cohort: Path, tmp_path: Path) -> None:

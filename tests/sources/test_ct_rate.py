@@ -110,7 +110,9 @@ def test_slope_and_intercept_asked_of_a_file_in_hu_are_refused(tmp_path: Path) -
     manifest = built(tmp_path)
     image = nib.Nifti1Image(hounsfield(), np.eye(4))
     image.to_filename(manifest.image_file(1))
-    with pytest.raises(InputError, match=r"train_2_a_1.nii.gz: holds HU already .* slope 1, intercept -1024 once more"):
+    with pytest.raises(
+        InputError, match=r"train_2_a_1.nii.gz: values are in HU already .* sets slope 1 and intercept -1024"
+    ):
         manifest.scan_file(1).read()
 
 

@@ -101,7 +101,7 @@ class Danger:
 def test_pickles_are_refused_and_never_opened(tmp_path: Path) -> None:
     path = tmp_path / "trn1.npz"
     np.savez(path, ct=np.array([Danger()], dtype=object))
-    with pytest.raises(InputError, match="holds pickled objects, which are never opened"):
+    with pytest.raises(InputError, match="contains pickled objects, which are never loaded"):
         read_volume(path)
     content = io.BytesIO()
     np.lib.format.write_array(content, np.zeros((2, 2, 2), dtype=np.int16))

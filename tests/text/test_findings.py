@@ -201,7 +201,7 @@ def test_a_part_of_a_vocabulary_reads_as_the_whole() -> None:
         ("findings:\n  nodule:\n    visible_on_xray: 3\n", "true or false"),
         ("findings:\n  nodule:\n  Nodule:\n", "2 times"),
         ("findings:\n  nodule:\n    located: [a]\n", "expected 'terms'"),
-        ("findings:\n  nodule:\n    located: [{terms: [a]}]\n", "names no place"),
+        ("findings:\n  nodule:\n    located: [{terms: [a]}]\n", "no place; add"),
         ("findings:\n  nodule:\n    located: [{terms: [a], sites: [b], required: 3}]\n", "true or false"),
         ("findings:\n  no:\n    synonyms: [a]\n", "quote it"),
     ],

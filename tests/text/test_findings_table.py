@@ -17,7 +17,7 @@ import pytest
 from sklearn.metrics import f1_score
 
 from ctx_distill.commands.main import main
-from ctx_distill.text.findings_table_parts import request_hash, standing_parts, write_part
+from ctx_distill.text.findings_table_parts import completed_parts, request_hash, write_part
 
 REPORTS = Path(__file__).parents[3] / "shared/data/reports/ct_reports_18_labels.csv"
 
@@ -146,7 +146,7 @@ def test_odd_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert "expected commas" in told
     source.write_text("report_text,report_text\na,b\n")
     assert main(["findings", str(source), str(out)]) == 2
-    assert "twice in the header" in capsys.readouterr().err
+    assert "more than once in the header" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("piece", ["No nodule, effusion and atelectasis ", "nodule, ", "nodule,", "x"])
@@ -193,12 +193,12 @@ def test_a_stopped_command_goes_on_with_what_was_read(tmp_path: Path) -> None:
 
 def test_parts_of_another_request_are_not_used(tmp_path: Path) -> None:
     folder = tmp_path / "parts"
-    assert standing_parts(folder, "a") == {}
+    assert completed_parts(folder, "a") == {}
     write_part(folder, 500, [1])
     (folder / "part-00000000.json").write_text('[{"torn')
-    assert standing_parts(folder, "a") == {500: [1]}
-    assert standing_parts(folder, "b") == {}
-    assert standing_parts(folder, "a") == {}
+    assert completed_parts(folder, "a") == {500: [1]}
+    assert completed_parts(folder, "b") == {}
+    assert completed_parts(folder, "a") == {}
     source = tmp_path / "in.csv"
     source.write_text("report_text\na\n")
     asked = {request_hash(source, name, size) for name in ("ct-rate", "chexpert") for size in (1, 2)}

@@ -1,6 +1,6 @@
-"""NRRD and MetaImage (MHA, MHD) through SimpleITK, whose world axes are LPS already.
+"""Read NRRD and MetaImage (MHA, MHD) with SimpleITK, whose world axes are LPS.
 
-SimpleITK is imported when a file is read: NIfTI and prepared volumes do without its 53 MB.
+SimpleITK (53 MB) is imported only when such a file is read; NIfTI and prepared volumes do not need it.
 """
 
 from __future__ import annotations
@@ -21,13 +21,17 @@ log = logging.getLogger(__name__)
 _HEADER_BYTES = 1 << 16
 _DATA_FILE = re.compile(rb"^\s*(?:ElementDataFile\s*=|data ?file:)\s*(.+?)\s*$", re.IGNORECASE | re.MULTILINE)
 _COMPRESSED = re.compile(rb"^\s*(?:CompressedData\s*=\s*True|encoding:\s*(?:gz|gzip|bz2|bzip2))", re.IGNORECASE | re.M)
-# MetaImage can hold a linear map to the true values, and ITK's reader leaves it unapplied without a word.
+# MetaImage headers can define a linear map to the true values, which ITK's reader silently ignores.
 _UNAPPLIED = re.compile(rb"^\s*ElementToIntensityFunction(Slope|Offset)\s*=\s*(\S+)\s*$", re.MULTILINE)
 _NEUTRAL = {b"Slope": 1.0, b"Offset": 0.0}
 
 
 def read_itk(path: Path) -> tuple[NDArray[Any], NDArray[np.float64]]:
-    """Voxels as (k, j, i), the file's fastest axis last, and their affine to LPS mm."""
+    """Return voxels (k, j, i) with the file's fastest axis last, and their affine (4, 4) to LPS mm.
+
+    Raises:
+        InputError: a damaged file, a size that the file cannot hold, colour, or an intensity map in the header.
+    """
     import SimpleITK as sitk
 
     item_bytes = {
@@ -41,39 +45,41 @@ def read_itk(path: Path) -> tuple[NDArray[Any], NDArray[np.float64]]:
         reader.ReadImageInformation()
     except RuntimeError as error:
         raise InputError(
-            f"{path}: the header cannot be read ({reason(error)}); the file is damaged, copy it again"
+            f"{path}: cannot read the header ({reason(error)}); the file is damaged, copy it again"
         ) from error
     for name, value in _UNAPPLIED.findall(header):
         if _number(value) != _NEUTRAL[name]:
-            told = f"ElementToIntensityFunction{name.decode()} = {value.decode('latin-1')}"
-            raise InputError(f"{path}: {told}; expected HU without a further map, write the file with true values")
-    kind = reader.GetPixelID()
-    if reader.GetNumberOfComponents() != 1 or kind not in item_bytes:
+            intensity_map = f"ElementToIntensityFunction{name.decode()} = {value.decode('latin-1')}"
+            raise InputError(
+                f"{path}: {intensity_map} is not supported; expected stored values in HU, write the file without the map"
+            )
+    pixel_type = reader.GetPixelID()
+    if reader.GetNumberOfComponents() != 1 or pixel_type not in item_bytes:
         raise InputError(
-            f"{path}: {reader.GetNumberOfComponents()} numbers a voxel ({sitk.GetPixelIDValueAsString(kind)}); "
-            "expected one in HU, colour or complex volumes are not CT"
+            f"{path}: {reader.GetNumberOfComponents()} values per voxel ({sitk.GetPixelIDValueAsString(pixel_type)}); "
+            "expected one value in HU, not colour or complex numbers"
         )
     shape = tuple(int(n) for n in reader.GetSize())
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
-    # bz2 packs tighter than deflate can, so its file size bounds nothing; the cap on voxels still does.
+    # bz2 compresses more than deflate, so the file size gives no bound; the limit on voxels still applies.
     packed = bool(_COMPRESSED.search(header))
     stored = None if packed and re.search(rb"bz", header[:_HEADER_BYTES]) else _stored_bytes(path, header)
-    check_size(path, shape, item_bytes[kind], stored, packed)
+    check_size(path, shape, item_bytes[pixel_type], stored, packed)
     if path.suffix.lower() in (".nrrd", ".nhdr") and not re.search(rb"^space( dimension)?:", header, re.M):
-        log.warning("%s: no space field; its orientation is a guess (index grows to Left, Posterior, Superior)", path)
+        log.warning("%s: no space field; assuming that the index increases towards Left, Posterior, Superior", path)
     try:
         image = reader.Execute()
     except RuntimeError as error:
         raise InputError(
-            f"{path}: the voxels cannot be read ({reason(error)}); truncated or damaged, copy it again"
+            f"{path}: cannot read the voxels ({reason(error)}); the file is truncated or damaged, copy it again"
         ) from error
     voxels: NDArray[Any] = sitk.GetArrayFromImage(image).reshape(shape[::-1])
     return voxels, _affine(image)
 
 
 def reason(error: BaseException) -> str:
-    """ITK's own words out of its many lines of file names and line numbers."""
+    """Return the last line of an ITK error, without the source files and line numbers before it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1][:200] if lines else type(error).__name__
 
@@ -104,9 +110,9 @@ def _text_header(path: Path) -> bytes:
 
 
 def _stored_bytes(path: Path, header: bytes) -> int | None:
-    """Bytes that can hold voxels: the file itself, or the one other file that the header names.
+    """Return the bytes that can hold voxels, of this file or of the data file that the header names.
 
-    A header may not name files elsewhere: a manifest's images stay in its folder.
+    The header may name only files in its own folder, so that images stay in the folder of the manifest.
     """
     match = _DATA_FILE.search(header)
     name = match.group(1).decode("utf-8", errors="replace") if match else "LOCAL"
@@ -115,19 +121,21 @@ def _stored_bytes(path: Path, header: bytes) -> int | None:
     listed = name.upper().startswith("LIST")
     for other in _listed(path) if listed else [name]:
         if Path(other).is_absolute() or ".." in Path(other).parts:
-            raise InputError(f"{path}: its voxels are said to be in {other!r}; put that file beside the header")
+            raise InputError(
+                f"{path}: the header refers to {other!r} outside its folder; move that file next to the header"
+            )
     if "%" in name or " " in name or listed:
         return None
     data = path.parent / name
     if not data.is_file():
         raise InputError(
-            f"{path}: its voxels are said to be in {name!r}, which does not exist; put it beside the header"
+            f"{path}: the header refers to {name!r}, which does not exist; put that file next to the header"
         )
     return data.stat().st_size
 
 
 def _listed(path: Path) -> list[str]:
-    """The files that follow a header's LIST, one a line."""
+    """Return the files listed after LIST in a header, one per line."""
     with path.open("rb") as file:
         text = file.read(_HEADER_BYTES).decode("utf-8", errors="replace")
     after = re.split(r"(?im)^\s*(?:ElementDataFile\s*=|data ?file:)\s*LIST.*$", text, maxsplit=1)

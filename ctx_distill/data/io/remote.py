@@ -1,4 +1,4 @@
-"""Scans at an fsspec address (s3://, gs://, https://): fetched whole into a temporary folder, read, and gone again."""
+"""Read scans from fsspec URLs (s3://, gs://, https://) by downloading them into a temporary folder."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from ctx_distill.data.io.volume import Volume, read_volume
 from ctx_distill.errors import InputError
 
 REMOTE = "://"
-"""What tells an address from a path."""
+"""Separator that distinguishes a URL from a path."""
 
 
 def read_remote(url: str) -> Volume:
-    """A file, or a folder of DICOM slices, as `read_volume` reads it.
+    """Download and read a file or a folder of DICOM slices.
 
     Raises:
-        InputError: it cannot be fetched, or what `read_volume` refuses; the message names the address.
+        InputError: the download failed, or `read_volume` rejects the file; the message names the URL.
     """
     with tempfile.TemporaryDirectory(prefix="ctx-distill-") as folder:
         local = Path(folder) / url.rstrip("/").rsplit("/", 1)[-1]
@@ -27,8 +27,8 @@ def read_remote(url: str) -> Volume:
             system.get(path, str(local), recursive=system.isdir(path))
         except InputError:
             raise
-        except Exception as error:  # every file system has errors of its own
-            raise InputError(f"{url}: cannot be fetched ({error}); check the address and your rights there") from error
+        except Exception as error:  # every file system defines its own errors
+            raise InputError(f"{url}: download failed ({error}); check the URL and your permissions") from error
         try:
             return replace(read_volume(local), path=Path(url))
         except InputError as error:
@@ -36,10 +36,10 @@ def read_remote(url: str) -> Volume:
 
 
 def remote_stamp(url: str) -> dict[str, object]:
-    """What tells whether the file changed: its size, and a tag or time where the file system gives one.
+    """Return what identifies the file's version: its size, and a tag or time if the file system provides one.
 
     Raises:
-        InputError: it cannot be looked at.
+        InputError: the file system does not return information about the URL.
     """
     try:
         system, path = _open(url)
@@ -47,7 +47,7 @@ def remote_stamp(url: str) -> dict[str, object]:
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"{url}: cannot be looked at ({error}); check the address and your rights there") from error
+        raise InputError(f"{url}: cannot access it ({error}); check the URL and your permissions") from error
     tags = sorted(str(f.get("ETag") or f.get("etag") or f.get("LastModified") or f.get("mtime") or "") for f in facts)
     return {"bytes": sum(int(f.get("size") or 0) for f in facts), "tags": tags}
 
@@ -60,7 +60,5 @@ def _open(url: str) -> tuple[Any, str]:
     except ImportError as error:
         raise InputError(f"{url}: {error}; for s3:// install the extra: pip install ctx-distill[s3]") from error
     except ValueError as error:
-        raise InputError(
-            f"{url}: {error}; expected an address that fsspec knows, such as s3://bucket/folder"
-        ) from error
+        raise InputError(f"{url}: {error}; expected a URL that fsspec supports, such as s3://bucket/folder") from error
     return system, str(path)

@@ -1,7 +1,7 @@
-"""A scan's file with what its data set says of it elsewhere: slope, intercept and spacing out of a metadata table.
+"""A scan's file together with the slope, intercept and spacing that its data set stores in a metadata table.
 
-CT-RATE's first release holds raw values without a spacing, and a CSV beside them holds the rest. Applying slope and
-intercept to files that already hold HU is that field's most reported mistake, so it is looked for here.
+The first release of CT-RATE stores raw values without a spacing; slope, intercept and spacing are in a CSV file.
+Applying slope and intercept to files that are in HU already is a common mistake, so it is detected here.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ _CLEARLY_HU, _CLEARLY_NOT = 0.05, 0.01
 
 @dataclass(frozen=True)
 class ScanFile:
-    """Where a scan lies and what overrides its header.
+    """The location of a scan and the values that override its header.
 
     Attributes:
-        path: file or folder of DICOM slices; of a remote one, what messages call it.
-        slope: with `intercept`, takes the file's values to HU; None leaves them.
+        path: file or folder of DICOM slices; for a remote scan, the name used in messages.
+        slope: with `intercept`, maps stored values to HU; None keeps the stored values.
         intercept: HU.
-        spacing: mm along the file's own x, y, z (its fastest axis first); None keeps the header's.
-        url: an fsspec address (s3://bucket/scan.nii.gz) to read in place of `path`.
+        spacing: mm along the file's x, y, z axes (fastest first); None keeps the header's spacing.
+        url: fsspec URL (s3://bucket/scan.nii.gz) to read instead of `path`.
     """
 
     path: Path
@@ -38,10 +38,10 @@ class ScanFile:
     url: str | None = None
 
     def read(self) -> Volume:
-        """The scan in HU on its own grid.
+        """Read the scan in HU on its native grid.
 
         Raises:
-            InputError: as `read_volume`; values that are HU already although a slope and intercept are given.
+            InputError: as `read_volume`, or a slope and intercept are set although the values are in HU already.
         """
         scan = read_volume(self.path) if self.url is None else read_remote(self.url)
         affine, voxels = scan.affine_lps, scan.voxels
@@ -54,18 +54,18 @@ class ScanFile:
             scaled = tissue_shares(voxels, slope, intercept)
             if min(as_stored) > _CLEARLY_HU and min(scaled) < _CLEARLY_NOT:
                 raise InputError(
-                    f"{self.path}: holds HU already ({as_stored[0]:.0%} air, {as_stored[1]:.0%} soft tissue), and the"
-                    f" manifest asks for slope {slope:g}, intercept {intercept:g} once more; blank both columns for it, or"
-                    " make the manifest again with --release fixed"
+                    f"{self.path}: values are in HU already ({as_stored[0]:.0%} air, {as_stored[1]:.0%} soft tissue), but"
+                    f" the manifest sets slope {slope:g} and intercept {intercept:g}; clear both columns for this scan,"
+                    " or rebuild the manifest with --release fixed"
                 )
             voxels = to_hounsfield(voxels, slope, intercept)
         return Volume(voxels, affine, scan.path)
 
     def stamp(self) -> dict[str, object]:
-        """Bytes and the latest modification time (ns) of the file, or of a folder's files; and the overrides.
+        """Return the size in bytes, the latest modification time (ns) and the overrides of the file or folder.
 
         Raises:
-            InputError: it cannot be looked at.
+            InputError: the file or folder cannot be accessed.
         """
         if self.url is not None:
             return {**remote_stamp(self.url), **self.facts()}
@@ -74,12 +74,12 @@ class ScanFile:
             facts = [file.stat() for file in files]
         except OSError as error:
             raise InputError(
-                f"{self.path}: cannot be read ({error.strerror}); check the path and its rights."
+                f"{self.path}: cannot access it ({error.strerror}); check the path and its permissions"
             ) from error
         latest = max((f.st_mtime_ns for f in facts), default=0)
         return {"bytes": sum(f.st_size for f in facts), "mtime_ns": latest, **self.facts()}
 
     def facts(self) -> dict[str, object]:
-        """The overrides that are set, as JSON values."""
+        """Return the overrides that are set, as JSON values."""
         named = {"slope": self.slope, "intercept": self.intercept, "spacing": self.spacing}
         return {key: list(v) if isinstance(v, tuple) else v for key, v in named.items() if v is not None}

@@ -1,4 +1,4 @@
-"""Writing a scan as NIfTI with its geometry and nothing else: no names, no dates."""
+"""Write a scan as NIfTI with its geometry but no names or dates."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
 def write_nifti(path: Path, voxels: NDArray[Any], affine_lps: NDArray[np.float64]) -> None:
-    """Write a .nii.gz or .nii, whole or not at all.
+    """Write a .nii.gz or .nii file atomically.
 
     Args:
-        path: ending in .gz where it is to be compressed.
+        path: output file; compressed if the suffix is .gz.
         voxels: (k0, k1, k2) in HU.
-        affine_lps: (4, 4), index (k0, k1, k2) to LPS mm, as `Volume` has it.
+        affine_lps: (4, 4), index (k0, k1, k2) to LPS mm, as in `Volume`.
     """
     ras = (_LPS_TO_RAS @ affine_lps)[:, [2, 1, 0, 3]]
     image = nib.Nifti1Image(np.ascontiguousarray(voxels).T, ras, dtype=voxels.dtype)

@@ -1,4 +1,4 @@
-"""Prepared tensors kept in memory, within a limit, for as long as the process lives."""
+"""Cache prepared tensors in memory, within a limit, for the lifetime of the process."""
 
 from __future__ import annotations
 
@@ -9,46 +9,46 @@ from torch import Tensor
 
 
 class TensorCache:
-    """Keeps what it is given until its limit is reached; later tensors are made anew each time.
+    """Cache tensors until the limit is reached; later tensors are computed each time.
 
-    Nothing is put out again: in a sweep over a data set that does not fit, putting the oldest out would miss always.
+    Nothing is evicted: when sweeping over a data set that does not fit, evicting the oldest would always miss.
 
     Args:
-        limit_bytes: memory that it may hold.
+        limit_bytes: maximum size of the cached tensors.
     """
 
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
         self.held_bytes = 0
-        self._kept: dict[Hashable, Tensor] = {}
+        self._tensors: dict[Hashable, Tensor] = {}
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._tensors)
 
     def __contains__(self, key: Hashable) -> bool:
-        return key in self._kept
+        return key in self._tensors
 
     def fits(self, tensor: Tensor) -> bool:
-        """Whether there is room for one more tensor of this size."""
+        """Return whether another tensor of this size fits."""
         return self.held_bytes + tensor.nbytes <= self.limit_bytes
 
     def get(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
-        """The tensor of a key, made when it is not kept."""
+        """Return the tensor of a key; compute it if it is not cached."""
         return self.get_all((key,), lambda: (make(),))[0]
 
     def get_all(self, keys: Sequence[Hashable], make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """The tensors of several keys, made together when one of them is not kept."""
-        if all(key in self._kept for key in keys):
-            return tuple(self._kept[key] for key in keys)
-        made = make()
-        for key, tensor in zip(keys, made, strict=True):
-            if key not in self._kept and self.fits(tensor):
-                self._kept[key] = tensor
+        """Return the tensors of several keys; compute all of them if one is not cached."""
+        if all(key in self._tensors for key in keys):
+            return tuple(self._tensors[key] for key in keys)
+        tensors = make()
+        for key, tensor in zip(keys, tensors, strict=True):
+            if key not in self._tensors and self.fits(tensor):
+                self._tensors[key] = tensor
                 self.held_bytes += tensor.nbytes
-        return made
+        return tensors
 
 
 @lru_cache(maxsize=4)
 def shared_cache(gigabytes: float) -> TensorCache:
-    """The process's cache of this size; stages that run in one process share it."""
+    """Return this process's cache of this size, shared by all stages in the process."""
     return TensorCache(int(gigabytes * 1e9))

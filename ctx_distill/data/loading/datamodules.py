@@ -1,4 +1,4 @@
-"""LightningDataModules over the two manifests."""
+"""LightningDataModules for the CT and the X-ray manifest."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ from ctx_distill.types import CTBatch, XrayBatch
 
 
 class ManifestDataModule(L.LightningDataModule):
-    """What both data modules share: loaders over parts of a manifest.
+    """Base class of both data modules: loaders over parts of a manifest.
 
     Args:
-        batch_size: items of a training batch, a rank.
-        eval_batch_size: items of a validation or prediction batch, a rank.
-        num_workers: reading processes; 0 reads in the training process and lets stages share the cache.
-        cache_gb: gigabytes of prepared tensors to keep in memory, a process.
-        seed: of the shuffle; None: the run's seed (`seed_everything`).
+        batch_size: training batch size per rank.
+        eval_batch_size: validation and prediction batch size per rank.
+        num_workers: number of loader processes; with 0 the training process reads, and stages share the cache.
+        cache_gb: gigabytes of prepared tensors to cache in memory, per process.
+        seed: seed of the shuffle; None uses the run's seed (`seed_everything`).
     """
 
     collate: Collate
@@ -73,20 +73,20 @@ class ManifestDataModule(L.LightningDataModule):
         self._training: dict[str, Manifest] = {}
 
     def describe(self) -> dict[str, Any]:
-        """Facts of the data for `run.json`."""
+        """Return facts about the data for `run.json`."""
         return {}
 
     def with_text(self, manifest: Manifest) -> Manifest:
-        """The rows that have findings or an impression, where the stage needs text; else all."""
+        """Return the rows with findings or an impression if the stage needs text, else all rows."""
         return manifest if self.text == "optional" else self.report_rows(manifest)
 
     @staticmethod
     def report_rows(manifest: Manifest) -> Manifest:
-        """The rows that have findings or an impression."""
+        """Return the rows with findings or an impression."""
         return manifest.where(manifest.has_report())
 
     def training_rows(self) -> Manifest:
-        """The rows that this stage trains on; chosen once for each value of `text`."""
+        """Return the rows that this stage trains on, selected once per value of `text`."""
         if self.text not in self._training:
             self._training[self.text] = self._choose_training_rows()
         return self._training[self.text]
@@ -95,93 +95,93 @@ class ManifestDataModule(L.LightningDataModule):
         return self.with_text(self.manifest.split("train"))
 
     def validation_rows(self) -> Manifest:
-        """The rows of split `val` that this stage's validation loss is taken over; may be empty."""
+        """Return the `val` rows for this stage's validation loss; may be empty."""
         return self.with_text(self.manifest.split("val"))
 
     def dataset(self, manifest: Manifest) -> ManifestDataset:
-        """A dataset over (part of) the manifest."""
-        raise InputError(f"{type(self).__name__}: has no dataset; use CTDataModule or XrayDataModule.")
+        """Return a dataset over (part of) the manifest."""
+        raise InputError(f"{type(self).__name__} has no dataset; use CTDataModule or XrayDataModule")
 
     def loader(self, manifest: Manifest, *, train: bool = False) -> DataLoader[Item]:
-        """A loader over (part of) a manifest; training shuffles and drops a last batch that is not full."""
+        """Return a loader over (part of) a manifest; training shuffles and drops an incomplete last batch."""
         dataset = self.dataset(manifest)
         dataset.replace_unreadable = train
-        kind = PreparedLoader if isinstance(dataset, PreparedDataset) else DataLoader
+        loader_type = PreparedLoader if isinstance(dataset, PreparedDataset) else DataLoader
         batches: dict[str, Any] = {"sampler": InOrder(len(manifest)), "batch_size": self.eval_batch_size}
         if train:
             batches = {"sampler": EpochBatches(self.order(manifest), self.batch_size), "batch_size": None}
-        return kind(
+        return loader_type(
             dataset,
             **batches,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             collate_fn=self.collate,
             pin_memory=self._feeds_a_gpu(),
-            # of its own, so that opening a loader does not move the random state that training draws from
+            # a separate generator, so that opening a loader does not change the random state of training
             generator=torch.Generator().manual_seed(self.shuffle_seed()),
         )
 
     def shuffle_seed(self) -> int:
-        """Return the seed of the order of an epoch."""
+        """Return the seed of the epoch order."""
         return run_seed() if self.seed is None else self.seed
 
     def _feeds_a_gpu(self) -> bool:
-        """Whether batches go to a GPU; Lightning copies pinned ones without waiting."""
+        """Return whether batches go to a GPU; Lightning copies pinned batches asynchronously."""
         return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
 
     def order(self, manifest: Manifest) -> EpochShuffle:
-        """The order of a training epoch over these rows."""
+        """Return the order of a training epoch over these rows."""
         return EpochShuffle(len(manifest), self.shuffle_seed())
 
     def train_dataloader(self) -> DataLoader[Item]:
-        """Shuffled `train` rows.
+        """Return a loader of the shuffled `train` rows.
 
         Raises:
-            InputError: a rank would get no batch; the same on every rank.
+            InputError: a rank would get no batch; raised on every rank alike.
         """
         rows = self.training_rows()
         self.set_aside = SetAside(len(rows), self.unreadable_share)
         loader = self.loader(rows, train=True)
         assert isinstance(loader.sampler, EpochBatches)
         self.batches = loader.sampler
-        self._refuse_no_batch(rows, len(loader))
+        self._require_batch(rows, len(loader))
         self._resume()
         return loader
 
-    def _refuse_no_batch(self, rows: Manifest, batches: int) -> None:
-        """Refuse a training without a batch per rank; `batches` is the same on every rank."""
+    def _require_batch(self, rows: Manifest, batches: int) -> None:
+        """Raise if a rank would get no batch; `batches` is equal on every rank."""
         limit = self.trainer.limit_train_batches if self.trainer is not None else None
-        taken = int(batches * limit) if isinstance(limit, float) else batches
-        if taken:
+        used = int(batches * limit) if isinstance(limit, float) else batches
+        if used:
             return
-        found = f"{len(rows)} training rows on {world_size()} ranks"
+        problem = f"{len(rows)} training rows on {world_size()} ranks"
         if batches:
-            found += f" make {batches} batches each, of which trainer.limit_train_batches={limit} takes none"
+            problem += f" give {batches} batches per rank, of which trainer.limit_train_batches={limit} uses none"
             remedy = "Raise the limit, or set it to 1.0."
         else:
-            found += " leave no row for each rank"
-            remedy = "Train on fewer ranks, or give more rows with split `train`."
-        raise InputError(f"{rows.path}: {found}, so nothing would be trained. {remedy}")
+            problem += " are fewer than one row per rank"
+            remedy = "Train on fewer ranks, or add rows with split `train`."
+        raise InputError(f"{rows.path}: {problem}. {remedy}")
 
     def state_dict(self) -> dict[str, Any]:
-        """What is left of the epoch, for a checkpoint; nothing where a subclass opens a training loader of another kind."""
+        """Return the rest of the epoch for a checkpoint; empty if a subclass uses another training loader."""
         trainer = self.trainer
         assert trainer is not None
         if self.batches is None:
             return {}
         loop = trainer.fit_loop
-        # Past the last batch Lightning counts the epoch as done already, and its batches still.
+        # After the last batch, Lightning has counted the epoch but not yet reset its batch counter.
         within = loop.epoch_progress.current.ready > trainer.current_epoch
-        part, most = self.batches.part(trainer.current_epoch), int(trainer.num_training_batches)
-        if part.batches > most:  # limit_train_batches
-            part = replace(part, end=part.after(most).start, batches=most)
-        done = loop.epoch_loop.batch_progress.current.completed - (most - part.batches) if within else 0
+        part, max_batches = self.batches.part(trainer.current_epoch), int(trainer.num_training_batches)
+        if part.batches > max_batches:  # limit_train_batches
+            part = replace(part, end=part.after(max_batches).start, batches=max_batches)
+        done = loop.epoch_loop.batch_progress.current.completed - (max_batches - part.batches) if within else 0
         return dict(vars(part.after(done)))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Begin the epoch where the checkpoint stopped."""
+        """Continue the epoch where the checkpoint was written."""
         self._left = state_dict
-        # FSDP2 restores once the loader is open, and its workers have read ahead
+        # FSDP2 restores after the loader was opened and its workers have prefetched
         self.reopen = self.batches is not None
         self._resume()
 
@@ -189,31 +189,31 @@ class ManifestDataModule(L.LightningDataModule):
         if not self._left or self.batches is None:
             return
         left = self._left
-        if "items" in left:  # a checkpoint of before the number of ranks could change
-            whole = self.batches.part(left["epoch"])
-            done = left["items"] * whole.batches // whole.end if whole.end else 0
-            self.batches.resume(replace(whole.after(done), epoch=left["epoch"]))
+        if "items" in left:  # checkpoint format from before the number of ranks could change
+            full_epoch = self.batches.part(left["epoch"])
+            done = left["items"] * full_epoch.batches // full_epoch.end if full_epoch.end else 0
+            self.batches.resume(replace(full_epoch.after(done), epoch=left["epoch"]))
             return
         self.batches.resume(EpochPart(**left))
 
-    def batches_left(self, most: int) -> int:
-        """Global batches that are left of the epoch at which the run is resumed, with the ranks that there are now.
+    def batches_left(self, max_batches: int) -> int:
+        """Return the number of global batches left in the resumed epoch, for the current number of ranks.
 
         Args:
-            most: batches of a whole epoch.
+            max_batches: batches of a full epoch.
         """
         assert self.batches is not None
         part = self.batches.part(self._left["epoch"])
-        if part.start > 0 and part.batches > most:
-            part = replace(part, batches=most)
+        if part.start > 0 and part.batches > max_batches:
+            part = replace(part, batches=max_batches)
             self.batches.resume(part)
-        return min(part.batches, most)
+        return min(part.batches, max_batches)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Count what could not be read; too much of it ends the run."""
-        found = getattr(batch, "unreadable", None)
-        if found and self.set_aside is not None:
-            self.set_aside.add(found, self._log_folder())
+        """Count unreadable images and stop the run if there are too many."""
+        unreadable = getattr(batch, "unreadable", None)
+        if unreadable and self.set_aside is not None:
+            self.set_aside.add(unreadable, self._log_folder())
         return batch
 
     def _log_folder(self) -> Path | None:
@@ -221,31 +221,31 @@ class ManifestDataModule(L.LightningDataModule):
         return Path(folder) if folder else None
 
     def val_dataloader(self) -> DataLoader[Item] | list[DataLoader[Item]]:
-        """`val` rows in order; none where the manifest has none."""
+        """Return a loader of the `val` rows in order, or an empty list if there are none."""
         val = self.validation_rows()
         return self.loader(val) if len(val) else []
 
 
 class CTDataModule(ManifestDataModule):
-    """CT volumes streamed from the files of a manifest, with their reports.
+    """Load CT volumes and their reports from the files of a manifest.
 
     Args:
         ct_manifest: CSV or Parquet manifest.
-        volume: spacing, shape and window that every volume is brought to.
+        volume: spacing, shape and window of every prepared volume.
         batch_size: see `ManifestDataModule`.
         eval_batch_size: see `ManifestDataModule`.
         num_workers: see `ManifestDataModule`.
         cache_gb: see `ManifestDataModule`.
         seed: see `ManifestDataModule`.
-        with_labels: whether batches carry labels: for the supervised heads, and for logs.
-        text: `required` leaves studies without any report text out of training and validation, and says how many.
-        projection: whether batches carry each scan's own frontal radiograph, computed from the file as it is read.
-        prepared: a folder that `ctx-distill prepare` wrote of this manifest and volume spec; volumes are read from there,
-            and the spec's `stored` becomes `int16`. A run on the scans themselves with `volume.stored: int16` gets
-            the same tensors bit for bit.
-        mixing: shares of data sets or classes in a training epoch; None takes every row once.
-        unreadable_share: of the training rows that may be unreadable; each is replaced by another and logged.
-        needs_training: refuse a manifest without `train` rows with text; a finished model can be asked about any.
+        with_labels: whether batches include labels, for the supervised heads and for logs.
+        text: `required` excludes studies without report text from training and validation, and prints their number.
+        projection: whether batches include each scan's frontal projection, computed when the file is read.
+        prepared: folder that `ctx-distill prepare` wrote for this manifest and volume spec. Volumes are read from it,
+            and the spec's `stored` becomes `int16`. Reading the scans with `volume.stored: int16` gives bit-identical
+            tensors.
+        mixing: shares of data sets or classes in a training epoch; None uses every row once.
+        unreadable_share: max share of unreadable training rows; each is replaced by another row and logged.
+        needs_training: require `train` rows with text; not needed to evaluate a finished model.
     """
 
     collate = Collate(CTBatch)
@@ -278,51 +278,51 @@ class CTDataModule(ManifestDataModule):
         if not needs_training:
             return
         if not len(self.manifest.split("train")):
-            raise InputError(f"{ct_manifest}: no row has split `train`; every stage trains on some. Set column split.")
+            raise InputError(f"{ct_manifest}: no row has split `train`, which every stage needs; set column split")
         silent = len(self.manifest) - len(self.with_text(self.manifest))
         if text == "required" and silent:
-            print(f"{ct_manifest}: {silent} of {len(self.manifest)} CTs have no report text and are left out here")
+            print(f"{ct_manifest}: {silent} of {len(self.manifest)} CTs have no report text and are excluded")
         if not len(self.training_rows()):
             raise InputError(
-                f"{ct_manifest}: no `train` row has findings or an impression; this stage learns from them."
+                f"{ct_manifest}: no `train` row has findings or an impression, which this stage trains on; add reports"
             )
 
     def describe(self) -> dict[str, Any]:
-        """The CT manifest and the volume spec."""
+        """Return the facts of the CT manifest and the volume spec."""
         projection = {"projection_version": PROJECTION_VERSION} if self.projection else {}
         return {"ct": describe_manifest(self.manifest), "volume_spec": self.volume.to_config(), **projection}
 
     def order(self, manifest: Manifest) -> EpochShuffle:
-        """As the base class, under the shares of `mixing` where it is given."""
+        """Return the order of a training epoch, with the shares of `mixing` if set."""
         if self.mixing is None:
             return super().order(manifest)
         groups, shares = self.mixing.groups(manifest, self.with_labels)
         return EpochShuffle(len(manifest), self.shuffle_seed(), groups, shares)
 
     def dataset(self, manifest: Manifest) -> ManifestDataset:
-        """CT volumes of (part of) the manifest."""
+        """Return a dataset of CT volumes of (part of) the manifest."""
         if self.prepared is not None:
             return PreparedDataset(manifest, self.prepared, self.with_labels)
         return ct_dataset(manifest, self.volume, self.cache, self.with_labels, self.projection)
 
 
 class XrayDataModule(ManifestDataModule):
-    """Radiographs of a manifest, preprocessed by the task's expert.
+    """Load the radiographs of a manifest, preprocessed by the task's expert.
 
-    The task sets `preprocess` ((H, W) in [0, 1] to (C, h, w)) and `preprocess_key` (which names it to the cache)
-    before the first loader is asked for.
+    The task sets `preprocess` ((H, W) in [0, 1] to (C, h, w)) and `preprocess_key` (its cache key) before it requests
+    the first loader.
 
     Args:
         xray_manifest: CSV or Parquet manifest of the X-rays.
-        ct_manifest: manifest of the CTs, so that X-rays of held-out CT patients are excluded from index, training and
+        ct_manifest: manifest of the CTs, used so that X-rays of held-out CT patients are excluded from index, training and
             validation; None excludes no patient.
         batch_size: see `ManifestDataModule`.
         eval_batch_size: see `ManifestDataModule`.
         num_workers: see `ManifestDataModule`.
         cache_gb: see `ManifestDataModule`.
         seed: see `ManifestDataModule`.
-        frontal_only: leave out views that are not frontal.
-        language: language of the reports to take; None takes the most common one.
+        frontal_only: exclude views that are not frontal.
+        language: language of the reports to use; None uses the most common one.
     """
 
     collate = Collate(XrayBatch)
@@ -347,19 +347,19 @@ class XrayDataModule(ManifestDataModule):
         self.ct = read_manifest(Path(ct_manifest)) if ct_manifest else None
 
     def describe(self) -> dict[str, Any]:
-        """The X-ray manifest."""
+        """Return the facts of the X-ray manifest."""
         return {"xray": describe_manifest(self.manifest)}
 
     def pool(self) -> tuple[Manifest, dict[str, int]]:
-        """The rows that index and expert may take, and how many were excluded, by reason."""
+        """Return the rows that index and expert may use, and the number of excluded rows by reason."""
         return leave_out_for_index(self.manifest, self.ct, frontal_only=self.frontal_only, language=self.language)
 
     def _choose_training_rows(self) -> Manifest:
-        """The rows that the expert trains on: those of `pool`, with text where the stage needs it."""
+        """Return the rows of `pool` that the expert trains on, with text if the stage needs it."""
         return self.with_text(self.pool()[0])
 
     def validation_rows(self) -> Manifest:
-        """The rows of split `val` under the exclusions of `leave_out_for_validation`; may be empty."""
+        """Return the `val` rows after the exclusions of `leave_out_for_validation`; may be empty."""
         return self.with_text(self._validation_pool()[0])
 
     def _validation_pool(self) -> tuple[Manifest, dict[str, int]]:
@@ -367,14 +367,14 @@ class XrayDataModule(ManifestDataModule):
         return leave_out_for_validation(self.manifest, self.ct, frontal_only=self.frontal_only, language=language)
 
     def training_language(self) -> str | None:
-        """The language of the training rows, in lower case; None where they name none."""
+        """Return the language of the training rows in lower case, or None if they name none."""
         return training_language(self.manifest, self.ct, frontal_only=self.frontal_only, language=self.language)
 
     def ct_reports(self) -> tuple[Manifest | None, dict[str, int]]:
-        """CT `train` rows whose reports the expert may read, and how many were excluded, by reason.
+        """Return the CT `train` rows whose reports the expert may use, and the excluded rows by reason.
 
-        Those of patients of the X-rays' `val` and `test`, which score the expert, and of another language than the
-        training rows' are excluded.
+        Rows of patients in the X-ray `val` and `test` splits, which evaluate the expert, and rows in another language
+        than the training rows are excluded.
 
         Returns:
             The rows (None without a CT manifest), and the number of excluded `train` rows by reason.
@@ -387,7 +387,7 @@ class XrayDataModule(ManifestDataModule):
         return self.report_rows(chosen.rows()), chosen.counts
 
     def excluded(self) -> dict[str, int]:
-        """Rows that were excluded from training, validation and the CT reports, by reason (in words to print)."""
+        """Return the number of rows excluded from training, validation and CT reports, by printable reason."""
         pool, counts = self.pool()
         silent = len(pool) - len(self.with_text(pool))
         if self.text == "required":
@@ -397,14 +397,14 @@ class XrayDataModule(ManifestDataModule):
         return {**counts, **validation, **reports}
 
     def dataset(self, manifest: Manifest) -> ManifestDataset:
-        """Radiographs of (part of) the manifest, as the task's expert wants them."""
+        """Return a dataset of radiographs of (part of) the manifest, preprocessed for the task's expert."""
         if self.preprocess is None:
-            raise InputError("XrayDataModule: no task has set `preprocess`; use it with the expert or the index task.")
+            raise InputError("XrayDataModule: `preprocess` is not set; use it with the expert or the index task")
         return xray_dataset(manifest, self.preprocess, self.cache, self.preprocess_key)
 
 
 def describe_manifest(manifest: Manifest) -> dict[str, Any]:
-    """Path, fingerprint and counts of a manifest, as JSON values."""
+    """Return path, fingerprint and counts of a manifest as JSON values."""
     splits: Sequence[str] = ("train", "val", "test")
     split = manifest.column("split")
     return {

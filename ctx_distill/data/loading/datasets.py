@@ -29,14 +29,14 @@ class Item:
     """One image of a manifest.
 
     Attributes:
-        tensor: (1, D, H, W) or (C, H, W); int16 steps where `steps_of` is set.
-        row: its row in the manifest's whole frame.
-        study: integer of its study.
-        report: its text.
-        labels: (F,), where the task may see labels.
-        projection: (H, W), a scan's own frontal radiograph where it is asked for.
-        steps_of: the output range whose steps a prepared volume holds; collation makes floats of them.
-        unreadable: rows that were asked for before this one took their place.
+        tensor: (1, D, H, W) or (C, H, W); int16 steps if `steps_of` is set.
+        row: row number in the manifest's full frame.
+        study: integer code of the study.
+        report: report text.
+        labels: (F,), if the task may see labels.
+        projection: (H, W), the scan's frontal projection, if requested.
+        steps_of: output range of a prepared volume in int16 steps; collation converts it to float.
+        unreadable: requested rows that this row replaces.
     """
 
     tensor: Tensor
@@ -50,17 +50,17 @@ class Item:
 
 
 class ManifestDataset(Dataset[Item]):
-    """The images of a manifest, read when asked for.
+    """The images of a manifest, read on access.
 
     Args:
-        manifest: the rows to serve.
-        read: gives the tensor of a row and, of a scan whose projection is asked for, that.
-        cache: where tensors are kept.
-        cache_keys: for each of them, what else than the file decides it (a volume spec, an expert's preprocessing).
-        with_labels: whether items carry labels.
+        manifest: rows of the dataset.
+        read: function that returns the tensor of a row, followed by the scan's projection if requested.
+        cache: cache for the tensors.
+        cache_keys: for each tensor, what determines it besides the file (a volume spec, an expert's preprocessing).
+        with_labels: whether items include labels.
 
     Attributes:
-        replace_unreadable: whether an image that cannot be read is replaced by the next that can; for training alone.
+        replace_unreadable: whether an unreadable image is replaced by the next readable one; for training only.
     """
 
     replace_unreadable = False
@@ -89,7 +89,7 @@ class ManifestDataset(Dataset[Item]):
     def __getitem__(self, index: list[int]) -> list[Item]: ...
 
     def __getitem__(self, index: int | list[int]) -> Item | list[Item]:
-        """One image, or those of a batch."""
+        """Return one image, or the images of a batch."""
         return [self._readable(one) for one in index] if isinstance(index, list) else self._readable(index)
 
     def _readable(self, index: int) -> Item:
@@ -110,11 +110,11 @@ class ManifestDataset(Dataset[Item]):
             item.unreadable = unreadable
             return item
         raise InputError(
-            f"{self.manifest.path}: none of {len(self.rows)} images can be read; first: {unreadable[0][1]}"
+            f"{self.manifest.path}: none of the {len(self.rows)} images can be read; the first error is: {unreadable[0][1]}"
         )
 
     def item(self, index: int) -> Item:
-        """The image at a place, read or out of the cache; `InputError` where it cannot be read."""
+        """Return the image at an index, read or cached; raise `InputError` if it cannot be read."""
         row = int(self.rows[index])
         file = str(self.manifest.image_file(row))
         tensor, *more = self.cache.get_all([(file, key) for key in self.cache_keys], lambda: self.read(row))
@@ -126,7 +126,7 @@ class ManifestDataset(Dataset[Item]):
 def ct_dataset(
     manifest: Manifest, spec: VolumeSpec, cache: TensorCache, with_labels: bool, projection: bool = False
 ) -> ManifestDataset:
-    """CT volumes (1, D, H, W) under a volume spec, and out of the same read of the file their frontal projections."""
+    """Return a dataset of CT volumes (1, D, H, W), with frontal projections from the same read if requested."""
 
     def read(row: int) -> tuple[Tensor, ...]:
         scan = manifest.scan_file(row).read()
@@ -138,12 +138,12 @@ def ct_dataset(
 
 
 class PreparedDataset(ManifestDataset):
-    """CT volumes of a prepared folder, mapped into memory; the page cache is their cache.
+    """CT volumes of a prepared folder, memory-mapped and cached by the page cache.
 
     Args:
-        manifest: the rows to serve.
-        folder: where they are prepared.
-        with_labels: whether items carry labels.
+        manifest: rows of the dataset.
+        folder: prepared volumes.
+        with_labels: whether items include labels.
     """
 
     def __init__(self, manifest: Manifest, folder: PreparedFolder, with_labels: bool) -> None:
@@ -154,7 +154,7 @@ class PreparedDataset(ManifestDataset):
         self.folder, self.output_range = folder, folder.spec.output_range
 
     def item(self, index: int) -> Item:
-        """As the base class; in a worker the file is read ahead for the training process, which maps it."""
+        """Return the image at an index; a worker prefetches the file for the training process, which maps it."""
         item = super().item(index)
         item.steps_of = self.output_range
         if get_worker_info() is not None:
@@ -162,7 +162,7 @@ class PreparedDataset(ManifestDataset):
         return item
 
     def filled(self, batch: CTBatch, pin: bool = False) -> CTBatch:
-        """The batch of a worker process with its volumes, which are mapped here; in page-locked memory with `pin`."""
+        """Return a worker's batch with its volumes, mapped here and copied to page-locked memory with `pin`."""
         if not batch.volume.is_meta:
             return batch
         steps = [self.read(row)[0] for row in batch.row.tolist()]
@@ -170,10 +170,10 @@ class PreparedDataset(ManifestDataset):
 
 
 class PreparedLoader(DataLoader[Item]):
-    """A loader over a `PreparedDataset` whose volumes do not travel between processes.
+    """Loader over a `PreparedDataset` that does not send volumes between processes.
 
-    Workers read the files ahead and compare checksums; what they have brought into the page cache this process maps
-    too, so that a batch is written once, here, instead of once there, once into shared memory, and read from it.
+    Workers prefetch the files into the page cache and verify checksums. This process maps the same pages, so a batch is
+    written only once, instead of in the worker and again in shared memory.
     """
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
@@ -185,7 +185,7 @@ class PreparedLoader(DataLoader[Item]):
 def xray_dataset(
     manifest: Manifest, preprocess: Callable[[NDArray[np.float32]], Tensor], cache: TensorCache, cache_key: str
 ) -> ManifestDataset:
-    """Radiographs (C, H, W) as an expert's preprocessing gives them."""
+    """Return a dataset of radiographs (C, H, W) preprocessed for an expert."""
 
     def read(row: int) -> tuple[Tensor, ...]:
         return (preprocess(read_radiograph(manifest.image_file(row), manifest.inverted(row))),)
@@ -194,10 +194,10 @@ def xray_dataset(
 
 
 class Collate:
-    """Stacks items into a batch of a type; a class so that worker processes can be sent it.
+    """Stack items into a batch of a type; a class because worker processes must unpickle it.
 
     Args:
-        batch: the type.
+        batch: batch type.
     """
 
     def __init__(self, batch: type[CTBatch] | type[XrayBatch]) -> None:

@@ -1,11 +1,11 @@
-"""Prepared volumes on disk: what a model takes, made once and mapped into memory.
+"""Prepared volumes on disk: model inputs, computed once and memory-mapped.
 
     OUT/prepared.json            volume spec, projection version
-    OUT/items/3f/3f9a...json     an item: its source, geometry, checksums; written last, so that it marks a whole item
+    OUT/items/3f/3f9a...json     source, geometry and checksums of an item; written last, so it marks a complete item
     OUT/items/3f/3f9a...npy      (1, D, H, W) int16 steps (`data.rounding`)
-    OUT/items/3f/3f9a...projection.npy   (H, W) float32, where the preset asks for the frontal projection
+    OUT/items/3f/3f9a...projection.npy   (H, W) float32, if the preset includes the frontal projection
 
-An item belongs to a source of one size and modification time under one spec; anything else is refused, never used.
+An item is valid for one size and modification time of its source and one spec; otherwise it is rejected.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ class PreparedFolder:
     """A folder of prepared volumes under one spec.
 
     Attributes:
-        folder: where it lies.
-        spec: of every item; `stored` is `int16`.
-        projection: whether items hold the scan's frontal projection.
-        preset: the name under which items written now are asked for; the spec decides what they are.
+        folder: path.
+        spec: spec of every item; `stored` is `int16`.
+        projection: whether items include the scan's frontal projection.
+        preset: name of the preset, recorded with new items; the spec determines their content.
     """
 
     folder: Path
@@ -51,43 +51,43 @@ class PreparedFolder:
 
     @classmethod
     def create(cls, folder: Path, spec: VolumeSpec, projection: bool, preset: str | None = None) -> PreparedFolder:
-        """A new folder, or the one that stands there under the same spec.
+        """Create a folder, or open an existing one with the same spec.
 
         Raises:
-            InputError: the folder holds volumes of another spec, or a projection of another kind.
+            InputError: the folder contains volumes of another spec or projections of another version.
         """
-        made = cls(folder, spec, projection, preset)
+        prepared = cls(folder, spec, projection, preset)
         if (folder / META).is_file():
-            made._compare()
+            prepared._compare()
         else:
-            write_json(folder / META, made._meta())
-        return made
+            write_json(folder / META, prepared._meta())
+        return prepared
 
     @classmethod
     def open(cls, folder: Path, spec: VolumeSpec, projection: bool) -> PreparedFolder:
-        """A folder to read from.
+        """Open a folder for reading.
 
         Raises:
-            InputError: nothing is prepared there, or for another spec.
+            InputError: the folder is not prepared, or is prepared for another spec.
         """
         if not (folder / META).is_file():
-            raise InputError(f"{folder}: holds no {META}; prepare it first: ctx-distill prepare MANIFEST {folder}")
+            raise InputError(f"{folder}: no {META}; prepare the folder first: ctx-distill prepare MANIFEST {folder}")
         opened = cls(folder, spec, projection)
         opened._compare()
         return opened
 
     @classmethod
     def standing(cls, folder: Path) -> PreparedFolder:
-        """A folder as it stands, under its own spec, to check it.
+        """Open an existing folder with the spec stored in it, to check it.
 
         Raises:
-            InputError: nothing is prepared there.
+            InputError: the folder is not prepared.
         """
-        found = _read_json(folder / META) if (folder / META).is_file() else {}
-        if "volume_spec" not in found:
-            raise InputError(f"{folder}: holds no {META}; prepare it first: ctx-distill prepare MANIFEST {folder}")
-        spec = VolumeSpec.from_config(found["volume_spec"])
-        return cls.open(folder, spec, found.get("projection_version") is not None)
+        meta = _read_json(folder / META) if (folder / META).is_file() else {}
+        if "volume_spec" not in meta:
+            raise InputError(f"{folder}: no {META}; prepare the folder first: ctx-distill prepare MANIFEST {folder}")
+        spec = VolumeSpec.from_config(meta["volume_spec"])
+        return cls.open(folder, spec, meta.get("projection_version") is not None)
 
     def _meta(self) -> dict[str, Any]:
         version = PROJECTION_VERSION if self.projection else None
@@ -95,17 +95,17 @@ class PreparedFolder:
                 "projection_version": version}  # fmt: skip
 
     def _compare(self) -> None:
-        found = _read_json(self.folder / META)
-        wanted = self._meta()
-        if found.get("fingerprint") != wanted["fingerprint"]:
+        stored = _read_json(self.folder / META)
+        expected = self._meta()
+        if stored.get("fingerprint") != expected["fingerprint"]:
             raise InputError(
-                f"{self.folder / META}: prepared under the volume spec {found.get('volume_spec')}, asked for"
-                f" {wanted['volume_spec']}; prepare into another folder, or set data.init_args.volume to the first."
+                f"{self.folder / META}: prepared with volume spec {stored.get('volume_spec')}, but the run uses"
+                f" {expected['volume_spec']}; prepare another folder, or set data.init_args.volume to the prepared spec"
             )
-        if self.projection and found.get("projection_version") != wanted["projection_version"]:
+        if self.projection and stored.get("projection_version") != expected["projection_version"]:
             raise InputError(
-                f"{self.folder / META}: projections of version {found.get('projection_version')}, asked for version"
-                f" {wanted['projection_version']}; prepare into another folder with a preset that asks for them."
+                f"{self.folder / META}: contains projections of version {stored.get('projection_version')}, but version"
+                f" {expected['projection_version']} is needed; prepare another folder with a preset that includes them"
             )
 
     def _stem(self, image_id: str) -> Path:
@@ -113,7 +113,7 @@ class PreparedFolder:
         return self.folder / "items" / name[:2] / name
 
     def is_complete(self, image_id: str, source: ScanFile) -> bool:
-        """Whether the item stands whole, for this source; its checksums are compared."""
+        """Return whether the item is complete and valid for this source; verifies its checksums."""
         try:
             self._verified.discard(image_id)
             self.read(image_id, source)
@@ -122,7 +122,12 @@ class PreparedFolder:
         return True
 
     def write(self, image_id: str, source: ScanFile) -> None:
-        """Prepare one scan; `InputError` as `read_volume`, `OSError` where the disk is full."""
+        """Prepare and write one scan.
+
+        Raises:
+            InputError: as `read_volume`.
+            OSError: the disk is full.
+        """
         stamp = source.stamp()
         scan = source.read()
         stem = self._stem(image_id)
@@ -143,42 +148,42 @@ class PreparedFolder:
         write_json(stem.with_suffix(".json"), item)
 
     def read(self, image_id: str, source: ScanFile) -> tuple[Tensor, ...]:
-        """The item's int16 steps (1, D, H, W), mapped, and its projection (H, W) where this folder has them.
+        """Return the item's memory-mapped int16 steps (1, D, H, W), and its projection (H, W) if included.
 
-        Checksums are compared at an item's first read in a process.
+        Checksums are verified when a process first reads an item.
 
         Raises:
-            InputError: not prepared, prepared of another source or spec, or damaged.
+            InputError: the item is not prepared, belongs to another source or spec, or is damaged.
         """
         stem = self._stem(image_id)
         names = ("volume", "projection") if self.projection else ("volume",)
         if image_id in self._verified:
             return tuple(_tensor(_part(stem, name)) for name in names)
         if not stem.with_suffix(".json").is_file():
-            raise InputError(f"{self.folder}: image {image_id!r} is not prepared; run ctx-distill prepare again.")
+            raise InputError(f"{self.folder}: image {image_id!r} is not prepared; run ctx-distill prepare again")
         item = _read_json(stem.with_suffix(".json"))
         stamp, version = source.stamp(), PROJECTION_VERSION if self.projection else None
-        for what, found, wanted in (
+        for field_name, stored, expected in (
             ("image", item.get("image_id"), image_id),
             ("source (bytes, time)", item.get("source"), stamp),
             ("volume spec", item.get("fingerprint"), self.spec.fingerprint()),
             ("projection version", item.get("projection_version"), version or item.get("projection_version")),
         ):
-            if found != wanted:
+            if stored != expected:
                 raise InputError(
-                    f"{stem.with_suffix('.json')}: {what} {found}, but {source.path} has {wanted}; run ctx-distill prepare again."
+                    f"{stem.with_suffix('.json')}: {field_name} {stored}, but {source.path} has {expected}; run ctx-distill prepare again"
                 )
         tensors = tuple(_tensor(_part(stem, name)) for name in names)
         for name, tensor in zip(names, tensors, strict=True):
             if _checksum(tensor.numpy()) != item.get("sha256", {}).get(name):
                 raise InputError(
-                    f"{_part(stem, name)}: damaged, its checksum is not the item's; run ctx-distill prepare again."
+                    f"{_part(stem, name)}: checksum mismatch, the file is damaged; run ctx-distill prepare again"
                 )
         self._verified.add(image_id)
         return tensors
 
     def read_ahead(self, image_id: str) -> None:
-        """Ask the kernel to bring the item's volume into the page cache, which all processes share."""
+        """Prefetch the item's volume into the page cache, which all processes share."""
         if hasattr(os, "posix_fadvise"):
             handle = os.open(_part(self._stem(image_id), "volume"), os.O_RDONLY)
             try:
@@ -193,10 +198,10 @@ def _part(stem: Path, name: str) -> Path:
 
 def _tensor(path: Path) -> Tensor:
     try:
-        # copy-on-write: torch wants writable memory, and the file stays as it is
+        # copy-on-write: torch needs writable memory, and the file must not change
         array: NDArray[Any] = np.load(path, mmap_mode="c", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); run ctx-distill prepare again.") from error
+        raise InputError(f"{path}: cannot read the file ({error}); run ctx-distill prepare again") from error
     return torch.from_numpy(array)
 
 
@@ -208,5 +213,5 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); run ctx-distill prepare again.") from error
+        raise InputError(f"{path}: cannot read the file ({error}); run ctx-distill prepare again") from error
     return value if isinstance(value, dict) else {}

@@ -1,12 +1,13 @@
-"""A manifest's columns as Arrow arrays: read in parts, checked by column, and mapped from a cache file where they are large.
+"""Read a manifest's columns as Arrow arrays: in parts, checked by column, and memory-mapped from a cache if large.
 
-No text becomes a Python object that stays: a million reports take a gigabyte as Arrow strings and four as Python's. What
-is found wrong here is not explained here: `manifest.read_manifest` then reads the file row by row for its messages.
+Texts are not kept as Python objects: a million reports take 1 GB as Arrow strings and 4 GB as Python strings. Problems
+are only detected here; `manifest.read_manifest` then reads the file row by row to report them.
 
-The cache is `FOLDER/NAME-PLACE-KEY.arrow`, Arrow's file format. `KEY` is a SHA-256 of the manifest's bytes and of the code
-that reads it, so another content or version has another file, and the files of the one before are deleted. `PLACE` is a
-hash of the manifest's path. Files are written under a temporary name and renamed; several processes may write the same one. FOLDER is `CTX_DISTILL_CACHE`, or else `.ctx-distill-cache` beside the manifest,
-where the reports are kept under the same access rights; where neither can be written nothing is cached.
+The cache file is `FOLDER/NAME-PLACE-KEY.arrow` in Arrow's file format. `KEY` is a SHA-256 of the manifest's bytes and of
+the code that reads it, so a new content or version gets a new file, and files of earlier contents are deleted. `PLACE` is
+a hash of the manifest's path. Files are written under a temporary name and renamed, so several processes may write the
+same one. FOLDER is `CTX_DISTILL_CACHE`, or `.ctx-distill-cache` next to the manifest, where the cached reports have the
+same access rights. If the folder is not writable, nothing is cached.
 """
 
 from __future__ import annotations
@@ -34,14 +35,14 @@ SPLITS = ("train", "val", "test")
 REQUIRED = ("study_id", "patient_id", "split", "image_path", "findings", "impression")
 OPTIONAL = ("image_id", "view", "language")
 PLACES = ("source", "root", "polarity")
-"""Optional text: the data set a row is of, the folder its path is relative to, and `inverted` for a white-is-low film."""
+"""Optional text: data set of the row, folder that its path is relative to, and `inverted` if low values are white."""
 NUMBERS = ("slope", "intercept", "spacing_x", "spacing_y", "spacing_z")
 """Optional numbers that override a scan's header, see `ScanFile`."""
 LABEL = "label:"
 
 CACHE_VARIABLE = "CTX_DISTILL_CACHE"
 SMALLEST_CACHED = 8 << 20
-"""Bytes of a manifest from which on its columns are cached; a smaller one is read in a second or less."""
+"""Min size in bytes of a cached manifest; smaller ones are read within a second."""
 _CODE = ("column_reader.py", "tables.py")
 _PART = 8192
 
@@ -55,13 +56,13 @@ _MAPPINGS: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
 
 
 class _NotClean(Exception):
-    """The file holds something that the row-by-row reader must look at."""
+    """The file contains something that the row-by-row reader must handle."""
 
 
 def cache_folder(manifest: Path) -> Path | None:
-    """The folder for what is computed from a manifest; None where it cannot be written."""
-    given = os.environ.get(CACHE_VARIABLE)
-    folder = Path(given) if given else manifest.parent / ".ctx-distill-cache"
+    """Return the cache folder of a manifest, or None if it is not writable."""
+    configured = os.environ.get(CACHE_VARIABLE)
+    folder = Path(configured) if configured else manifest.parent / ".ctx-distill-cache"
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError:
@@ -70,12 +71,12 @@ def cache_folder(manifest: Path) -> Path | None:
 
 
 def cache_file(manifest: Path, key: str, kind: str) -> Path | None:
-    """Where something computed from a manifest is kept; None where nothing can be.
+    """Return the path of a cache file, or None if nothing can be cached.
 
     Args:
-        manifest: the manifest's path.
-        key: its `content_key`.
-        kind: ending of the file's name.
+        manifest: path of the manifest.
+        key: `content_key` of the manifest.
+        kind: suffix of the file name.
     """
     folder = cache_folder(manifest)
     return None if folder is None else folder / f"{_cache_stem(manifest)}-{key}.{kind}"
@@ -86,14 +87,14 @@ def _cache_stem(manifest: Path) -> str:
 
 
 def _delete_former(manifest: Path, key: str, folder: Path) -> None:
-    """Delete what was kept of a former content; a process that has it mapped keeps its mapping."""
+    """Delete cache files of earlier contents; processes that have them mapped keep their mapping."""
     for path in folder.glob(f"{glob.escape(_cache_stem(manifest))}-*"):
         if not path.name.startswith(f"{_cache_stem(manifest)}-{key}."):
             path.unlink(missing_ok=True)
 
 
 def content_key(path: Path) -> str | None:
-    """A key of a manifest's bytes and of the code that reads them; None for a file that is too small to be cached."""
+    """Return a key of a manifest's bytes and the code that reads them, or None if it is too small to be cached."""
     try:
         if path.stat().st_size < SMALLEST_CACHED:
             return None
@@ -104,11 +105,11 @@ def content_key(path: Path) -> str | None:
 
 
 def read_columns(path: Path, key: str | None) -> Any | None:
-    """The checked columns of a manifest as a `pyarrow.Table`; None where the row-by-row reader must explain a fault.
+    """Return the checked columns as a `pyarrow.Table`, or None if the row-by-row reader must report a problem.
 
     Args:
         path: a .csv or .parquet file.
-        key: its `content_key`; None caches nothing.
+        key: `content_key` of the file; None caches nothing.
     """
     import pyarrow as pa
 
@@ -121,8 +122,8 @@ def read_columns(path: Path, key: str | None) -> Any | None:
     try:
         batches = _batches(path)
         if cached is None:
-            held = list(batches)
-            table = pa.Table.from_batches(held) if held else None
+            parts = list(batches)
+            table = pa.Table.from_batches(parts) if parts else None
             return table if table is not None and _is_clean(table) else None
         table = _through_cache(batches, cached)
         if table is not None and key is not None:
@@ -133,7 +134,7 @@ def read_columns(path: Path, key: str | None) -> Any | None:
 
 
 def _through_cache(batches: Iterator[Any], cached: Path) -> Any | None:
-    """Write the columns to the cache part by part, map them, and name the file once they are checked."""
+    """Write the columns to a temporary file part by part, map and check them, then rename the file."""
     import pyarrow as pa
 
     part = cached.with_name(f".{cached.name}.{uuid.uuid4().hex}.part")
@@ -148,7 +149,7 @@ def _through_cache(batches: Iterator[Any], cached: Path) -> Any | None:
         table = _mapped(part)
         if not _is_clean(table):
             return None
-        part.replace(cached)  # what is mapped stays mapped under its new name
+        part.replace(cached)  # the mapping stays valid after renaming
         return table
     finally:
         part.unlink(missing_ok=True)
@@ -164,9 +165,9 @@ def _mapped(path: Path) -> Any:
 
 
 def release_pages() -> None:
-    """Remove the mapped columns from this process's memory. They are read from the file again when they are used.
+    """Release the mapped columns from this process's memory; they are read from the file again when used.
 
-    Call it while all text of a manifest is read once: the text would otherwise stay in memory until memory is short.
+    Call it when reading all text of a manifest once; otherwise the text would stay resident until memory is short.
     """
     for mapping in list(_MAPPINGS):
         if hasattr(mapping, "madvise"):
@@ -202,12 +203,12 @@ def _parquet_batches(path: Path) -> Iterator[Any]:
     with pq.ParquetFile(path) as file:
         _check_header(file.schema_arrow.names)
         for field in file.schema_arrow:
-            kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
-            if pa.types.is_floating(kind) and not field.name.startswith(LABEL):
+            dtype = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+            if pa.types.is_floating(dtype) and not field.name.startswith(LABEL):
                 raise _NotClean
-        wanted = [name for name in file.schema_arrow.names if _is_used(name)]
-        for batch in file.iter_batches(batch_size=_PART, columns=wanted):
-            yield _batch({n: [as_text(value) for value in batch.column(n).to_pylist()] for n in wanted}, batch.num_rows)
+        used = [name for name in file.schema_arrow.names if _is_used(name)]
+        for batch in file.iter_batches(batch_size=_PART, columns=used):
+            yield _batch({n: [as_text(value) for value in batch.column(n).to_pylist()] for n in used}, batch.num_rows)
 
 
 def _is_used(name: str) -> bool:
@@ -216,19 +217,19 @@ def _is_used(name: str) -> bool:
 
 def _check_header(header: Sequence[str]) -> None:
     findings = [name.removeprefix(LABEL).strip() for name in header if name.startswith(LABEL)]
-    whole = set(REQUIRED) <= set(header) and len(set(header)) == len(header)
-    if not whole or not all(findings) or len(set(findings)) < len(findings):
+    complete = set(REQUIRED) <= set(header) and len(set(header)) == len(header)
+    if not complete or not all(findings) or len(set(findings)) < len(findings):
         raise _NotClean
 
 
 def _batch(columns: Mapping[str, Sequence[str]], rows: int) -> Any:
-    """Text columns stripped, numbers and labels as floats; columns outside the schema are left out."""
+    """Return the columns of the schema as a record batch: stripped text, and numbers and labels as floats."""
     import pyarrow as pa
 
     data: dict[str, Any] = {}
     for name in (*REQUIRED, *OPTIONAL, *(name for name in PLACES if name in columns)):
         values = columns.get("study_id" if name == "image_id" and name not in columns else name, [""] * rows)
-        # Stripped, because "p1 " and "p1" would be two patients, and one could sit in train and the other in test.
+        # Stripped, because "p1 " and "p1" would be two patients, one of whom could be in train and the other in test.
         data[name] = pa.array([value.strip() for value in values], type=pa.large_string())
     for name in NUMBERS:
         if name in columns:
@@ -243,19 +244,19 @@ def _batch(columns: Mapping[str, Sequence[str]], rows: int) -> Any:
 
 
 def _numbers(name: str, values: Sequence[str]) -> NDArray[np.float64]:
-    """A column of `NUMBERS`; spacing is above 0, a slope is not 0, a blank is NaN."""
+    """Return a column of `NUMBERS` with NaN for blank; spacings must be positive, and slopes not 0."""
     blank = np.array([not value.strip() for value in values])
     numbers = np.array([float(value) if value.strip() else np.nan for value in values])
-    given = numbers[~blank]
-    if not np.isfinite(given).all() or (name.startswith("spacing") and (given <= 0).any()):
+    values_set = numbers[~blank]
+    if not np.isfinite(values_set).all() or (name.startswith("spacing") and (values_set <= 0).any()):
         raise _NotClean
-    if name == "slope" and (given == 0).any():
+    if name == "slope" and (values_set == 0).any():
         raise _NotClean
     return numbers
 
 
 def _is_clean(table: Any) -> bool:
-    """Whether every check of the schema passes; faults are explained elsewhere."""
+    """Return whether every check of the schema passes."""
     import pyarrow.compute as pc
 
     if not table.num_rows:
@@ -269,7 +270,7 @@ def _is_clean(table: Any) -> bool:
             return False
     if pc.count_distinct(table["image_id"]).as_py() != table.num_rows:
         return False
-    if not (_are_given_together(table, ("slope", "intercept")) and _are_given_together(table, NUMBERS[2:])):
+    if not (_are_set_together(table, ("slope", "intercept")) and _are_set_together(table, NUMBERS[2:])):
         return False
     study, patient, split = (_codes(table[name]) for name in ("study_id", "patient_id", "split"))
     return _has_one(study, patient) and _has_one(patient, split) and _are_clean_paths(table["image_path"])
@@ -281,19 +282,19 @@ def _codes(column: Any) -> NDArray[np.int64]:
 
 
 def _has_one(keys: NDArray[np.int64], values: NDArray[np.int64]) -> bool:
-    """Whether all rows of a key have the same value."""
+    """Return whether all rows of a key have the same value."""
     last = np.zeros(int(keys.max()) + 1, dtype=np.int64)
     last[keys] = values
     return bool((last[keys] == values).all())
 
 
-def _are_given_together(table: Any, names: Sequence[str]) -> bool:
-    given = [~np.isnan(table[name].to_numpy()) for name in names if name in table.column_names]
-    return not given or bool(np.isin(sum(column.astype(np.int64) for column in given), (0, len(names))).all())
+def _are_set_together(table: Any, names: Sequence[str]) -> bool:
+    present = [~np.isnan(table[name].to_numpy()) for name in names if name in table.column_names]
+    return not present or bool(np.isin(sum(column.astype(np.int64) for column in present), (0, len(names))).all())
 
 
 def _are_clean_paths(paths: Any) -> bool:
-    """As `path_fault`, which looks at the few paths that hold what a fault would."""
+    """Return whether no path has a fault; calls `path_fault` only for suspicious paths."""
     import pyarrow.compute as pc
 
     suspect = pc.match_substring_regex(paths, r"^[/\\~.]|^[A-Za-z][A-Za-z0-9+.\-]*:|\.\.|\x00")
@@ -301,13 +302,13 @@ def _are_clean_paths(paths: Any) -> bool:
 
 
 def text_series(column: Any) -> pd.Series[str]:
-    """An Arrow column of text as a pandas column over the same memory."""
+    """Return an Arrow text column as a pandas column that shares its memory."""
     text: Any = pd.StringDtype("pyarrow", na_value=np.nan)
     return pd.Series(text.__from_arrow__(column))
 
 
 def frame_of(table: Any) -> pd.DataFrame:
-    """The table as a frame, text over the same memory, with an integer `study_code` per study in order of appearance."""
+    """Return the table as a frame that shares its text, with an integer `study_code` per study in order of appearance."""
     data: dict[str, Any] = {}
     for name in table.column_names:
         is_text = name in (*REQUIRED, *OPTIONAL, *PLACES)

@@ -1,4 +1,4 @@
-"""Whether a manifest's image paths stay in its folder and can be opened, without decoding a single image."""
+"""Check that a manifest's image paths stay in its folder and can be opened, without decoding images."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ctx_distill.data.io.remote import REMOTE
 
-# First bytes by suffix: enough to tell a picture from a saved error page or a Git LFS pointer.
+# First bytes by suffix, to distinguish images from saved error pages or Git LFS pointers.
 _MAGIC: dict[str, tuple[bytes, ...]] = {
     ".gz": (b"\x1f\x8b",),
     ".png": (b"\x89PNG",),
@@ -19,29 +19,29 @@ _MAGIC: dict[str, tuple[bytes, ...]] = {
     ".nrrd": (b"NRRD",),
 }
 _WINDOWS_OR_URL = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*:")  # C:\..., file://, s3://
-# Files are opened in threads: on a network disk each open waits a millisecond, and a manifest has 50,000 of them.
+# Files are opened in threads: on a network disk each open takes a millisecond, and a manifest has 50,000 files.
 _THREADS = 8
 _SLICE = 2048
-"""Paths that a thread looks at before it reports: a future per path would take a kilobyte each."""
+"""Paths per future: one future per path would take a kilobyte each."""
 
 
 def path_fault(image_path: str) -> tuple[str, str] | None:
-    """Looks at the text of a path alone; (what was found, what to do), or None where it is a clean relative path."""
+    """Check a path as text; return (what was found, what to do), or None for a clean relative path."""
     if not image_path:
         return "nothing", "expected a path relative to the manifest's folder"
     if "\0" in image_path:
         return "a NUL character", "expected a path relative to the manifest's folder"
     if image_path.startswith(("/", "\\", "~")) or _WINDOWS_OR_URL.match(image_path):
-        return f"the absolute path {image_path!r}", "paths are relative to the manifest's folder, cut the front off"
+        return f"the absolute path {image_path!r}", "expected a path relative to the manifest's folder"
     if Path(os.path.normpath(image_path)).parts[0] == "..":
         return f"{image_path!r}, which leaves the manifest's folder", "put the manifest above its images"
     return None
 
 
 def file_faults(folder: Path, image_paths: Sequence[str]) -> list[tuple[str, str] | None]:
-    """Looks on the disk: each path stays in `folder` after following links, and opens; order as given."""
+    """Check on disk that each path stays in `folder` after resolving links, and can be opened; same order."""
     root = os.path.realpath(folder)
-    # Parents repeat; resolving each once keeps a million rows to seconds.
+    # Parents repeat; resolving each once takes only seconds for a million rows.
     parents = {os.path.dirname(path) for path in image_paths}  # noqa: PTH120
     resolved = {parent: os.path.realpath(os.path.join(root, parent)) for parent in parents}  # noqa: PTH118
 
@@ -62,20 +62,22 @@ def file_faults(folder: Path, image_paths: Sequence[str]) -> list[tuple[str, str
 
 
 def all_listed(folder: Path, roots: Sequence[str], image_paths: Sequence[str]) -> bool:
-    """Whether every path is still listed in its folder: one look per folder, for images that were opened before.
+    """Return whether every path still exists, with one listing per folder; for images that were opened before.
 
     Args:
-        folder: of the manifest.
-        roots: N roots ("" for `folder`); remote ones are not looked at.
+        folder: folder of the manifest.
+        roots: N roots ("" for `folder`); remote roots are not checked.
         image_paths: N clean relative paths.
     """
-    wanted: dict[tuple[str, str], set[str]] = {}
+    names_by_folder: dict[tuple[str, str], set[str]] = {}
     for root, image_path in zip(roots, image_paths, strict=True):
         if REMOTE not in root:
-            parent, _, name = image_path.rpartition("/")  # a third of the time of os.path.split
-            wanted.setdefault((root, parent), set()).add(name)
+            parent, _, name = image_path.rpartition("/")  # three times as fast as os.path.split
+            names_by_folder.setdefault((root, parent), set()).add(name)
     try:
-        return all(names <= set(os.listdir(folder / root / parent)) for (root, parent), names in wanted.items())  # noqa: PTH208
+        return all(
+            names <= set(os.listdir(folder / root / parent)) for (root, parent), names in names_by_folder.items()
+        )
     except OSError:
         return False
 
@@ -83,10 +85,10 @@ def all_listed(folder: Path, roots: Sequence[str], image_paths: Sequence[str]) -
 def faults_by_place(
     folder: Path, roots: Sequence[str], image_paths: Sequence[str]
 ) -> tuple[dict[int, tuple[str, str]], dict[int, str]]:
-    """The faults of `file_faults` by place in the lists, where each path has a root of its own ("" for `folder`).
+    """Return the faults of `file_faults` by position, for paths with individual roots ("" for `folder`).
 
     Returns:
-        Faults by place, and at the first place of each root that is no folder, that root; its images are not looked at.
+        Faults by position, and each root that is not a folder at its first position; its images are not checked.
     """
     faults: dict[int, tuple[str, str]] = {}
     no_folders: dict[int, str] = {}
@@ -94,13 +96,13 @@ def faults_by_place(
     for place, root in enumerate(roots):
         places_of.setdefault(root, []).append(place)
     for root, places in places_of.items():
-        if REMOTE in root:  # looked at when it is read: 50,000 requests are no check
+        if REMOTE in root:  # checked when it is read: 50,000 requests would take too long
             continue
         if root and not (folder / root).is_dir():
             no_folders[places[0]] = root
             continue
-        found = file_faults(folder / root, [image_paths[place] for place in places])
-        faults |= {place: fault for place, fault in zip(places, found, strict=True) if fault}
+        root_faults = file_faults(folder / root, [image_paths[place] for place in places])
+        faults |= {place: fault for place, fault in zip(places, root_faults, strict=True) if fault}
     return faults, no_folders
 
 
@@ -117,7 +119,7 @@ def _leaves(image_path: str, full: str) -> tuple[str, str]:
 
 def _open_fault(image_path: str, full: str, root: str) -> tuple[str, str] | None:
     try:
-        file = os.open(full, os.O_RDONLY)  # a third of the time of `open`
+        file = os.open(full, os.O_RDONLY)  # three times as fast as `open`
         try:
             head = os.read(file, 16)
         finally:
@@ -128,7 +130,7 @@ def _open_fault(image_path: str, full: str, root: str) -> tuple[str, str] | None
         hint = "write / between folders" if "\\" in image_path else "correct the path or remove the row"
         return f"{image_path!r}, which does not exist", hint
     except PermissionError:
-        return f"{image_path!r}, which may not be read", "give this user the right to read it"
+        return f"{image_path!r}, which is not readable", "give this user read permission"
     except OSError as error:
         return f"{image_path!r}, which cannot be opened ({error.strerror})", "correct the path or restore the file"
     if not head:
@@ -136,7 +138,10 @@ def _open_fault(image_path: str, full: str, root: str) -> tuple[str, str] | None
     expected = _MAGIC.get(os.path.splitext(full)[1].lower())  # noqa: PTH122
     if expected and not head.startswith(expected):
         suffix = os.path.splitext(full)[1]  # noqa: PTH122
-        return f"{image_path!r}, which begins with {head[:8]!r} and is no {suffix}", "restore the file or its suffix"
+        return (
+            f"{image_path!r}, which starts with {head[:8]!r} and is not a {suffix} file",
+            "restore the file or its suffix",
+        )
     return None
 
 
@@ -150,5 +155,5 @@ def _folder_fault(image_path: str, full: str, root: str) -> tuple[str, str] | No
         if not any(entry.is_file() for entry in entries):
             return f"the folder {image_path!r} without files", "expected a file, or a folder of DICOM slices"
     except OSError as error:
-        return f"the folder {image_path!r}, which cannot be opened ({error.strerror})", "give the right to read it"
+        return f"the folder {image_path!r}, which cannot be opened ({error.strerror})", "give this user read permission"
     return None

@@ -1,6 +1,6 @@
-"""Manifests: the one table that says which image belongs to which patient, split, report and labels.
+"""Manifests: tables that assign a patient, split, report and labels to each image.
 
-The schema is written down for users in `data_manifests/README.md`.
+The schema is documented in `data_manifests/README.md`.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ __all__ = ["LABEL", "NUMBERS", "OPTIONAL", "PLACES", "REQUIRED", "SPLITS", "Mani
 
 
 class Manifest:
-    """A manifest that has passed every check, or some of its rows.
+    """A validated manifest, or a subset of its rows.
 
-    Rows are numbered from 0 in the whole manifest, and keep their number in a split. Parts share the columns of the whole:
-    `rows`, `column`, `report`, `study_codes` and so on copy no text, `frame` of a part does.
+    Rows are numbered from 0 in the full manifest and keep their number in subsets. Subsets share the columns of the full
+    manifest: only `frame` copies text; `rows`, `column`, `report`, `study_codes` and so on do not.
 
     Attributes:
-        path: the file it came from; image paths are relative to its folder.
-        finding_names: the findings of the label columns, in the manifest's order; may be empty.
+        path: manifest file; image paths are relative to its folder.
+        finding_names: findings of the label columns, in the manifest's order; may be empty.
     """
 
     def __init__(
@@ -59,75 +59,75 @@ class Manifest:
         places: NDArray[np.int64] | None = None,
         key: str | None = None,
     ) -> None:
-        """Take rows that have passed every check.
+        """Wrap validated rows.
 
         Args:
             path: see the class.
-            frame: of the whole manifest, see `Manifest.frame`.
+            frame: rows of the full manifest, see `Manifest.frame`.
             finding_names: see the class.
-            places: (N,) rows of `frame` that this part holds, in order; None holds all.
-            key: `content_key` of the file; None where it is too small to cache for.
+            places: (N,) positions in `frame` of this subset, in order; None selects all rows.
+            key: `content_key` of the file, or None if it is too small to be cached.
         """
         self.path, self.finding_names = path, finding_names
-        self._whole, self._places, self._key = frame, places, key
+        self._full_frame, self._places, self._key = frame, places, key
 
     def __len__(self) -> int:
-        return len(self._whole) if self._places is None else len(self._places)
+        return len(self._full_frame) if self._places is None else len(self._places)
 
     @cached_property
     def frame(self) -> pd.DataFrame:
-        """One row per image; the index holds its number in the whole manifest. For a part this copies the reports.
+        """The rows as a frame, indexed by their number in the full manifest; copies the reports of a subset.
 
-        Columns `study_id, patient_id, split, image_path, findings, impression, image_id, view, language` are text ("" for
-        blank), `study_code` is an integer per study, `label:<finding>` are 1, 0, -1 (uncertain) or NaN (blank). Of `PLACES`
-        (text) and `NUMBERS` (NaN for blank) those that the file has.
+        There is one row per image. Columns `study_id, patient_id, split, image_path, findings, impression, image_id, view, language` are text ("" for
+        blank), `study_code` is an integer per study, `label:<finding>` are 1, 0, -1 (uncertain) or NaN (blank). Columns
+        of `PLACES` (text) and `NUMBERS` (NaN for blank) are present if the file has them.
         """
-        return self._whole if self._places is None else self._whole.iloc[self._places]
+        return self._full_frame if self._places is None else self._full_frame.iloc[self._places]
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of the rows held here; the same wherever the file lies and however it is stored."""
+        """The SHA-256 (hex) of these rows, independent of the file's location and format."""
         if self._key is None or self._places is not None:
             return _fingerprint(self)
-        return _kept_fingerprint(self, self._key)
+        return _cached_fingerprint(self, self._key)
 
     @cached_property
     def rows(self) -> NDArray[np.int64]:
-        """(N,) int64, the rows' numbers in the whole manifest."""
-        index: NDArray[np.int64] = self._whole.index.to_numpy(dtype=np.int64)
+        """The row numbers in the full manifest, (N,) int64."""
+        index: NDArray[np.int64] = self._full_frame.index.to_numpy(dtype=np.int64)
         return index if self._places is None else index[self._places]
 
     def column(self, name: str) -> pd.Series[Any]:
-        """One column of `frame`."""
-        column = self._whole[name]
+        """Return one column of `frame`."""
+        column = self._full_frame[name]
         return column if self._places is None else column.iloc[self._places]
 
     def has_column(self, name: str) -> bool:
-        """Whether `frame` has a column of this name."""
-        return name in self._whole.columns
+        """Return whether `frame` has a column of this name."""
+        return name in self._full_frame.columns
 
     def split(self, *names: str) -> Manifest:
-        """The rows of these splits, under their original row numbers; may be empty.
+        """Return the rows of these splits with their original row numbers; may be empty.
 
         Raises:
-            InputError: a name other than train, val, test.
+            InputError: a name other than train, val or test.
         """
         unknown = [name for name in names if name not in SPLITS]
         if unknown or not names:
-            raise InputError(f"{self.path}: no split {unknown or 'given'}; expected one or more of {', '.join(SPLITS)}")
+            raise InputError(f"{self.path}: unknown or missing split {unknown}; choose from: {', '.join(SPLITS)}")
         return self.where(self.column("split").isin(names).to_numpy(dtype=bool))
 
     def where(self, keep: NDArray[np.bool_]) -> Manifest:
-        """The rows where `keep` (N,) is true, under their original row numbers."""
+        """Return the rows where `keep` (N,) is true, with their original row numbers."""
         chosen = np.flatnonzero(np.asarray(keep, dtype=bool))
         places = chosen if self._places is None else self._places[chosen]
-        return Manifest(self.path, self._whole, self.finding_names, places=places, key=self._key)
+        return Manifest(self.path, self._full_frame, self.finding_names, places=places, key=self._key)
 
     @property
     def key(self) -> str | None:
-        """A key of these rows' content for what is computed from them; None where the manifest is too small to cache for.
+        """The cache key of results computed from these rows, or None if the manifest is too small to be cached.
 
-        It depends on the file's bytes, so that the reports need not be hashed again.
+        It is derived from the file's bytes, so that the reports need not be hashed again.
         """
         if self._key is None:
             return None
@@ -136,20 +136,22 @@ class Manifest:
         )[:32]
 
     def image_file(self, row: int) -> Path:
-        """The image of a row; `row` is a value of `rows`, so the same for the whole and a split."""
-        root = str(self._whole.at[row, "root"]) if "root" in self._whole.columns else ""
-        return self.path.parent / root / str(self._whole.at[row, "image_path"])
+        """Return the image path of a row; `row` is a value of `rows`."""
+        root = str(self._full_frame.at[row, "root"]) if "root" in self._full_frame.columns else ""
+        return self.path.parent / root / str(self._full_frame.at[row, "image_path"])
 
     def image_id(self, row: int) -> str:
-        """The image's id of a row."""
-        return str(self._whole.at[row, "image_id"])
+        """Return the image id of a row."""
+        return str(self._full_frame.at[row, "image_id"])
 
     def scan_file(self, row: int) -> ScanFile:
-        """The same with the slope, intercept and spacing that the manifest gives for it."""
-        root = str(self._whole.at[row, "root"]) if "root" in self._whole.columns else ""
-        url = f"{root.rstrip('/')}/{self._whole.at[row, 'image_path']!s}" if REMOTE in root else None
-        given = {name: float(str(self._whole.at[row, name])) for name in NUMBERS if name in self._whole.columns}
-        slope, intercept, *spacing = (given.get(name, math.nan) for name in NUMBERS)
+        """Return the scan of a row with the slope, intercept and spacing from the manifest."""
+        root = str(self._full_frame.at[row, "root"]) if "root" in self._full_frame.columns else ""
+        url = f"{root.rstrip('/')}/{self._full_frame.at[row, 'image_path']!s}" if REMOTE in root else None
+        overrides = {
+            name: float(str(self._full_frame.at[row, name])) for name in NUMBERS if name in self._full_frame.columns
+        }
+        slope, intercept, *spacing = (overrides.get(name, math.nan) for name in NUMBERS)
         return ScanFile(
             self.image_file(row),
             None if math.isnan(slope) else slope,
@@ -160,53 +162,53 @@ class Manifest:
 
     @property
     def synthetic(self) -> bool:
-        """Whether it is of the embedded phantom cohort, which leaves a `cohort.json` beside its manifests."""
+        """Whether this is a manifest of the phantom cohort, which has a `cohort.json` in the same folder."""
         return (self.path.parent / "cohort.json").is_file()
 
     def inverted(self, row: int) -> bool:
-        """Whether a radiograph is stored with low values white."""
-        return "polarity" in self._whole.columns and str(self._whole.at[row, "polarity"]) == "inverted"
+        """Return whether low values of a stored radiograph are white."""
+        return "polarity" in self._full_frame.columns and str(self._full_frame.at[row, "polarity"]) == "inverted"
 
     def report(self, row: int) -> str:
-        """Findings and impression of a row in one string, white space made single; "" where there is no text."""
-        return _joined(str(self._whole.at[row, "findings"]), str(self._whole.at[row, "impression"]))
+        """Return findings and impression of a row as one string with single spaces; "" without text."""
+        return _joined(str(self._full_frame.at[row, "findings"]), str(self._full_frame.at[row, "impression"]))
 
     def reports(self) -> ReportTexts:
-        """`report` of every row, in the order of `rows`; no text is held as a Python string."""
+        """Return `report` of every row in the order of `rows`, as a lazy sequence."""
         return ReportTexts(self)
 
     def has_report(self) -> NDArray[np.bool_]:
-        """(N,) bool: whether `report` is not empty. Reads no text: a manifest's are stripped, so a blank one has no length."""
+        """Return whether each report is not empty, (N,) bool; compares lengths only, because texts are stripped."""
         import pyarrow as pa
         import pyarrow.compute as pc
 
-        told = np.zeros(len(self._whole), dtype=bool)
+        has_text = np.zeros(len(self._full_frame), dtype=bool)
         for name in ("findings", "impression"):
-            texts = pa.chunked_array([pa.array([], pa.large_string()), *_chunks(self._whole[name])])
-            told |= pc.greater(pc.binary_length(texts), 0).to_numpy()
-        return told if self._places is None else told[self._places]
+            texts = pa.chunked_array([pa.array([], pa.large_string()), *_chunks(self._full_frame[name])])
+            has_text |= pc.greater(pc.binary_length(texts), 0).to_numpy()
+        return has_text if self._places is None else has_text[self._places]
 
     def labels(self) -> NDArray[np.float32]:
-        """(N, F) float32 in the order of the rows and of `finding_names`: 1, 0, -1 (uncertain) or NaN (blank)."""
+        """Return the labels (N, F) float32 by row and finding: 1, 0, -1 (uncertain) or NaN (blank)."""
         labels = np.empty((len(self), len(self.finding_names)), dtype=np.float32)
         for number, name in enumerate(self.finding_names):
             labels[:, number] = self.column(LABEL + name).to_numpy(dtype=np.float32)
         return labels
 
     def study_codes(self) -> NDArray[np.int64]:
-        """(N,) int64 in the order of the rows: equal numbers are images of one study, also across splits."""
+        """Return study codes (N,) int64 by row; images of one study have equal codes, also across splits."""
         return self.column("study_code").to_numpy(dtype=np.int64)
 
 
 class ReportTexts(Sequence[str]):
-    """The reports of a manifest's rows, made when they are asked for.
+    """The reports of a manifest's rows, created on access.
 
     Args:
-        manifest: whose.
+        manifest: rows whose reports are accessed.
     """
 
     def __init__(self, manifest: Manifest) -> None:
-        self._sections = [manifest._whole[name] for name in ("findings", "impression")]
+        self._sections = [manifest._full_frame[name] for name in ("findings", "impression")]
         self._places = np.arange(len(manifest)) if manifest._places is None else manifest._places
         self._manifest = manifest
 
@@ -241,7 +243,7 @@ _PART = 4096
 
 
 def _texts_at(column: pd.Series[Any], places: NDArray[np.int64]) -> list[str]:
-    """Texts of a column at places; where these lie close together, cut out of the piece that holds them."""
+    """Return the texts of a column at places, sliced from one block if the places are close together."""
     if not len(places):
         return []
     first, last = int(places.min()), int(places.max())
@@ -256,7 +258,7 @@ def _joined(findings: str, impression: str) -> str:
 
 
 def _chunks(column: pd.Series[Any]) -> list[Any]:
-    """A column of text as Arrow arrays; no copy where it is one already."""
+    """Return a text column as Arrow arrays, without a copy if it is stored in Arrow."""
     import pyarrow as pa
 
     array = pa.array(column.array, type=pa.large_string())
@@ -264,18 +266,18 @@ def _chunks(column: pd.Series[Any]) -> list[Any]:
 
 
 def read_manifest(path: Path, *, check_images: bool = True) -> Manifest:
-    """Reads and checks a manifest.
+    """Read and check a manifest.
 
-    The columns of a large one are cached, see `manifest_table`; so is that its images have all been opened once, after
-    which only their names are looked for.
+    The columns of a large manifest are cached, see `column_reader`. Once all its images have been opened successfully,
+    later calls only check that the files exist.
 
     Args:
         path: a .csv (UTF-8) or .parquet file.
-        check_images: also look on the disk: every image exists, opens, and lies in the manifest's folder after
-            following links. Images are not decoded.
+        check_images: also check that every image exists, can be opened, and is in the manifest's folder after resolving
+            links. Images are not decoded.
 
     Raises:
-        InputError: everything the schema refuses, up to ten faults in one message with their total.
+        InputError: violations of the schema; one message lists up to ten and their total.
     """
     path = Path(path)
     key = content_key(path)
@@ -290,7 +292,7 @@ def read_manifest(path: Path, *, check_images: bool = True) -> Manifest:
 
 
 def _check_all_images(path: Path, frame: pd.DataFrame, key: str | None) -> None:
-    """Open every image, or look for its name where a run of before has opened it."""
+    """Open every image, or only check that it exists if an earlier run has opened it."""
     roots = frame["root"].tolist() if "root" in frame.columns else [""] * len(frame)
     paths = frame["image_path"].tolist()
     marker = None if key is None else cache_file(path, key, "opened")
@@ -304,20 +306,20 @@ def _check_all_images(path: Path, frame: pd.DataFrame, key: str | None) -> None:
         return
     faults, no_folders = faults_by_place(path.parent, roots, paths)
     if faults or no_folders:
-        read_by_rows(path, check_images=True)  # says where
-        raise InputError(f"{path}: its images changed while they were checked; run it again")
+        read_by_rows(path, check_images=True)  # raises with row numbers
+        raise InputError(f"{path}: images changed during the check; run the command again")
     if marker is not None:
         write_text(marker, where)
 
 
-def _kept_fingerprint(manifest: Manifest, key: str) -> str:
-    """The fingerprint of a whole cached manifest, which is hashed once."""
-    kept = cache_file(manifest.path, key, "fingerprint")
-    if kept is not None and kept.is_file() and len(found := kept.read_text()) == 64:
-        return found
+def _cached_fingerprint(manifest: Manifest, key: str) -> str:
+    """Return the fingerprint of a full cached manifest, which is computed once."""
+    cached = cache_file(manifest.path, key, "fingerprint")
+    if cached is not None and cached.is_file() and len(text := cached.read_text()) == 64:
+        return text
     fingerprint = _fingerprint(manifest)
-    if kept is not None:
-        write_text(kept, fingerprint)
+    if cached is not None:
+        write_text(cached, fingerprint)
     return fingerprint
 
 
@@ -328,7 +330,7 @@ def _fingerprint(manifest: Manifest) -> str:
     digest = hashlib.sha256(b"ctx-distill manifest 1")
     for name in (*REQUIRED, *OPTIONAL):
         chunks = _chunks(manifest.column(name))
-        # Lengths go in too, or moving a word from one cell to the next would not show.
+        # Hash the lengths as well, so that moving a word from one cell to the next changes the hash.
         for chunk in chunks:
             digest.update(pc.utf8_length(chunk).to_numpy(zero_copy_only=False).astype("<i8", copy=False))
             release_pages()
@@ -337,7 +339,7 @@ def _fingerprint(manifest: Manifest) -> str:
             offsets = np.frombuffer(chunk.buffers()[1], dtype=np.int64)[chunk.offset : chunk.offset + len(chunk) + 1]
             if len(chunk) and chunk.buffers()[2] is not None:
                 digest.update(pa.py_buffer(chunk.buffers()[2])[offsets[0] : offsets[-1]])
-    # Only where they say something, so that manifests without them keep the fingerprint they have always had.
+    # Only if not blank, so that manifests without these columns keep their fingerprint.
     for name in ("source", "polarity"):
         if manifest.has_column(name) and (manifest.column(name) != "").any():
             digest.update(f"|{name}|{manifest.column(name).tolist()!r}".encode())

@@ -1,6 +1,6 @@
-"""A manifest read row by row, with the row and column of every fault; everything is held as Python strings.
+"""Read a manifest row by row as Python strings, and report the row and column of every problem.
 
-`manifest_table` reads the same files by column. What it finds wrong is explained here.
+`column_reader` reads the same files by column and falls back to this module to report problems.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ def read_by_rows(path: Path, check_images: bool) -> tuple[pd.DataFrame, tuple[st
         The rows (see `Manifest.frame`) and the findings of the label columns.
 
     Raises:
-        InputError: everything the schema refuses, up to ten faults in one message with their total.
+        InputError: violations of the schema; one message lists up to ten and their total.
     """
     table = read_table(path)
     _check_columns(table)
     if not table.rows:
-        raise InputError(f"{path}: a header and no rows; expected a row an image")
+        raise InputError(f"{path}: a header but no rows; expected one row per image")
     frame, finding_names = _normalise(table)
     _check_rows(table, frame)
     if check_images:
@@ -49,7 +49,7 @@ def _check_columns(table: Table) -> None:
         return
     hint = "add them (a blank findings or impression is fine)"
     if len(names) == 1 and any(mark in names[0] for mark in ";\t|"):
-        hint = "the columns look separated by another mark; separate them by commas"
+        hint = "the columns seem to use another separator; separate them by commas"
     raise InputError(
         f"{table.path}: row 1: missing column{'s' * (len(missing) > 1)} {', '.join(missing)}; "
         f"found {shorten(', '.join(names), 200)}; {hint}"
@@ -57,12 +57,12 @@ def _check_columns(table: Table) -> None:
 
 
 def _normalise(table: Table) -> tuple[pd.DataFrame, tuple[str, ...]]:
-    """Text columns stripped, labels as numbers; columns outside the schema are left out."""
+    """Return the columns of the schema with stripped text and numeric labels, and the finding names."""
     problems = Problems(table.path)
     data: dict[str, object] = {}
     for name in (*REQUIRED, *OPTIONAL):
         values = table.columns.get(name, [""] * len(table.rows))
-        # Stripped, because "p1 " and "p1" would be two patients, and one could sit in train and the other in test.
+        # Stripped, because "p1 " and "p1" would be two patients, one of whom could be in train and the other in test.
         data[name] = pd.array([value.strip() for value in values], dtype="object")
     if "image_id" not in table.columns:
         data["image_id"] = data["study_id"]
@@ -103,15 +103,15 @@ def _check_files(table: Table, frame: pd.DataFrame) -> None:
     roots = frame["root"].tolist() if "root" in frame.columns else [""] * len(frame)
     faults, no_folders = faults_by_place(table.path.parent, roots, frame["image_path"].tolist())
     for place, root in no_folders.items():
-        found = f"{root!r}, which is no folder"
-        problems.add(table.rows[place], "root", found, "give the folder that image_path is relative to")
+        found = f"{root!r}, which is not a folder"
+        problems.add(table.rows[place], "root", found, "expected the folder that image_path is relative to")
     for place, fault in sorted(faults.items()):
         problems.add(table.rows[place], "image_path", *fault)
     problems.raise_if_any()
 
 
 def _numbers_of(table: Table, name: str, problems: Problems) -> NDArray[np.float64]:
-    """A column of `NUMBERS`; spacing is above 0, a slope is not 0."""
+    """Return a column of `NUMBERS`; reports spacings that are not positive and slopes of 0."""
     numbers = np.full(len(table.rows), np.nan)
     for i, value in enumerate(table.columns[name]):
         if not value.strip():
@@ -120,14 +120,16 @@ def _numbers_of(table: Table, name: str, problems: Problems) -> NDArray[np.float
             numbers[i] = float(value)
         except ValueError:
             numbers[i] = np.inf
-        wrong = not np.isfinite(numbers[i]) or (name.startswith("spacing") and numbers[i] <= 0)
-        if wrong or (name == "slope" and numbers[i] == 0):
-            problems.add(table.rows[i], name, shorten(value), "expected a number (mm above 0, a slope not 0) or blank")
+        invalid = not np.isfinite(numbers[i]) or (name.startswith("spacing") and numbers[i] <= 0)
+        if invalid or (name == "slope" and numbers[i] == 0):
+            problems.add(
+                table.rows[i], name, shorten(value), "expected a number (spacing above 0 mm, slope not 0) or blank"
+            )
     return numbers
 
 
 def _check_rows(table: Table, frame: pd.DataFrame) -> None:
-    """Ids, splits, paths as text; then what must agree between rows."""
+    """Check ids, splits and paths, then the consistency between rows."""
     problems = Problems(table.path)
     for column in ("study_id", "patient_id", "image_id"):
         if column == "image_id" and column not in table.columns:
@@ -148,27 +150,29 @@ def _check_rows(table: Table, frame: pd.DataFrame) -> None:
             problems.add(row, "image_path", *fault)
     _check_unique_images(table, frame, problems)
     _check_one_value(table, frame, "study_id", "patient_id", problems, "a study belongs to one patient, correct an id")
-    remedy = "put all images of a patient in one split, or the test is no test"
+    remedy = "put all images of a patient in one split to avoid leakage"
     _check_one_value(table, frame, "patient_id", "split", problems, remedy)
     problems.raise_if_any()
 
 
 def _check_together(table: Table, frame: pd.DataFrame, problems: Problems) -> None:
-    """A spacing is three numbers; a half-given one would be taken for none."""
+    """Check that slope and intercept, and the three spacings, are set together; a partial set would be ignored."""
     for names in (("slope", "intercept"), ("spacing_x", "spacing_y", "spacing_z")):
-        given = np.zeros(len(frame), dtype=np.int64)
+        set_count = np.zeros(len(frame), dtype=np.int64)
         for name in set(names) & set(frame.columns):
-            given += frame[name].notna().to_numpy(dtype=np.int64)
-        for place in np.flatnonzero((given > 0) & (given < len(names))):
-            problems.add(table.rows[int(place)], names[0], f"{given[place]} of {', '.join(names)}", "give all or none")
+            set_count += frame[name].notna().to_numpy(dtype=np.int64)
+        for place in np.flatnonzero((set_count > 0) & (set_count < len(names))):
+            problems.add(
+                table.rows[int(place)], names[0], f"{set_count[place]} of {', '.join(names)}", "set all or none"
+            )
 
 
 def _check_unique_images(table: Table, frame: pd.DataFrame, problems: Problems) -> None:
     first: dict[str, int] = {}
     column = "image_id" if "image_id" in table.columns else "study_id"
-    remedy = "image ids are unique, rename one of them"
+    remedy = "expected unique image ids, rename one of them"
     if column == "study_id":
-        remedy = "for several images of a study add a column image_id with an id of its own for each"
+        remedy = "add a column image_id with a unique id per image if a study has several images"
     for row, value in zip(table.rows, frame["image_id"], strict=True):
         if value in first:
             problems.add(row, column, f"{shorten(value)} again, as in row {first[value]}", remedy)
@@ -177,12 +181,12 @@ def _check_unique_images(table: Table, frame: pd.DataFrame, problems: Problems) 
 
 
 def _check_one_value(table: Table, frame: pd.DataFrame, key: str, column: str, problems: Problems, remedy: str) -> None:
-    """Each `key` has one `column` value; a key that has more is named once, at the row where the second appears."""
+    """Check that each `key` has one `column` value; a conflict is reported once, at the row of the second value."""
     first: dict[str, tuple[str, int]] = {}
-    told: set[str] = set()
+    reported: set[str] = set()
     for row, name, value in zip(table.rows, frame[key], frame[column], strict=True):
         value_before, row_before = first.setdefault(name, (value, row))
-        if name and value and value_before and value != value_before and name not in told:
-            told.add(name)
+        if name and value and value_before and value != value_before and name not in reported:
+            reported.add(name)
             found = f"{shorten(value)} for {key} {shorten(name)}, which has {shorten(value_before)} in row {row_before}"
             problems.add(row, column, found, remedy)

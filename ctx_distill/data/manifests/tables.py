@@ -1,7 +1,7 @@
-"""CSV and Parquet as columns of text with row numbers: nothing is guessed, so "007" stays "007" and "NA" stays "NA".
+"""Read CSV and Parquet as text columns with row numbers, without type inference: "007" and "NA" are unchanged.
 
-pandas' readers are not used on purpose: they coerce ids, drop the line numbers that a user needs to find a fault, and
-fill rows that are too short.
+pandas' readers are not used because they coerce ids, drop the line numbers that users need to locate a problem, and pad
+rows that are too short.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, TextIO
 from ctx_distill.data.manifests.problems import Problems, shorten
 from ctx_distill.errors import InputError
 
-# A report of a long stay can be more than the csv module's 128 KiB; a megabyte in one cell is a lost quotation mark.
+# A long report can exceed the csv module's 128 KiB; more than 1 MiB in a cell means a missing quotation mark.
 _FIELD_LIMIT = 1 << 20
 
 
@@ -26,10 +26,10 @@ class Table:
     """A table of text.
 
     Attributes:
-        path: the file.
-        columns: name -> one string a row; a blank, null or absent value is "".
-        rows: the number a user sees for each row: the line in an editor for CSV (the header is line 1; a row with line
-            breaks inside quotes counts from its first line), the record from 1 for Parquet.
+        path: table file.
+        columns: one string per row by column name; a blank, null or absent value is "".
+        rows: number of each row as shown to users: for CSV the line in an editor (the header is line 1; a row with
+            quoted line breaks has the number of its first line), for Parquet the record from 1.
     """
 
     path: Path
@@ -38,11 +38,11 @@ class Table:
 
 
 def read_table(path: Path) -> Table:
-    """Reads a CSV (UTF-8, comma, header) or Parquet file.
+    """Read a CSV (UTF-8, comma, header) or Parquet file.
 
     Raises:
-        InputError: a missing, unreadable, undecodable or damaged file, another suffix, repeated column names, rows of
-            another length than the header.
+        InputError: a missing, unreadable, undecodable or damaged file, an unknown suffix, repeated column names, or rows
+            whose length differs from the header's.
     """
     path = Path(path)
     if not path.exists():
@@ -56,28 +56,30 @@ def read_table(path: Path) -> Table:
         if suffix in (".parquet", ".pq"):
             return _read_parquet(path)
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error}); check the file's permissions") from error
+        raise InputError(f"{path}: cannot read the file ({error.strerror or error}); check its permissions") from error
     raise InputError(f"{path}: unknown suffix {path.suffix!r}; expected .csv or .parquet, rename or convert the file")
 
 
 def _check_header(path: Path, header: list[str]) -> None:
-    doubled = [name for name, n in Counter(header).items() if n > 1]
-    if doubled:
-        raise InputError(f"{path}: column {shorten(doubled[0])} stands twice in the header; rename or drop one of them")
+    duplicates = [name for name, n in Counter(header).items() if n > 1]
+    if duplicates:
+        raise InputError(
+            f"{path}: column {shorten(duplicates[0])} occurs more than once in the header; rename or remove the repeats"
+        )
 
 
 def _check_separator(path: Path, header: list[str]) -> None:
-    other = next((mark for mark in (";", "\t", "|") if len(header) == 1 and mark in header[0]), None)
-    if other:
+    separator = next((mark for mark in (";", "\t", "|") if len(header) == 1 and mark in header[0]), None)
+    if separator:
         raise InputError(
-            f"{path}: found the header {shorten(header[0])}, one column parted by {other!r}; expected commas: save it as CSV"
-            f" with commas, for example: pandas.read_csv(path, sep={other!r}, dtype=str).to_csv(path, index=False)"
+            f"{path}: the header {shorten(header[0])} is separated by {separator!r}; expected commas. Convert the file,"
+            f" for example:  pandas.read_csv(path, sep={separator!r}, dtype=str).to_csv(path, index=False)"
         )
 
 
 def _read_csv(path: Path) -> Table:
     try:
-        # "utf-8-sig" because spreadsheet programs put a byte-order mark in front of the first column's name.
+        # "utf-8-sig" because spreadsheet programs write a byte-order mark before the first column name.
         with path.open(encoding="utf-8-sig", newline="") as file:
             return parse_csv(path, file)
     except UnicodeDecodeError as error:
@@ -87,14 +89,14 @@ def _read_csv(path: Path) -> Table:
 
 
 def parse_csv(path: Path, file: TextIO) -> Table:
-    """An open text as `read_table` reads a CSV; `path` is for messages."""
+    """Parse an open CSV file as `read_table` does; `path` is for messages."""
     with field_limit():
         return _parse_csv(path, csv.reader(file, strict=True))
 
 
 @contextmanager
 def field_limit() -> Iterator[None]:
-    """Cells of up to a megabyte while it lasts."""
+    """Allow cells of up to 1 MiB within the context."""
     limit = csv.field_size_limit(_FIELD_LIMIT)
     try:
         yield
@@ -126,22 +128,22 @@ def _parse_csv(path: Path, reader: Any) -> Table:
                 _check_header(path, header)
                 _check_separator(path, header)
                 continue
-            if not record:  # an empty line, as editors leave at the end
+            if not record:  # empty line, as editors leave at the end
                 continue
             if len(record) != len(header):
                 problems.add(
                     start, header[0], f"{len(record)} values", f"expected {len(header)} as in the header; quote texts "
-                    'that hold commas or line breaks ("...", with "" for a quotation mark inside)',
+                    'that contain commas or line breaks ("...", with "" for a quotation mark inside)',
                 )  # fmt: skip
                 continue
             rows.append(start)
             values.append(record)
     except csv.Error as error:
         raise InputError(
-            f"{path}: row {line + 1}: not valid CSV ({error}); look for a quotation mark that is never closed"
+            f"{path}: row {line + 1}: not valid CSV ({error}); check for an unclosed quotation mark"
         ) from error
     if header is None:
-        raise InputError(f"{path}: the file is empty; expected a header and a row an image")
+        raise InputError(f"{path}: empty file; expected a header and one row per image")
     problems.raise_if_any()
     columns = {name: [record[i] for record in values] for i, name in enumerate(header)}
     return Table(path, columns, rows)
@@ -159,24 +161,24 @@ def _read_parquet(path: Path) -> Table:
     columns: dict[str, list[str]] = {}
     for name in table.column_names:
         column = table.column(name)
-        kind = column.type
+        dtype = column.type
         is_label = name.startswith("label:")
-        if pyarrow.types.is_dictionary(kind):
-            column, kind = column.cast(kind.value_type), kind.value_type
-        if pyarrow.types.is_floating(kind) and not is_label and column.null_count < len(column):
+        if pyarrow.types.is_dictionary(dtype):
+            column, dtype = column.cast(dtype.value_type), dtype.value_type
+        if pyarrow.types.is_floating(dtype) and not is_label and column.null_count < len(column):
             raise InputError(
-                f"{path}: column {name!r} has type {kind}; expected text: numbers lose leading zeros and become "
-                "'7.0', write the column as strings"
+                f"{path}: column {name!r} has type {dtype}; expected text, because numbers lose leading zeros and "
+                "become '7.0'. Write the column as strings"
             )
         columns[name] = [as_text(value) for value in column.to_pylist()]
     return Table(path, columns, list(range(1, table.num_rows + 1)))
 
 
 def as_text(value: object) -> str:
-    """A Parquet value as the text that a CSV would hold."""
+    """Return a Parquet value as the text that a CSV would contain."""
     if value is None:
         return ""
-    if isinstance(value, float):  # only label columns come here: NaN is how pandas writes a blank
+    if isinstance(value, float):  # only in label columns, where pandas writes a blank as NaN
         return "" if value != value else f"{value:g}"
     if isinstance(value, bytes):
         return value.decode("utf-8", errors="replace")

@@ -1,4 +1,4 @@
-"""What `ctx-distill check` can say of an image, in one form."""
+"""The findings of `ctx-distill check` about an image."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ Severity = Literal["error", "warning", "note"]
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing that is wrong, or may be.
+    """An actual or possible problem of an image.
 
     Attributes:
-        severity: `error`: the image must not be trained on; `warning`: somebody should look; `note`: to know.
-        code: a short name, the same for all images with this fault.
-        text: what was found, in words.
+        severity: `error` (do not train on the image), `warning` (needs review) or `note` (for information).
+        code: short name, equal for all images with this fault.
+        text: description of the problem.
     """
 
     severity: Severity

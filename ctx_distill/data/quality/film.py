@@ -1,4 +1,4 @@
-"""Facts and faults of one radiograph."""
+"""Check one radiograph."""
 
 from __future__ import annotations
 
@@ -17,15 +17,18 @@ _INVERTED = 0.25
 
 
 def check_film(path: Path, inverted: bool, frontal: bool) -> tuple[dict[str, Any], list[Fault], NDArray[np.float32]]:
-    """Read a film and look at it; `InputError` as `read_radiograph`.
+    """Read and check a radiograph.
 
     Args:
-        path: the file.
-        inverted: as the manifest says.
-        frontal: whether it is a frontal view, whose borders are darker than its middle.
+        path: image file.
+        inverted: as in the manifest.
+        frontal: whether it is a frontal view, whose borders are darker than its centre.
 
     Returns:
         Facts as JSON values, faults, and the film (H, W) in [0, 1].
+
+    Raises:
+        InputError: as `read_radiograph`.
     """
     film = read_radiograph(path, inverted)
     height, width = film.shape
@@ -40,19 +43,19 @@ def check_film(path: Path, inverted: bool, frontal: bool) -> tuple[dict[str, Any
     }
     faults = []
     if float(np.percentile(film, 99) - np.percentile(film, 1)) < 0.02:
-        return facts, [Fault("error", "empty", "the film is of one grey")], film
+        return facts, [Fault("error", "empty", "the film has a single grey value")], film
     if min(height, width) < _SMALL:
         faults.append(Fault("note", "small", f"{height} x {width} pixels"))
     if max(height, width) > 2.5 * min(height, width):
-        faults.append(Fault("warning", "extent", f"{height} x {width} pixels; expected a whole film"))
+        faults.append(Fault("warning", "extent", f"{height} x {width} pixels; expected a complete film"))
     if frontal and border - middle > _INVERTED:
-        text = f"the border is brighter than the middle ({border:.2f} against {middle:.2f}); is the film inverted?"
+        text = f"the border is brighter than the centre ({border:.2f} and {middle:.2f}); check whether the film is inverted"
         faults.append(Fault("warning", "polarity", text))
     return facts, faults, film
 
 
 def _border_and_middle(film: NDArray[np.float32]) -> tuple[float, float]:
-    """Mean grey of the upper corners and of the middle half: air beside the neck, and the mediastinum."""
+    """Return the mean grey values of the upper corners (air beside the neck) and of the centre (mediastinum)."""
     height, width = film.shape
     rows, columns = max(1, height // 12), max(1, width // 12)
     corners = np.concatenate([film[:rows, :columns].ravel(), film[:rows, -columns:].ravel()])

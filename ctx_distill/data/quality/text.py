@@ -1,4 +1,4 @@
-"""Faults of the reports: none, the same again, and what should not be in them: names, dates, numbers of patients."""
+"""Check reports for missing text, duplicates, and personal data: names, dates and numbers."""
 
 from __future__ import annotations
 
@@ -28,35 +28,35 @@ _NUMBER = re.compile(
     r"|\b\+?\d{1,3}[ -]\(?\d{3}\)?[ -]\d{3}[ -]\d{4}\b|\b[\w.+-]+@[\w-]+\.\w{2,}\b"
 )  # fmt: skip
 _LONG_ENOUGH = 200
-"""Characters from which two equal reports are more likely a copy than a template of a normal study."""
+"""Length in characters from which equal reports are more likely copies than templates of normal studies."""
 
 
 def check_text(report: str) -> list[Fault]:
-    """Whether there is a text, and whether it tells who the patient is; the text itself is not repeated."""
+    """Return faults for a missing text or possible personal data; the fault does not quote the text."""
     if not report:
         return [Fault("note", "no_text", "neither findings nor impression")]
-    found = []
+    faults = []
     for kind, pattern in (("date", _DATE), ("name", _NAME), ("number", _NUMBER)):
         if match := pattern.search(report):
-            told = f"may hold a {kind} of a person at character {match.start() + 1}"
-            found.append(Fault("warning", f"text_{kind}", told))
-    return found
+            message = f"possible personal {kind} at character {match.start() + 1}"
+            faults.append(Fault("warning", f"text_{kind}", message))
+    return faults
 
 
 def identical_texts(items: Iterable[tuple[str, str, str]]) -> dict[str, Fault]:
-    """A fault for each image whose long report stands word for word with another patient.
+    """Return a fault for each image whose long report is identical to that of another patient.
 
     Args:
-        items: image id, patient id, report.
+        items: image id, patient id and report of each image.
     """
     seen: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for image, patient, report in items:
         if len(report) >= _LONG_ENOUGH:
             seen[report].append((image, patient))
     faults = {}
-    for several in seen.values():
-        patients = {patient for _, patient in several}
+    for images in seen.values():
+        patients = {patient for _, patient in images}
         if len(patients) > 1:
-            text = f"the same report, word for word, stands with {len(patients)} patients"
-            faults.update({image: Fault("note", "identical_text", text) for image, _ in several})
+            text = f"identical report for {len(patients)} patients"
+            faults.update({image: Fault("note", "identical_text", text) for image, _ in images})
     return faults

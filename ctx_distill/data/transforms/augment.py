@@ -1,6 +1,6 @@
-"""Augmentation of a batch on its own device: small rigid moves, zoom, intensity and noise, for 2D and 3D alike.
+"""Augment 2D and 3D batches on their device: small rigid transforms, zoom, intensity and noise.
 
-Nothing is mirrored: left and right are findings' places, and reports name them.
+Images are never mirrored, because reports name the side of a finding.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How far a batch is varied; zeros leave it as it is.
+    """Augmentation strengths; zeros disable the augmentation.
 
     Attributes:
-        shift: largest move along each axis, as a share of its length.
-        scale: largest zoom in or out, as a share.
-        rotate: largest turn in the last two axes, in degrees.
-        contrast: largest change of contrast, as a share.
-        brightness: largest change of brightness, in units of the tensor's own range.
+        shift: max translation along each axis, as a fraction of its length.
+        scale: max zoom in or out, as a fraction.
+        rotate: max rotation in the plane of the last two axes, in degrees.
+        contrast: max change of contrast, as a fraction.
+        brightness: max change of brightness, in units of the tensor's values.
         noise: standard deviation of Gaussian noise, in the same units.
     """
 
@@ -35,14 +35,14 @@ class Augmentation:
     noise: float = 0.0
 
     def apply(self, x: Tensor, seeds: Sequence[int]) -> Tensor:
-        """Vary a batch.
+        """Augment a batch.
 
         Args:
             x: (B, C, H, W) or (B, C, D, H, W).
-            seeds: B, one an item: what happens to an item is drawn from its own seed, whatever else is in the batch.
+            seeds: B seeds, one per item; the augmentation of an item depends only on its seed, not on the batch.
 
         Returns:
-            As x.
+            Tensor with the shape of x.
         """
         if self == Augmentation():
             return x
@@ -60,7 +60,7 @@ class Augmentation:
         return x
 
     def _zoom_and_shift(self, x: Tensor, draws: dict[str, Tensor]) -> Tensor:
-        """The same map as `_grid` without a turn, axis by axis: several times faster than `grid_sample` in 3D."""
+        """Apply the map of `_grid` without rotation, axis by axis; several times faster than `grid_sample` in 3D."""
         zoom = 1 + self.scale * draws["zoom"]
         axes = []
         for axis, size in enumerate(x.shape[2:]):
@@ -73,14 +73,14 @@ class Augmentation:
 
     @staticmethod
     def _interpolate(item: Tensor, axes: list[tuple[Tensor, Tensor, Tensor]], number: int) -> Tensor:
-        """Linear interpolation of one item (C, ...) along each axis in turn."""
+        """Interpolate one item (C, ...) linearly along each axis in turn."""
         for axis, (below, above, share) in enumerate(axes, start=1):
             weight = share[number].view(-1, *[1] * (item.ndim - 1 - axis))
             item = torch.lerp(item.index_select(axis, below[number]), item.index_select(axis, above[number]), weight)
         return item
 
     def _grid(self, x: Tensor, draws: dict[str, Tensor]) -> Tensor:
-        """Sampling grid of a random affine map; its first coordinate is the last axis of x."""
+        """Return the sampling grid of a random affine map; its first coordinate is the last axis of x."""
         size, axes = len(x), x.ndim - 2
         theta = torch.zeros(size, axes, axes + 1, device=x.device, dtype=x.dtype)
         zoom = 1 + self.scale * draws["zoom"]
@@ -99,7 +99,7 @@ _DRAWS = ("zoom", "angle", "contrast", "brightness", "shift 0", "shift 1", "shif
 
 
 def _draws(seeds: Sequence[int], like: Tensor) -> dict[str, Tensor]:
-    """(B,) each, uniform in [-1, 1]; drawn on the CPU, so that they are the same on every device."""
+    """Return named draws (B,) uniform in [-1, 1], drawn on the CPU to be equal on every device."""
     rows = [
         torch.rand(len(_DRAWS), generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in seeds
     ]
@@ -108,7 +108,7 @@ def _draws(seeds: Sequence[int], like: Tensor) -> dict[str, Tensor]:
 
 
 def _noise(seeds: Sequence[int], like: Tensor) -> Tensor:
-    """Standard normal, as `like`; drawn where it is needed, each item by a generator of its own."""
+    """Return standard normal noise with the shape of `like`, with one generator per item on its device."""
     noise = torch.empty_like(like)
     for seed, item in zip(seeds, noise, strict=True):
         item.normal_(generator=torch.Generator(like.device).manual_seed(seed))

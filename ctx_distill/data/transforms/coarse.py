@@ -1,4 +1,4 @@
-"""A scan on a coarse grid along the patient's axes: enough to find body and lungs, whatever the file's axis order."""
+"""Sample a scan on a coarse grid along the patient's axes to locate body and lungs in any axis order."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 AIR = -1024.0
 COARSE_MM = 4.0
 LUNG_HU = -500.0
-"""Between lung and soft tissue."""
+"""HU threshold between lung and soft tissue."""
 
 Axes = tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]
 
@@ -28,7 +28,7 @@ class Box:
 
 
 def scan_box(volume: Volume) -> Box:
-    """The box along the patient's axes that holds every voxel, from edge to edge."""
+    """Return the bounding box of all voxels, including their edges, along the patient's axes."""
     ends = np.array([[-0.5, size - 0.5] for size in volume.voxels.shape])
     corners = np.stack(np.meshgrid(*ends, indexing="ij")).reshape(3, -1)
     points = volume.affine_lps[:3, :3] @ corners + volume.affine_lps[:3, 3:]
@@ -37,12 +37,12 @@ def scan_box(volume: Volume) -> Box:
 
 
 def sample(volume: Volume, points: NDArray[np.float64], outside: float = AIR) -> NDArray[np.float32]:
-    """Values at `points` (3, ...), the patient's Left, Posterior, Superior in mm; `outside` beyond the scan."""
+    """Return values at `points` (3, ...) in LPS mm, and `outside` beyond the scan."""
     from scipy import ndimage
 
     inverse = np.linalg.inv(volume.affine_lps)
     flat = inverse[:3, :3] @ points.reshape(3, -1) + inverse[:3, 3:]
-    # A point in the outer half of a border voxel still lies in that voxel.
+    # A point in the outer half of a border voxel is still inside that voxel.
     for axis, size in enumerate(volume.voxels.shape):
         inside = (flat[axis] > -0.5 - 1e-6) & (flat[axis] < size - 0.5 + 1e-6)
         flat[axis] = np.where(inside, flat[axis].clip(0, size - 1), flat[axis])
@@ -53,7 +53,7 @@ def sample(volume: Volume, points: NDArray[np.float64], outside: float = AIR) ->
 
 
 def coarse_grid(volume: Volume) -> tuple[NDArray[np.float32], Axes]:
-    """HU (z, y, x) every 4 mm, and the mm of its points along Superior, Posterior, Left."""
+    """Return HU (z, y, x) at 4 mm spacing, and the coordinates in mm along Superior, Posterior, Left."""
     extent = scan_box(volume)
     lines = [np.arange(low + COARSE_MM / 2, high, COARSE_MM) for low, high in zip(extent.low, extent.high, strict=True)]
     left, posterior, superior = (line if len(line) else np.array([extent.low[i]]) for i, line in enumerate(lines))
@@ -62,7 +62,7 @@ def coarse_grid(volume: Volume) -> tuple[NDArray[np.float32], Axes]:
 
 
 def body_mask(hu: NDArray[np.float32]) -> NDArray[np.bool_]:
-    """The largest piece of tissue of a coarse grid (z, y, x); empty where there is none."""
+    """Return the largest connected tissue component of a coarse grid (z, y, x); empty if there is no tissue."""
     from scipy import ndimage
 
     tissue = ndimage.binary_opening(hu > LUNG_HU, structure=np.ones((1, 3, 3)))
@@ -75,7 +75,7 @@ def body_mask(hu: NDArray[np.float32]) -> NDArray[np.bool_]:
 
 
 def enclosed(air: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Air (z, y, x) that is not joined, within its axial slice, to the slice's border."""
+    """Return the air (z, y, x) that is not connected to the border of its axial slice."""
     from scipy import ndimage
 
     padded = np.pad(air, ((0, 0), (1, 1), (1, 1)), constant_values=True)

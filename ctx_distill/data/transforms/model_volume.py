@@ -1,6 +1,6 @@
-"""From a scan on its own grid to the tensor a model takes: orientation, spacing, size, window.
+"""Convert a scan on its native grid to a model's input tensor: orientation, spacing, size, window.
 
-The scan's physical centre lies on the tensor's centre. What the tensor reaches beyond the scan is air.
+The physical centres of scan and tensor coincide. The tensor is padded with air beyond the scan.
 """
 
 from __future__ import annotations
@@ -34,29 +34,29 @@ _DIRECTIONS: dict[str, tuple[float, float, float]] = {
 }  # fmt: skip
 # The file's axes, slowest first, as the tensor's D, H, W.
 _FILE_AXES = {"KJI": [0, 1, 2], "KIJ": [0, 2, 1]}
-# In the fingerprint: to be raised when the same spec begins to give other tensors.
+# Part of the fingerprint: increase it when the same spec gives different tensors.
 _VERSION = 1
 
 
 @dataclass(frozen=True)
 class VolumeSpec:
-    """What a model's input tensor is.
+    """The specification of a model's input tensor.
 
     Attributes:
         spacing: mm between voxels along (z, y, x), the tensor's D, H, W.
         shape: (D, H, W).
-        window: HU that become the ends of `output_range`; what lies beyond is clamped.
-        output_range: the tensor's lowest and highest value.
-        orientation: where the index grows to along x, y, z (W, H, D): one letter each of L/R, P/A, S/I, in any order.
-            The default "LPS" shows an axial slice as radiologists see it, and slices from the feet upwards. "KJI" and "KIJ"
-            take the file's own axes for D, H, W, the slowest (k) first, without looking where they point.
+        window: HU mapped to the ends of `output_range`; values outside are clamped.
+        output_range: min and max value of the tensor.
+        orientation: direction of increasing index along x, y, z (W, H, D): one letter each of L/R, P/A, S/I, in any
+            order. The default "LPS" shows axial slices in radiological view, ordered from the feet upwards. "KJI" and
+            "KIJ" use the file's axes for D, H, W, the slowest (k) first, regardless of their direction.
         antialias: smooth along axes that are reduced by more than 1.5, see `resample.gaussian_sigma`.
-        stored: `int16` rounds the tensor to the steps of the prepared form (`data.rounding`), whether it is read from
-            there or from the scan; None does not round.
+        stored: `int16` rounds the tensor to the steps of prepared volumes (`data.transforms.rounding`), whether it is
+            read from a prepared volume or from the scan; None does not round.
         outside: HU beyond the scan; None is `AIR_HU`.
 
     Raises:
-        InputError: a value that is none of these.
+        InputError: an invalid value.
     """
 
     spacing: tuple[float, float, float]
@@ -69,44 +69,44 @@ class VolumeSpec:
     outside: float | None = None
 
     def __post_init__(self) -> None:
-        # Lists are what YAML and JSON give; held as tuples of plain numbers so that equal specs hash and print alike.
+        # YAML and JSON give lists; convert to tuples of floats so that equal specs have equal hashes and text.
         for name, count in (("spacing", 3), ("shape", 3), ("window", 2), ("output_range", 2)):
             object.__setattr__(self, name, _numbers(name, getattr(self, name), count))
         if min(self.spacing) <= 0:
-            raise _refusal("spacing", self.spacing, "three positive numbers in mm (z, y, x)")
+            raise _invalid("spacing", self.spacing, "three positive numbers in mm (z, y, x)")
         if any(n != int(n) or n < 1 for n in self.shape) or math.prod(self.shape) > MAX_VOXELS:
-            raise _refusal(
-                "shape", self.shape, f"three whole numbers from 1 (D, H, W), {MAX_VOXELS:.0e} voxels at most"
+            raise _invalid(
+                "shape", self.shape, f"three positive integers (D, H, W) with at most {MAX_VOXELS:.0e} voxels"
             )
         object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
         for name in ("window", "output_range"):
             low, high = getattr(self, name)
             if low >= high:
-                raise _refusal(name, (low, high), "a lower and a higher number")
+                raise _invalid(name, (low, high), "two increasing numbers")
         code = self.orientation.upper() if isinstance(self.orientation, str) else ""
         if code not in _FILE_AXES and sorted(_axis_of(letter) for letter in code) != [0, 1, 2]:
-            raise _refusal(
+            raise _invalid(
                 "orientation", self.orientation, "one letter each of L/R, P/A and S/I, such as LPS or RAS, or KJI, KIJ"
             )
         object.__setattr__(self, "orientation", code)
         if not isinstance(self.antialias, bool):
-            raise _refusal("antialias", self.antialias, "true or false")
+            raise _invalid("antialias", self.antialias, "true or false")
         if self.stored not in (None, "int16"):
-            raise _refusal("stored", self.stored, "int16 or null")
+            raise _invalid("stored", self.stored, "int16 or null")
         if self.outside is not None:
             object.__setattr__(self, "outside", _numbers("outside", [self.outside], 1)[0])
 
     def to_config(self) -> dict[str, Any]:
-        """The spec as plain JSON values; what came later where it is set, so that older specs keep their fingerprint."""
+        """Return the spec as JSON values; fields that are None are omitted, so that older specs keep their fingerprint."""
         plain = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
         return {key: value for key, value in plain.items() if value is not None}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> VolumeSpec:
-        """The reverse of `to_config`.
+        """Create a spec from the values of `to_config`.
 
         Raises:
-            InputError: keys missing or unknown, values out of range.
+            InputError: missing or unknown keys, or invalid values.
         """
         known = [field.name for field in fields(cls)]
         unknown = sorted(set(config) - set(known))
@@ -118,13 +118,13 @@ class VolumeSpec:
         return cls(**dict(config))
 
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of everything that decides the tensor's values."""
+        """Return the SHA-256 (hex) of everything that determines the tensor's values."""
         text = json.dumps({"version": _VERSION, **self.to_config()}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _refusal(name: str, found: object, expected: str) -> InputError:
-    return InputError(f"volume spec: {name} is {found!r}; expected {expected}")
+def _invalid(name: str, value: object, expected: str) -> InputError:
+    return InputError(f"volume spec: {name} is {value!r}; expected {expected}")
 
 
 def _axis_of(letter: str) -> int:
@@ -136,11 +136,11 @@ def _numbers(name: str, value: object, count: int) -> tuple[float, ...]:
         plain = [v for v in value if isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)]
         if len(plain) == count:
             return tuple(float(v) for v in plain)
-    raise _refusal(name, value, f"{count} finite numbers")
+    raise _invalid(name, value, f"{count} finite numbers")
 
 
 def target_affine(volume: Volume, spec: VolumeSpec) -> NDArray[np.float64]:
-    """(4, 4), the prepared tensor's index (d, h, w, 1) to LPS mm: axes along the patient's, centred on the scan."""
+    """Return the affine (4, 4) from the tensor's index (d, h, w, 1) to LPS mm, centred on the scan."""
     affine = np.eye(4)
     affine[:3, :3] = _directions(volume, spec) * np.array(spec.spacing)
     middle = np.append((np.array(volume.voxels.shape) - 1) / 2, 1.0)
@@ -150,7 +150,7 @@ def target_affine(volume: Volume, spec: VolumeSpec) -> NDArray[np.float64]:
 
 
 def _directions(volume: Volume, spec: VolumeSpec) -> NDArray[np.float64]:
-    """(3, 3): unit columns in LPS along which D, H and W grow."""
+    """Return unit columns (3, 3) in LPS along which D, H and W increase."""
     if spec.orientation in _FILE_AXES:
         steps = volume.affine_lps[:3, _FILE_AXES[spec.orientation]]
         units: NDArray[np.float64] = steps / np.linalg.norm(steps, axis=0)
@@ -160,13 +160,13 @@ def _directions(volume: Volume, spec: VolumeSpec) -> NDArray[np.float64]:
 
 
 def prepare_volume(volume: Volume, spec: VolumeSpec) -> Tensor:
-    """Reorients, resamples, crops or pads and windows a scan: (1, D, H, W) float32 in `spec.output_range`."""
+    """Reorient, resample, crop or pad, and window a scan; return (1, D, H, W) float32 in `spec.output_range`."""
     tensor = _windowed(volume, spec)
     return from_steps(to_steps(tensor, spec.output_range), spec.output_range) if spec.stored else tensor
 
 
 def prepare_steps(volume: Volume, spec: VolumeSpec) -> Tensor:
-    """The same as (1, D, H, W) int16 steps of the prepared form."""
+    """Return the tensor of `prepare_volume` as int16 steps (1, D, H, W) for prepared volumes."""
     return to_steps(_windowed(volume, spec), spec.output_range)
 
 
@@ -180,5 +180,9 @@ def _windowed(volume: Volume, spec: VolumeSpec) -> Tensor:
 
 
 def load_ct(path: Path, spec: VolumeSpec) -> Tensor:
-    """Reads and prepares a scan: (1, D, H, W) float32; `InputError` as `read_volume`."""
+    """Read and prepare a scan; return (1, D, H, W) float32.
+
+    Raises:
+        InputError: as `read_volume`.
+    """
     return prepare_volume(read_volume(path), spec)

@@ -1,7 +1,7 @@
-"""A CT's own frontal radiograph: line integrals of attenuation along the patient's front-back axis, toned like a film.
+"""Compute a CT's frontal projection: line integrals of attenuation along the anterior-posterior axis, toned like a film.
 
-It is computed from the scan as it lies in the file, before any crop of the volume spec, and serves an X-ray expert as
-a second teacher and as a baseline (both **ours**, beyond the paper).
+It is computed from the stored scan, before any crop by the volume spec. The X-ray expert uses it as a second teacher
+signal and as a baseline (both **ours**, beyond the paper).
 """
 
 from __future__ import annotations
@@ -16,41 +16,41 @@ from ctx_distill.data.io.volume import Volume
 from ctx_distill.data.transforms.resample import resample
 
 PROJECTION_VERSION = 1
-"""In cache keys: to be raised when the same scan begins to give another picture."""
+"""Part of cache keys; increase it when the same scan gives a different image."""
 
 WATER_PER_MM = 0.0175
 """Attenuation of water at about 80 keV, the effective energy of a chest film (NIST XCOM: 0.0184 per mm)."""
 
 BONE_FROM_HU = 100.0
 BONE_GAIN = 0.7
-"""Above `BONE_FROM_HU` a HU counts 1.7-fold: at a film's lower energies calcium attenuates more than CT numbers say."""
+"""HU above `BONE_FROM_HU` count 1.7-fold, because calcium attenuates more at the lower energies of a film than in CT."""
 
 PIXEL_MM = 2.5
 SIDE = 192
-"""Pixels of an edge of the square picture that a batch holds."""
+"""Edge length in pixels of the square image in a batch."""
 
 BODY = 1.0
-"""The film is cut to the rows and columns that reach this integral (some 6 cm of water): air and a couch's edge go."""
+"""The image is cropped to rows and columns that reach this integral (about 6 cm of water), without air and couch."""
 
-# The tone curve: percentiles of the film's core, and the slope of the S between them.
+# Tone curve: percentiles of the image centre, and the slope of the sigmoid between them.
 _CORE = (10.0, 93.0)
 _SLOPE = 3.4
 _SLAB = 1 << 21  # voxels summed at once: bounds the memory
-_OBLIQUE = 0.02  # |cosine| between an array axis and a foreign patient axis from which the scan is resampled first
+_OBLIQUE = 0.02  # |cosine| between an array axis and another patient axis above which the scan is resampled first
 
 
 def line_integrals(volume: Volume, pixel_mm: float = PIXEL_MM) -> NDArray[np.float32]:
-    """Integral of attenuation along the patient's anterior-posterior axis, upright, patient's right on the left.
+    """Return integrals of attenuation along the anterior-posterior axis, upright, with the patient's right on the left.
 
-    mu(HU) = mu_water (1 + HU / 1000 + `BONE_GAIN` max(HU - `BONE_FROM_HU`, 0) / 1000), never below 0; beyond the scan
-    is air. Beams are parallel.
+    mu(HU) = mu_water (1 + HU / 1000 + `BONE_GAIN` max(HU - `BONE_FROM_HU`, 0) / 1000), at least 0; there is
+    air beyond the scan. Beams are parallel.
 
     Args:
-        volume: a scan of any orientation; one whose axes are oblique to the patient's is resampled to `pixel_mm` first.
-        pixel_mm: edge of the square pixels.
+        volume: scan of any orientation; scans oblique to the patient's axes are resampled to `pixel_mm` first.
+        pixel_mm: pixel edge length in mm.
 
     Returns:
-        (H, W) float32, without unit: minus the logarithm of the share of the beam that passes. Row 0 is cranial.
+        (H, W) float32, unitless: negative logarithm of the transmitted fraction. Row 0 is cranial.
     """
     directions = volume.affine_lps[:3, :3] / np.linalg.norm(volume.affine_lps[:3, :3], axis=0)
     partner = np.abs(directions).argmax(axis=0)  # array axis -> patient axis (L, P, S)
@@ -62,7 +62,7 @@ def line_integrals(volume: Volume, pixel_mm: float = PIXEL_MM) -> NDArray[np.flo
     summed = _sum_attenuation(volume, axis[1])
     if axis[2] > axis[0]:
         summed = summed.T
-    # The patient's left grows to the picture's right, and superior to its top.
+    # The patient's left is on the right of the image, and superior at the top.
     if volume.affine_lps[0, axis[0]] < 0:
         summed = summed[:, ::-1]
     if volume.affine_lps[2, axis[2]] > 0:
@@ -75,7 +75,7 @@ def line_integrals(volume: Volume, pixel_mm: float = PIXEL_MM) -> NDArray[np.flo
 
 
 def _straightened(volume: Volume, pixel_mm: float) -> Volume:
-    """The scan on a grid along the patient's axes that holds all of it: (z, y, x) towards S, P, L."""
+    """Return the complete scan resampled along the patient's axes, (z, y, x) towards S, P, L."""
     corners = np.array(np.meshgrid(*[(-0.5, n - 0.5) for n in volume.voxels.shape])).reshape(3, -1)
     millimetres = volume.affine_lps[:3, :3] @ corners + volume.affine_lps[:3, 3:]
     low, high = millimetres.min(axis=1), millimetres.max(axis=1)
@@ -90,8 +90,8 @@ def _straightened(volume: Volume, pixel_mm: float) -> Volume:
 
 
 def _sum_attenuation(volume: Volume, axis: int) -> NDArray[np.float32]:
-    """Attenuation summed along an array axis, a slab at a time so that no second volume is held."""
-    slabs = 0 if axis else 1  # slabs run along an axis that stays
+    """Return attenuation summed along an array axis, by slabs to avoid a second volume in memory."""
+    slabs = 0 if axis else 1  # slabs are cut along an axis that is not summed
     length = volume.voxels.shape[slabs]
     step = max(1, _SLAB * length // volume.voxels.size)
     parts = []
@@ -109,17 +109,17 @@ def _sum_attenuation(volume: Volume, axis: int) -> NDArray[np.float32]:
 
 
 def frontal_projection(volume: Volume, pixel_mm: float = PIXEL_MM) -> NDArray[np.float32]:
-    """A digital radiograph of a scan, as `read_radiograph` would give a film of the patient.
+    """Return the frontal projection of a scan, with values as from `read_radiograph`.
 
-    Line integrals (a film's density goes with the logarithm of exposure), cut to the body, through an S-shaped tone
-    curve between two percentiles of the picture's core.
+    Line integrals (film density follows the logarithm of exposure) are cropped to the body and mapped by a sigmoid tone
+    curve between two percentiles of the image centre.
 
     Args:
-        volume: a scan of any orientation.
-        pixel_mm: edge of the square pixels.
+        volume: scan of any orientation.
+        pixel_mm: pixel edge length in mm.
 
     Returns:
-        (H, W) float32 in [0, 1]: bone bright, upright, the patient's right on the picture's left.
+        (H, W) float32 in [0, 1]: bone bright, upright, the patient's right on the left of the image.
     """
     film = _cut_to_body(line_integrals(volume, pixel_mm))
     rows, columns = film.shape
@@ -139,13 +139,13 @@ def _cut_to_body(film: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def square_projection(volume: Volume, side: int = SIDE) -> Tensor:
-    """The digital radiograph on a square of one size, so that scans of any extent make a batch.
+    """Return the frontal projection on a square of fixed size, so that scans of any extent form a batch.
 
-    What the shorter edge lacks is black, as a film is where the collimator kept it dark.
+    The shorter edge is padded with black, as outside a film's collimator.
 
     Args:
-        volume: a scan of any orientation.
-        side: pixels of an edge.
+        volume: scan of any orientation.
+        side: edge length in pixels.
 
     Returns:
         (side, side) float32 in [0, 1].

@@ -1,7 +1,7 @@
-"""One linear resample from a scan's grid to a target grid, with a Gaussian in front where it reduces.
+"""Resample linearly from a scan's grid to a target grid, with Gaussian smoothing along reduced axes.
 
-Two ways to the same numbers: where the two grids' axes are parallel (nearly every scan) each axis is done by itself and
-only on the voxels that the target needs; else (gantry tilt, oblique reconstructions) by trilinear sampling in slabs.
+Two algorithms give the same values. If the axes of both grids are parallel (nearly every scan), each axis is resampled
+separately, on the required voxels only. Otherwise (gantry tilt, oblique reconstructions) it samples trilinearly in slabs.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 REDUCTION = 1.5
-"""Reductions by more than this are smoothed first."""
+"""Smooth before reductions by more than this factor."""
 
 _FWHM = 2.0 * math.sqrt(2.0 * math.log(2.0))  # of a Gaussian, in standard deviations
 _TRUNCATE = 3.0  # standard deviations
 _PARALLEL = 0.02  # source voxels that a "parallel" axis may drift over the whole target
-_SLAB = 1 << 20  # target voxels sampled at once on the oblique way: bounds its memory
-_EDGE = 0.5 + 1e-6  # the scan ends half a voxel beyond the outer voxels' centres; between the two the value is held
+_SLAB = 1 << 20  # target voxels sampled at once by the oblique algorithm: bounds its memory
+_EDGE = 0.5 + 1e-6  # the scan ends half a voxel beyond the centres of the outer voxels, whose value extends to the edge
 
 
 def gaussian_sigma(factor: float, antialias: bool) -> float:
-    """Standard deviation, in source voxels, of the smoothing before a reduction by `factor` (source voxels a step).
+    """Return the sigma in source voxels of the smoothing before a reduction by `factor` (source voxels per step).
 
-    The point spread functions of both grids are taken as Gaussians whose full width at half maximum is their voxel, as
-    in Cardoso et al., "Scale factor point spread function matching" (MICCAI 2015); 0 up to `REDUCTION`.
+    The point spread functions of both grids are modelled as Gaussians with a full width at half maximum of one voxel, as in
+    Cardoso et al., "Scale factor point spread function matching" (MICCAI 2015); 0 up to `REDUCTION`.
     """
     return math.sqrt(factor * factor - 1.0) / _FWHM if antialias and factor > REDUCTION else 0.0
 
@@ -51,22 +51,22 @@ def resample(
     antialias: bool,
     separable: bool | None = None,
 ) -> Tensor:
-    """Samples a volume on a target grid.
+    """Sample a volume on a target grid.
 
     Args:
         voxels: (k0, k1, k2).
-        to_source: (4, 4), target index -> source index.
+        to_source: (4, 4) affine from target index to source index.
         shape: target size.
-        outside: the value beyond the scan.
+        outside: value beyond the scan.
         antialias: smooth along the source axes that are reduced by more than `REDUCTION`.
-        separable: which way to go; by default the axis-by-axis one wherever it applies.
+        separable: whether to resample axis by axis; by default wherever it applies.
 
     Returns:
-        `shape` float32, contiguous.
+        Contiguous float32 tensor of size `shape`.
     """
     source = torch.from_numpy(voxels if voxels.flags.writeable else voxels.copy())
     matrix = to_source[:3, :3]
-    # For a parallel axis this is its |step|; for an oblique one, how far a step in any direction moves along it.
+    # For a parallel axis this is its |step|; for an oblique axis, the max movement along it per unit step.
     factors = np.sqrt((matrix**2).sum(axis=1))
     sigmas = [gaussian_sigma(float(f), antialias) for f in factors]
     if separable is None:
@@ -87,7 +87,7 @@ def _is_parallel(matrix: NDArray[np.float64], shape: tuple[int, int, int]) -> bo
 
 @dataclass(frozen=True)
 class _Taps:
-    """One axis: which source voxels make each target voxel. `index` counts from `start`; both (N, T)."""
+    """Source voxels and weights of each target voxel along one axis; `index` (N, T) counts from `start`."""
 
     start: int
     stop: int
@@ -97,7 +97,7 @@ class _Taps:
 
     @staticmethod
     def make(size: int, step: float, origin: float, count: int, sigma: float) -> _Taps:
-        """`size` source voxels, `count` target voxels at origin, origin + step, ... in source voxels."""
+        """Return taps for `size` source and `count` target voxels at origin, origin + step, ... in source voxels."""
         position = origin + step * np.arange(count)
         outside = torch.from_numpy(np.flatnonzero((position < -_EDGE) | (position > size - 1 + _EDGE)))
         position = position.clip(0, size - 1)
@@ -112,7 +112,7 @@ class _Taps:
         return _Taps(start, stop, torch.from_numpy(index - start), torch.from_numpy(weight.astype(np.float32)), outside)
 
     def rows(self, plane: Tensor) -> Tensor:
-        """(stop - start, C) float32 -> (N, C): all taps in one pass."""
+        """Apply all taps in one pass: (stop - start, C) float32 to (N, C)."""
         return F.embedding_bag(self.index, plane, mode="sum", per_sample_weights=self.weight)
 
 
@@ -123,7 +123,7 @@ def _by_axis(
     ends = np.array(shape, dtype=np.float64) - 1
     taps = []
     for k, j in enumerate(partner):
-        # The drift of a nearly parallel axis is spread evenly around the target's centre.
+        # Distribute the drift of a nearly parallel axis evenly around the target's centre.
         drift = sum(to_source[k, m] * ends[m] / 2 for m in range(3) if m != j)
         origin = float(to_source[k, 3] + drift)
         taps.append(_Taps.make(source.shape[k], float(to_source[k, j]), origin, shape[j], sigmas[k]))
@@ -131,7 +131,7 @@ def _by_axis(
     cropped = source[a.start : a.stop, b.start : b.stop, c.start : c.stop]
 
     def in_plane(plane: Tensor) -> Tensor:
-        return c.rows(b.rows(plane).t().contiguous())  # (N2, N1): whole rows are read and written, never columns
+        return c.rows(b.rows(plane).t().contiguous())  # (N2, N1): access rows only, never columns
 
     n0, n1, n2 = len(a.index), len(b.index), len(c.index)
     if len(cropped) <= n0:  # thick slices: fewer planes before than after, so the planes first
@@ -167,7 +167,7 @@ def _oblique(
     rows, columns = np.arange(shape[1]), np.arange(shape[2])
     for begin in range(0, shape[0], depth):
         slices = np.arange(begin, min(begin + depth, shape[0]))
-        # (d, h, w, 3) source indices, summed axis by axis: no grid of homogeneous coordinates is ever held.
+        # (d, h, w, 3) source indices, summed axis by axis to avoid a grid of homogeneous coordinates.
         position = (
             (slices[:, None, None, None] * to_source[:3, 0] + rows[:, None, None] * to_source[:3, 1])
             + columns[:, None] * to_source[:3, 2]
@@ -181,12 +181,12 @@ def _oblique(
         radius = np.array([len(_gaussian(s)) // 2 for s in sigmas])
         start = np.maximum(np.floor(reached.min(axis=0)).astype(int) - radius, 0)
         stop = np.minimum(np.floor(reached.max(axis=0)).astype(int) + 2 + radius, sizes)
-        start = np.minimum(start, stop - 2)  # two voxels at least, to have a distance between
+        start = np.minimum(start, stop - 2)  # at least two voxels, to have a distance between them
         crop = source[start[0] : stop[0], start[1] : stop[1], start[2] : stop[2]].float()
         for axis, sigma in enumerate(sigmas):
             if sigma:
                 crop = _smooth(crop, axis, sigma)
-        # grid_sample counts from -1 to 1, last axis first.
+        # grid_sample coordinates run from -1 to 1, last axis first.
         grid = torch.from_numpy(
             (2.0 * (position - start) / (stop - start - 1) - 1.0).astype(np.float32)[..., ::-1].copy()
         )

@@ -1,12 +1,12 @@
-"""What other projects make of a scan, by name, so that their models can be compared on the same files.
+"""Volume specs of other projects by name, so that their models can be compared on the same files.
 
 Sources: CT-CLIP (Hamamci et al. 2024, `data_inference.py`), fVLM (Shui et al. 2025), HLIP (Zhao et al. 2025, `process.py` and
-`data_ct_rate.py`), Merlin (Blankemeier et al. 2024, `dataloaders`). Each resamples without anti-aliasing, and pads with the lowest
-value of its window. They make the resampled array's size whole and so stretch the spacing by less than a voxel over the scan;
-here the spacing is kept. Where sizes come out whole the tensors are the same.
+`data_ct_rate.py`), Merlin (Blankemeier et al. 2024, `dataloaders`). Each resamples without anti-aliasing and pads with the min
+value of its window. They round the size of the resampled array, which changes the spacing by less than a voxel over the
+scan; here the spacing is exact. If no rounding occurs, the tensors are equal.
 
-Merlin's tensor is (x, y, z); here it is (z, y, x). CT-CLIP and HLIP have no orientation step: the file's own axes are taken.
-HLIP's model also subtracts ImageNet's mean grey and divides by its deviation, which is the model's part.
+Merlin's tensor is (x, y, z); here it is (z, y, x). CT-CLIP and HLIP do not reorient and use the file's axes.
+Normalisation by ImageNet's mean and standard deviation, as in HLIP, is left to the model.
 """
 
 from __future__ import annotations

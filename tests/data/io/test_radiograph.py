@@ -131,7 +131,7 @@ def test_refusals(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(data)
         refused(tmp_path / name)
     Image.fromarray(grey()).save(tmp_path / "c.gif")
-    refused(tmp_path / "c.gif", "neither PNG")
+    refused(tmp_path / "c.gif", "not a readable PNG")
     for name in ("d.png", "d.jpeg"):
         Image.fromarray(np.kron(grey(), np.ones((8, 8), np.uint8))).save(tmp_path / name)
         data = (tmp_path / name).read_bytes()

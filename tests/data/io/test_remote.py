@@ -68,8 +68,8 @@ def test_memory_files_and_dicom_folders(cohort: Path, real_mini: Path) -> None:
 @pytest.mark.parametrize(
     ("url", "word"),
     [
-        ("memory://bucket/none.nii.gz", "cannot be fetched"),
-        ("nosuch://bucket/a.nii.gz", "an address that fsspec knows"),
+        ("memory://bucket/none.nii.gz", "download failed"),
+        ("nosuch://bucket/a.nii.gz", "a URL that fsspec supports"),
     ],
 )
 def test_addresses_that_lead_nowhere(url: str, word: str) -> None:

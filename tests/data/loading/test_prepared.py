@@ -124,7 +124,7 @@ def test_another_spec_source_or_image_and_damage_are_refused(tmp_path: Path, sca
     assert folder.is_complete(name, path)
     other = VolumeSpec(spacing=SPEC.spacing, shape=SPEC.shape, window=(-900.0, 600.0), stored="int16")
     for opening in (PreparedFolder.open, PreparedFolder.create):
-        with pytest.raises(InputError, match=r"prepared under the volume spec .*-1000.* asked for .*-900"):
+        with pytest.raises(InputError, match=r"prepared with volume spec .*-1000.* the run uses .*-900"):
             opening(tmp_path / "out", other, projection=False)
     with pytest.raises(InputError, match="projections of version None"):
         PreparedFolder.open(tmp_path / "out", SPEC, projection=True)
@@ -145,7 +145,7 @@ def test_another_spec_source_or_image_and_damage_are_refused(tmp_path: Path, sca
     content = bytearray(stored.read_bytes())
     content[-1] ^= 1
     stored.write_bytes(content)
-    with pytest.raises(InputError, match="its checksum is not the item's"):
+    with pytest.raises(InputError, match="checksum mismatch, the file is damaged"):
         fresh.read(name, path)
     stored.write_bytes(content[:1000])
     with pytest.raises(InputError, match="cannot be read"):

@@ -78,7 +78,7 @@ def test_validation_and_prediction_replace_nothing(data: Path) -> None:
 
 
 def test_past_the_share_the_list_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    aside = SetAside(rows=200, largest_share=0.01)
+    aside = SetAside(rows=200, max_share=0.01)
     with caplog.at_level(logging.WARNING):
         aside.add([(3, "a.nii.gz: truncated")], tmp_path)
         aside.add([(3, "a.nii.gz: truncated"), (9, "b.nii.gz: empty")], tmp_path)
@@ -110,7 +110,7 @@ def test_a_whole_stage_goes_on_or_stops(
         shutil.copytree(finished_run / stage, tmp_path / "run" / stage)
     shutil.copy(finished_run / "run.json", tmp_path / "run")
     assert main([*command, "--run", str(tmp_path / "run")]) == 2
-    assert "may be set aside (data.init_args.unreadable_share)" in capsys.readouterr().err
+    assert "may be unreadable (data.init_args.unreadable_share)" in capsys.readouterr().err
     assert main([*command, "--run", str(tmp_path / "run"), "--data.init_args.unreadable_share=0.2"]) == 0
     metrics = (tmp_path / "run/align/metrics.json").read_text()
     assert '"unreadable_set_aside": 1' in metrics

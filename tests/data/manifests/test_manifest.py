@@ -241,7 +241,7 @@ def test_an_image_without_permission(unprivileged: tuple[Path, Callable[[], Abst
     path = write(folder, rows())
     (folder / "x/1.png").chmod(0)
     with acting():
-        refused(path, "row 3", "may not be read")
+        refused(path, "row 3", "which is not readable")
 
 
 def test_files_that_are_no_manifest(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def test_one_row_on_two_ranks(cohort: Path, tiny_preset: Path, tmp_path: Path) -
     ("setting", "message"),
     [
         ("limit_train_batches=0", "trainer.limit_train_batches is 0"),
-        ("limit_train_batches=0.01", "of which trainer.limit_train_batches=0.01 takes none"),
+        ("limit_train_batches=0.01", "of which trainer.limit_train_batches=0.01 uses none"),
         ("max_epochs=0", "trainer.max_epochs is 0"),
         ("max_steps=0", "trainer.max_steps is 0"),
     ],
