@@ -18,11 +18,11 @@ def load(
 
     Args:
         path: a run folder, a stage's folder, or an artefact.
-        index: folder of an X-ray index, for `CTModel.nearest`; default: the run's own.
-        vocabulary: findings to ask for where the run names none: a shipped vocabulary or a file (default: ct-rate).
+        index: folder of an X-ray index, for `CTModel.nearest`; default: that of the run.
+        vocabulary: findings to query if the run names none: a shipped vocabulary or a file (default: ct-rate).
 
     Raises:
-        InputError: nothing usable is there, or its parts do not belong together.
+        InputError: the folder holds nothing usable, or its parts were not trained together.
     """
     from pathlib import Path
 

@@ -16,7 +16,7 @@ from ctx_distill.errors import InputError
 from ctx_distill.files import write_json, write_text
 from ctx_distill.inference.model import CTModel
 from ctx_distill.inference.parts import ARTEFACT, open_parts
-from ctx_distill.inference.scans import shown
+from ctx_distill.inference.scans import with_progress
 from ctx_distill.metrics.classification import classification_report
 from ctx_distill.models.heads import FindingsHead
 from ctx_distill.probing.few_shot import few_shot_curve, read_shots, write_curve
@@ -95,7 +95,7 @@ def _features(model: CTModel, manifest: Manifest, out: Path) -> tuple[Floats, di
             return standing, {}
     unreadable: dict[int, str] = {}
     rows: dict[int, Any] = {}
-    for row in shown(list(manifest.frame.index)):
+    for row in with_progress(list(manifest.frame.index)):
         try:
             rows[row] = model.pooled(manifest.scan_file(row).read())
         except InputError as error:

@@ -67,7 +67,7 @@ def test_the_shell_of_a_job_of_one_task_trains_as_outside() -> None:
     ("change", "told"),
     [
         ({"SLURM_NTASKS": "3", "SLURM_STEP_NUM_TASKS": "3"}, "same number of tasks"),
-        ({"SLURM_GPUS_ON_NODE": "1"}, "one task a GPU"),
+        ({"SLURM_GPUS_ON_NODE": "1"}, "one task per GPU"),
     ],
 )
 def test_what_cannot_be_trained_on_is_refused(change: dict[str, str], told: str) -> None:
@@ -106,7 +106,7 @@ def test_several_stages_in_one_step_are_refused(
     [
         ({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, ["all"], "one by one"),
         ({"NODE_RANK": "1"}, ["heads", "--trainer.num_nodes=2"], "one by one"),
-        ({"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}, ["expert", "--force"], "FORCE=1 in processes"),
+        ({"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}, ["expert", "--force"], "--force in processes"),
     ],
 )
 def test_so_are_several_stages_and_forced_ones_in_processes_that_start_together(
