@@ -184,7 +184,7 @@ def test_a_full_disk_leaves_what_was_written_and_nothing_by_halves(
     assert folder.is_complete(*scans[0])
     assert not folder.is_complete(*scans[1])
     monkeypatch.undo()
-    assert [_prepare_one(folder, scan) for scan in scans] == ["stood", "prepared", "prepared"]
+    assert [_prepare_one(folder, scan) for scan in scans] == ["kept", "prepared", "prepared"]
     assert {json.loads(p.read_text())["image_id"] for p in (tmp_path / "out" / "items").rglob("*.json")} == {
         name for name, _ in scans
     }
