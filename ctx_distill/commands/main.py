@@ -1,4 +1,4 @@
-"""`ctx-distill`: the table of commands, and what their results and errors mean for the shell.
+"""`ctx-distill`: the table of commands, and the exit statuses of their results and errors.
 
 Command modules import what they run inside their functions, so that help and usage errors need no torch.
 """
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Args:
-        arguments: what follows `ctx-distill`; None takes the process's own.
+        arguments: what follows `ctx-distill`; None takes `sys.argv`.
 
     Returns:
         The exit status: 0 done; 1 `check` found errors, or `predict` unreadable scans; 2 bad input; 75 stopped by a
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from ctx_distill.runs.run_folder import is_first_process
 
             if not is_first_process():
-                return 0  # of several processes the first one speaks for the job
+                return 0  # only rank zero reports for the job
             print(f"stopped ({stop}); repeat the command to resume", file=sys.stderr)
             return signals.STOPPED
         except KeyboardInterrupt:
@@ -94,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _message(error: Exception) -> str:
-    """One line; a usage error also names the help."""
+    """Return the message of an error; on one line, with a hint at `--help`, for a usage error."""
     text = " ".join(str(error).split())
     if isinstance(error, InputError):
         return str(error)

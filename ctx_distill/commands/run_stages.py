@@ -1,4 +1,4 @@
-"""Several stages in order: each skipped where it is complete, then the joined metrics, the table and the page."""
+"""Run several stages in order, skip complete ones, then write the joined metrics, the table and the page."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from ctx_distill.runs.topology import starts_with_others
 def run_stages(
     stages: list[Stage], options: RunOptions, overrides: list[str], *, force: bool = False, isolated: bool = False
 ) -> None:
-    """Run stages in order, in this process or, where a trainer starts several processes, one process a stage.
+    """Run stages in order, in this process or, where a trainer starts several processes, in one process per stage.
 
     The caller holds the lock on the run folder.
 
     Raises:
         InputError: bad input, or an isolated stage that ended with an error; several stages, or a forced one, in
-            processes that were started together, since ranks would pass from stage to stage at different times.
+            processes that were started together, since ranks would move from stage to stage at different times.
     """
     if starts_with_others(max(_nodes(stage, options.preset, overrides) for stage in stages)):
         if len(stages) > 1:
             raise InputError(
                 f"{len(stages)} stages in processes that srun or torchrun started together, or on several nodes"
-                " (NODE_RANK): run them one by one, as `ctx-distill submit all` and `ctx-distill submit heads` do."
+                " (NODE_RANK) are not supported. Run them one by one, as `ctx-distill submit all` does."
             )
         if force:
             raise InputError(
                 "--force in processes that srun or torchrun started together, or on several nodes (NODE_RANK): one of them"
-                f" could still read what another one moves away. Move {options.run / stages[0].folder} away instead."
+                f" could still read what another one moves. Move {options.run / stages[0].folder} yourself instead."
             )
     for stage in stages:
         request = StageRequest(stage, options.data, options.run, options.preset, overrides, options.expert)
@@ -57,7 +57,7 @@ def run_stages(
 
 
 def _nodes(stage: Stage, preset: str, overrides: list[str]) -> int:
-    """`trainer.num_nodes` of a stage."""
+    """Return `trainer.num_nodes` of a stage."""
     given = [argument for argument in override_for(stage, overrides) if argument.startswith("--trainer.num_nodes=")]
     trainer: dict[str, Any] = stage_config(stage, preset).get("trainer", {})
     return int(given[-1].partition("=")[2] if given else trainer.get("num_nodes", 1))
@@ -82,7 +82,7 @@ def _run_alone(stage: Stage, options: RunOptions, overrides: list[str], force: b
     if status == signals.STOPPED:
         raise signals.StopRequested(stage.name)
     if status:
-        raise InputError(f"stage `{stage.name}` ended with status {status}; its own message stands above.")
+        raise InputError(f"stage `{stage.name}` ended with status {status}; its error message is printed above.")
 
 
 def _write_page(run: Path) -> Path:

@@ -1,1 +1,1 @@
-"""Using what was trained: a scan in, findings, embedding, saliency, report out."""
+"""Inference: findings, embedding, saliency and draft report of a scan."""

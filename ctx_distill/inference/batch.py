@@ -1,4 +1,4 @@
-"""`ctx-distill predict`: many scans, by one process or several, in a folder of results that goes on where it stopped."""
+"""`ctx-distill predict`: many scans, in one process or several; a stopped command resumes."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from ctx_distill.run_files import REPORTS
 PARTS = "parts"
 MOST_PROBABLE = 3
 WORTH_A_WORKER = 16
-"""Scans; a worker process takes some ten seconds to import torch and open the model."""
+"""Number of scans; a worker process takes about ten seconds to import torch and open the model."""
 
 Todo = tuple[Scan, str]
-"""A scan, and the key of what is asked of it."""
+"""A scan, and the key of its request."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What is asked of every scan; see `predict_scans`."""
+    """The request for every scan; see `predict_scans`."""
 
     checkpoint: Path
     out: Path
@@ -55,31 +55,36 @@ def predict_scans(
     vocabulary: str | None = None,
     workers: int | None = None,
 ) -> tuple[str, int]:
-    """Predict every scan and write what was found.
+    """Predict every scan and write the results.
 
-    OUT holds `probabilities.csv` (a row a scan: name, study, path, status `read` or `unreadable`, reason, whose the
-    probabilities are, and one a finding), `embeddings.safetensors` (`embeddings` (N, D) float32, in the order of the
-    table's `read` rows), `reports.csv`, `saliency/<scan>/<finding>.nii.gz`, and a part a scan that makes it go on. A scan
-    is computed alone, in whatever process: with the same number of threads its numbers are the same to the bit. In memory
-    are a model and a volume a process, and the embeddings.
+    OUT holds:
+
+    - `probabilities.csv`, one row per scan, unreadable ones included: name, study, path, status `read` or `unreadable`,
+      reason, `asked` (the model of the probabilities), and one column per finding;
+    - `embeddings.safetensors`: `embeddings` (N, D) float32, in the order of the rows with status `read`;
+    - `reports.csv` and `saliency/<scan>/<finding>.nii.gz`;
+    - one JSON file per scan, from which a stopped command resumes.
+
+    Scans are computed one by one. With the same number of threads the results are bit-identical in any process. The
+    memory holds one model and one volume per process, and the embeddings.
 
     Args:
         checkpoint: run folder or artefact.
         given: a scan, a folder, or a manifest.
         out: folder to write.
-        saliency: findings to make maps of; empty: of each scan the three most probable; None: no maps.
+        saliency: findings to write maps of; empty: the three most probable of each scan; None: no maps.
         report: write draft reports.
-        device: to compute on.
-        vocabulary: as `ctx_distill.load`.
-        workers: processes, each with a model of its own and one thread; 1 computes in this one; None: on a CPU one a core, as
-            far as each has `WORTH_A_WORKER` scans; else 1.
+        device: device to compute on.
+        vocabulary: as in `ctx_distill.load`.
+        workers: processes, each with its model and one thread; 1 computes in this process. None: on a CPU one per core,
+            as long as each has `WORTH_A_WORKER` scans; else 1.
 
     Returns:
-        What to print, and the number of scans that could not be read.
+        The summary to print, and the number of scans that could not be read.
 
     Raises:
-        InputError: no model, no scans, two names that make one file name, or workers below 1.
-        StopRequested: a signal asks to stop; the same command goes on.
+        InputError: no model, no scans, two scans with the same file name, or workers below 1.
+        StopRequested: a signal asked to stop; the same command resumes.
     """
     if workers is not None and workers < 1:
         raise InputError(f"predict: --workers is {workers}; expected 1 or more.")
@@ -90,8 +95,8 @@ def predict_scans(
     work = Work(checkpoint, out, None if saliency is None else tuple(saliency), report, device, vocabulary)
     model = CTModel(open_parts(checkpoint, vocabulary)).to(device)
     if report and not model.writes_reports:
-        raise InputError(f"{checkpoint}: --report, but no report decoder is there. Run the report stage.")
-    model.saliency_names(saliency or False)  # refuses
+        raise InputError(f"{checkpoint}: --report needs a report decoder, and this run has none. Run the report stage.")
+    model.saliency_names(saliency or False)  # raises for an unknown finding
     asked = hash_json([model.fingerprint, saliency, report, vocabulary])
     unreadable: dict[str, str] = {}
     todo: list[Todo] = []
@@ -110,7 +115,7 @@ def predict_scans(
 
 
 def _each(model: CTModel, work: Work, todo: list[Todo], workers: int | None) -> Iterator[tuple[Todo, str | None]]:
-    """Every scan with the reason why it could not be read; None where its part is written."""
+    """Yield every scan with the reason why it could not be read; None if its results are written."""
     if workers is None:
         workers = min(usable_cores(), len(todo) // WORTH_A_WORKER) if work.device == "cpu" else 1
     if min(workers, len(todo)) <= 1:
@@ -124,7 +129,7 @@ def _died(item: Todo) -> str:
 
 @cache
 def _opened(work: Work) -> CTModel:
-    """A worker's model, opened once."""
+    """Return a worker's model, opened once."""
     return CTModel(open_parts(work.checkpoint, work.vocabulary)).to(work.device)
 
 
@@ -133,13 +138,13 @@ def _in_worker(work: Work, item: Todo) -> str | None:
 
 
 def _one(model: CTModel, work: Work, item: Todo) -> str | None:
-    """Write what the model says of a scan; the reason where it cannot be read."""
+    """Write the results of a scan; return the reason if it cannot be read."""
     scan, key = item
     try:
         found, maps = _found(model, work, scan)
-    except InputError as error:  # not kept: it is tried again next time
+    except InputError as error:  # not recorded: the next command tries again
         return str(error)
-    except Exception as error:  # whatever one scan does to the libraries, the others are read
+    except Exception as error:  # an error of a library on one scan must not stop the others
         return f"{scan.file.path}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
     for name, one in maps.items():
         one.write(work.out / "saliency" / scan.slug / f"{name.replace(' ', '_').replace('/', '_')}.nii.gz")
@@ -169,7 +174,7 @@ def _place(out: Path, scan: Scan) -> Path:
 
 
 def _part(out: Path, scan: Scan, key: str | None = None) -> dict[str, Any] | None:
-    """What is written of a scan; None where nothing is, or, with a key, something else was asked."""
+    """Return the results of a scan; None if there are none, or, with a key, they are of another request."""
     try:
         record = dict(json.loads(_place(out, scan).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
@@ -178,7 +183,7 @@ def _part(out: Path, scan: Scan, key: str | None = None) -> dict[str, Any] | Non
 
 
 def _write(out: Path, scans: list[Scan], unreadable: dict[str, str], model: CTModel, report: bool) -> tuple[str, int]:
-    """The tables of all parts, and what to print."""
+    """Write the tables of all scans; return the summary and the number of unreadable scans."""
     rows, reports, embeddings, names = [], [], [], []
     for scan in scans:
         start = [scan.name, scan.study, str(scan.file.url or scan.file.path)]
@@ -187,7 +192,7 @@ def _write(out: Path, scans: list[Scan], unreadable: dict[str, str], model: CTMo
             continue
         record = _part(out, scan)
         if record is None:
-            raise InputError(f"{_place(out, scan)}: went while the tables were written. Run the same command again.")
+            raise InputError(f"{_place(out, scan)}: disappeared while the tables were written. Repeat the command.")
         values = [f"{record['probabilities'][name]:.6f}" for name in model.findings]
         rows.append([*start, "read", "", record["asked"], *values])
         embeddings.append(np.array(record["embedding"], dtype=np.float32))

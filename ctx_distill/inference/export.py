@@ -1,4 +1,4 @@
-"""`ctx-distill export`: a folder to give away, checked to say what the original says, or none."""
+"""`ctx-distill export`: write a folder to share, if it gives the same results as the original."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from ctx_distill.inference.towers import ImageTower, ReportTower, export_module
 from ctx_distill.run_files import ARTEFACT, RUN_FILE
 
 LARGEST_DIFFERENCE = 1e-4
-"""Between the original's and an exported program's numbers, on values of the order of 1, in float32."""
+"""Tolerance between the original and an exported program, in float32, for values of the order of 1."""
 
-CHECKED = 3  # volumes, of a batch size that the export did not see
+CHECKED = 3  # volumes; another batch size than that of the export
 TEXTS = ("No focal consolidation.", "A large left pleural effusion. " * 60, "Emphysema.")
-"""The second is longer than a context."""
+"""The second is longer than the context length."""
 IMAGE, PROJECTION = (
     "volume (B, 1, D, H, W), prepared",
     "projection (B, S, S), data.projection.square_projection of the scan",
@@ -39,7 +39,7 @@ TEXT = ("input_ids (C, L), of chunks", "attention_mask (C, L)", "share (B, C), o
 def export_model(source: Path, out: Path, facts: CardFacts = CardFacts()) -> dict[str, Any]:
     """Write a model's weights (safetensors), card and torch.export programs, and compare them with the original.
 
-    OUT can be opened with `ctx_distill.load`, and given to `push_to_hub`.
+    `ctx_distill.load` opens OUT, and `push_to_hub` uploads it.
 
     Args:
         source: run folder or artefact.
@@ -47,14 +47,14 @@ def export_model(source: Path, out: Path, facts: CardFacts = CardFacts()) -> dic
         facts: for the model card.
 
     Returns:
-        What is in `export.json`: files, largest differences, what could not be exported and why.
+        The content of `export.json`: files, largest differences, and what could not be exported and why.
 
     Raises:
-        InputError: no model, OUT holds something else, or the export says other things than the original; OUT is then
-            left as it was.
+        InputError: there is no model, OUT holds something else, or the export gives other results than the original.
+            OUT is then left unchanged.
     """
     if out.exists() and not (out / "export.json").is_file() and any(out.iterdir()):
-        raise InputError(f"{out}: holds files that are no export. Give a new folder.")
+        raise InputError(f"{out}: holds files that are not an export. Give a new folder.")
     model = CTModel(open_parts(source))
     out.parent.mkdir(parents=True, exist_ok=True)
     place = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
@@ -76,7 +76,7 @@ def export_model(source: Path, out: Path, facts: CardFacts = CardFacts()) -> dic
 
 
 def save_pretrained(model: CTModel, folder: Path, facts: CardFacts = CardFacts()) -> None:
-    """Write the form that `ctx_distill.load` and `CTModel.from_pretrained` open: artefacts, how they are asked, a card."""
+    """Write artefacts, query settings and card, as `ctx_distill.load` and `CTModel.from_pretrained` open them."""
     parts = model.parts
     artefacts = {"align": parts.dual_artefact}
     artefacts["classifier"] = None if parts.classifier is None else parts.classifier.artefact
@@ -97,7 +97,7 @@ def _export_towers(model: CTModel, place: Path) -> dict[str, Any]:
             _export_image(model, again, place, told, prior=True)
         except InputError:
             raise
-        except Exception as error:  # torch.export refuses with many kinds; the prior is then left out, and that is said
+        except Exception as error:  # torch.export raises many types; the prior is then excluded and reported
             prior = False
             told["not_exported"]["prior"] = _told(error)
     if not prior:
@@ -139,7 +139,7 @@ def _told(error: Exception) -> str:
 
 
 def _volumes(model: CTModel) -> Tensor:
-    """(B, 1, D, H, W): noise over the whole range of the volume spec, always the same."""
+    """Return reproducible noise (B, 1, D, H, W) over the whole range of the volume spec."""
     low, high = model.volume_spec.output_range
     noise = torch.rand(CHECKED, 1, *model.volume_spec.shape, generator=torch.Generator().manual_seed(0))
     return low + (high - low) * noise
@@ -152,7 +152,7 @@ def _compare(path: Path, inputs: tuple[Tensor, ...], wanted: dict[str, Tensor]) 
 
 
 def _require(name: str, wanted: dict[str, Tensor], found: dict[str, Tensor], most: float) -> float:
-    """The largest difference; `InputError` where it is larger than `most`, or a value is not finite."""
+    """Return the largest difference; raise `InputError` if it exceeds `most` or is not finite."""
     largest = 0.0
     for key, value in wanted.items():
         difference = float((value - found[key]).abs().max())
@@ -169,23 +169,23 @@ def push_to_hub(folder: Path, repository: str, private: bool = True, accept_unkn
     """Upload an export to the Hugging Face hub, under the token of `hf auth login`.
 
     Args:
-        folder: that `export_model` wrote.
-        repository: `organisation/name`; made where it does not exist.
-        private: whether a new one is.
-        accept_unknown_licences: upload it although the licence of a part is not known.
+        folder: folder that `export_model` wrote.
+        repository: `organisation/name`; created if it does not exist.
+        private: create it as a private repository.
+        accept_unknown_licences: upload even if the licence of a part is unknown.
 
     Returns:
-        The commit's address.
+        The URL of the commit.
 
     Raises:
-        InputError: the folder is no export, or the licence of a part is not known.
+        InputError: the folder is no export, or the licence of a part is unknown.
     """
     if not (folder / "export.json").is_file():
         raise InputError(f"{folder}: no export (export.json is missing). Run `ctx-distill export CHECKPOINT {folder}`.")
     unknown = read_record(folder / "export.json").get("unknown_licences") or []
     if unknown and not accept_unknown_licences:
         raise InputError(
-            f"{folder}: not uploaded, since nothing tells the licence of: {', '.join(unknown)}. Export it again with --license"
+            f"{folder}: not uploaded, since nothing states the licence of: {', '.join(unknown)}. Export it again with --license"
             " and --data-license, after finding out whether it may be passed on; or push it with --accept-unknown-licences."
         )
     from huggingface_hub import HfApi

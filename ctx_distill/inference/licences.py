@@ -1,4 +1,4 @@
-"""The licence of every part of a model, as far as the run, the artefacts and the data's own names tell."""
+"""The licence of every part of a model, as far as the run, the artefacts and the sources of the data state it."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ PHANTOMS = "apache-2.0 (the embedded phantom cohort, made by this project's code
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What only the person who exports knows.
+    """Facts that only the person who exports knows.
 
     Attributes:
-        license: of the exported weights, as the hub names it; they take over the data's and the expert's conditions.
-        data_license: of the CT and X-ray data; None takes what is known of the sources that the manifests name.
-        name: of the model.
+        license: licence of the exported weights, as the hub names it; the conditions of the data and the expert apply too.
+        data_license: licence of the CT and X-ray data; None takes those of the sources that the manifests name.
+        name: name of the model.
     """
 
     license: str = "other"
@@ -41,12 +41,15 @@ class CardFacts:
 
 
 def licences(parts: Parts, run: Mapping[str, Any], facts: CardFacts) -> list[tuple[str, str]]:
-    """(part, licence) of the code, the weights, the expert, the data, and a decoder's base; `UNKNOWN` where nothing tells.
+    """Return (part, licence) of the code, the weights, the expert, the data and the base of a decoder.
 
     Args:
-        parts: of the model.
-        run: `run.json`.
-        facts: see there.
+        parts: the parts of the model.
+        run: the content of `run.json`.
+        facts: facts that the run does not record.
+
+    Returns:
+        Pairs; the licence is `UNKNOWN` where nothing states it.
     """
     found = [("code (ctx-distill)", "apache-2.0")]
     found.append(("these weights", UNKNOWN if facts.license == "other" else facts.license))
@@ -56,7 +59,7 @@ def licences(parts: Parts, run: Mapping[str, Any], facts: CardFacts) -> list[tup
 
 
 def unknown_licences(found: list[tuple[str, str]]) -> list[str]:
-    """The parts whose licence nothing tells."""
+    """Return the parts whose licence is unknown."""
     return [part for part, name in found if name == UNKNOWN]
 
 

@@ -1,4 +1,4 @@
-"""A trained model on scans as they lie on disk."""
+"""A trained model that runs on scans as they are on disk."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class CTModel:
     `ctx_distill.load` opens one. It computes on the CPU until moved with `to`.
 
     Attributes:
-        parts: what it runs.
-        notice: to be shown with whatever it says.
+        parts: the opened parts.
+        notice: to be shown with every result.
     """
 
     notice = "A research tool, not a medical device."
@@ -51,17 +51,17 @@ class CTModel:
 
         Args:
             source: folder, or `hf-hub:organisation/name`.
-            revision: full commit; needed for the hub.
+            revision: full commit hash; required for the hub.
 
         Raises:
-            InputError: not pinned, not reachable, or no model.
+            InputError: the source is not pinned, cannot be reached, or holds no model.
         """
         from ctx_distill.models.weights import resolve_source
 
         return cls(open_parts(resolve_source(str(source), revision)))
 
     def to(self, device: str | torch.device) -> CTModel:
-        """Compute there from now on; returns itself."""
+        """Move the model to a device; return the model."""
         self._device = torch.device(device)
         parts = self.parts
         own: list[nn.Module | None] = [parts.dual, parts.expert]
@@ -75,12 +75,12 @@ class CTModel:
 
     @property
     def findings(self) -> tuple[str, ...]:
-        """The findings of `Prediction.probabilities`."""
+        """Return the findings of `Prediction.probabilities`."""
         return self.parts.asked.findings if self.parts.classifier is None else self.parts.classifier.findings
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) over the fingerprints of its parts and what is asked."""
+        """Return the SHA-256 (hex) of the fingerprints of its parts and of the zero-shot query."""
         parts = self.parts
         used = [] if parts.dual_artefact is None else [parts.dual_artefact.fingerprint]
         used += [one.artefact.fingerprint for one in (parts.classifier, parts.decoder) if one is not None]
@@ -88,7 +88,7 @@ class CTModel:
 
     @property
     def encoder_fingerprint(self) -> str:
-        """The fingerprint of the artefact whose encoder `pooled` runs."""
+        """Return the fingerprint of the artefact whose encoder `pooled` runs."""
         classifier, dual = self.parts.classifier, self.parts.dual_artefact
         artefact = dual if dual is not None else classifier.artefact if classifier is not None else None
         assert artefact is not None
@@ -96,7 +96,7 @@ class CTModel:
 
     @torch.no_grad()
     def pooled(self, scan: Volume) -> NDArray[np.float32]:
-        """(D_c,), the CT encoder's feature of a scan: what a linear probe is fitted on."""
+        """Return the CT encoder's feature of a scan, (D_c,), on which linear probes are fitted."""
         dual, classifier = self.parts.dual, self.parts.classifier
         encoder = dual.ct_encoder if dual is not None else classifier.encoder if classifier is not None else None
         assert encoder is not None
@@ -106,21 +106,21 @@ class CTModel:
 
     @property
     def volume_spec(self) -> VolumeSpec:
-        """What scans are brought to."""
+        """Return the volume spec to which scans are resampled."""
         return self.parts.spec
 
     @property
     def writes_reports(self) -> bool:
-        """Whether there is a report decoder."""
+        """Return whether there is a report decoder."""
         return self.parts.decoder is not None
 
     def saliency_names(self, asked: bool | Sequence[str]) -> tuple[str, ...]:
-        """The findings that `saliency` of `predict` asks for; `InputError` where one is not of `findings`."""
+        """Return the findings that `saliency` of `predict` names; raise `InputError` if one is not in `findings`."""
         names = (self.findings if asked else ()) if isinstance(asked, bool) else tuple(asked)
         unknown = [name for name in names if name not in self.findings]
         if unknown:
             raise InputError(
-                f"saliency of {unknown[0]!r}: not a finding of this model. Those are: {', '.join(self.findings)}."
+                f"saliency of {unknown[0]!r}: not a finding of this model; choose from: {', '.join(self.findings)}"
             )
         return names
 
@@ -141,24 +141,24 @@ class CTModel:
         saliency: bool | Sequence[str] = False,
         report: bool = False,
     ) -> Prediction | list[Prediction]:
-        """Read scans and say what the model finds.
+        """Predict findings, embedding, saliency and report of scans.
 
         Args:
             paths: a NIfTI, NRRD, MHA, MHD or npz file, or a folder of DICOM slices; or several.
-            saliency: names of findings to make a map of each; True for all of `findings`.
-            report: write a draft report too.
+            saliency: findings to compute maps of; True for all of `findings`.
+            report: also draft a report.
 
         Returns:
             A prediction, or a list in the order of several paths.
 
         Raises:
-            InputError: a scan that cannot be read (as `read_volume`), a finding that is not asked for, or a report of a
-                model without a decoder.
+            InputError: a scan cannot be read (see `read_volume`), a finding is unknown, or a report is requested of a model
+                without a decoder.
         """
         names = self.saliency_names(saliency)
         if report and self.parts.decoder is None:
             raise InputError(
-                f"{self.parts.source}: a report is asked for, but no decoder is there. Run the report stage."
+                f"{self.parts.source}: report=True needs a report decoder, and this model has none. Run the report stage."
             )
         if isinstance(paths, str | Path):
             return self.predict_volume(ScanFile(Path(paths)).read(), saliency=names, report=report)
@@ -173,7 +173,7 @@ class CTModel:
         report: bool = False,
         before_saliency: Callable[[], object] = lambda: None,
     ) -> Prediction:
-        """`predict` of a scan that was read already; `before_saliency` is called when the maps begin."""
+        """Predict a scan that is already read; `before_saliency` is called before the maps are computed."""
         parts = self.parts
         volume = prepare_volume(scan, parts.spec)[None].to(self._device)
         grid = ScanGrid(_triple(scan.voxels.shape), scan.affine_lps)
@@ -211,20 +211,20 @@ class CTModel:
         )
 
     def nearest(self, prediction: Prediction, k: int = 5) -> list[Neighbour]:
-        """Radiographs of the index nearest to a scan, by the cosine of image embeddings.
+        """Return the radiographs of the index nearest to a scan, by the cosine of image embeddings.
 
         Args:
-            prediction: of `predict`.
-            k: at most so many.
+            prediction: what `predict` returned.
+            k: largest number of radiographs.
 
         Raises:
-            InputError: no index, or its images do not lie in the space of the embedding.
+            InputError: there is no index, or its embeddings have another dimension.
         """
         items, values = self._pool
         if values.shape[1] != len(prediction.embedding):
             raise InputError(
-                f"{self.parts.index}: image embeddings of {values.shape[1]} dimensions, the model's has"
-                f" {len(prediction.embedding)}. Give the index that stage 2 was trained with, and a model in its space."
+                f"{self.parts.index}: image embeddings have {values.shape[1]} dimensions, that of the model has"
+                f" {len(prediction.embedding)}. Give the index that stage 2 was trained with."
             )
         similarity = values @ F.normalize(torch.from_numpy(prediction.embedding), dim=0)
         best = similarity.topk(min(k, len(similarity)))
@@ -256,13 +256,13 @@ class CTModel:
         return prompt_features(dual.encode_text, list(asked.findings), asked.templates, asked.synonyms)
 
     def _zero_shot_logits(self, features: Tensor) -> Tensor:
-        """(B, D) unit rows to log odds (B, F)."""
+        """Return log odds (B, F) of unit rows (B, D)."""
         assert self.parts.dual is not None
         positive, negative = self._prompts
         return self.parts.dual.logit_scale.exp() * (features @ (positive - negative).to(features).T)
 
     def _head(self, prior: Tensor | None) -> tuple[CTEncoder, Callable[[Tensor], Tensor]]:
-        """The encoder behind `probabilities`, and from its pooled feature to their log odds."""
+        """Return the encoder behind `probabilities`, and the function from its pooled feature to log odds."""
         dual, classifier = self.parts.dual, self.parts.classifier
         if classifier is not None:
             encoder = classifier.encoder if classifier.encoder is not None else dual.ct_encoder if dual else None

@@ -1,4 +1,4 @@
-"""What a run folder or an artefact offers for use, opened and checked to belong together."""
+"""The parts of a run folder or an artefact, opened and checked to be trained together."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from ctx_distill.text.extractor import load_vocabulary
 from ctx_distill.text.prompts import Templates
 
 USE_FILE = "use.json"
-"""How the parts of an export are asked, in place of the stages' configurations."""
-AGAIN = "Give a run folder, or one whose parts were made together."
+"""Query settings of an export, in place of the stages' configurations."""
+AGAIN = "Give a run folder whose parts were trained together."
 
 
 @dataclass(frozen=True)
 class Asked:
-    """How the zero-shot stage of the run asked; see `ctx_distill.stages.shared.prompt_scores.prompt_features`.
+    """The zero-shot query of the run; see `ctx_distill.stages.shared.prompt_scores.prompt_features`.
 
     Attributes:
         findings: F names.
-        templates: which prompts.
-        synonyms: of the findings too.
+        templates: the prompts.
+        synonyms: also query with synonyms of the findings.
     """
 
     findings: tuple[str, ...]
@@ -52,8 +52,8 @@ class Classifier:
     Attributes:
         findings: its F names.
         head: (B, D_c) to logits (B, F).
-        encoder: its own fine-tuned encoder; None: the dual encoder's.
-        artefact: where it came from.
+        encoder: its fine-tuned encoder; None: the dual encoder's.
+        artefact: the artefact that it was opened from.
     """
 
     findings: tuple[str, ...]
@@ -64,14 +64,14 @@ class Classifier:
 
 @dataclass(frozen=True)
 class Decoder:
-    """A report decoder on the dual encoder's CT tokens, and how it is asked.
+    """A report decoder on the dual encoder's CT tokens, and its generation settings.
 
     Attributes:
         model: the decoder.
-        artefact: where it came from.
+        artefact: the artefact that it was opened from.
         max_length: longest report in tokens.
-        beams: of the beam search.
-        no_repeat: no group of so many tokens twice; 0 allows it.
+        beams: number of beams of the beam search.
+        no_repeat: length of token groups that must not repeat; 0 allows all.
         min_length: shortest report in tokens.
         length_penalty: power of the length that a beam's score is divided by.
     """
@@ -90,15 +90,15 @@ class Parts:
     """Everything that `CTModel` runs.
 
     Attributes:
-        source: what was opened.
-        spec: what volumes are brought to.
-        dual: the dual encoder; None for a fine-tuned classifier by itself.
-        dual_artefact: where it came from.
-        expert: the frozen X-ray expert of the prior, where the dual encoder has one.
-        asked: zero-shot findings.
-        classifier: where there is one.
-        decoder: where there is one.
-        index: folder of the X-ray index, where there is one.
+        source: the folder that was opened.
+        spec: the volume spec to which scans are resampled.
+        dual: the dual encoder; None for a fine-tuned classifier alone.
+        dual_artefact: the artefact of the dual encoder.
+        expert: the frozen X-ray expert of the projection prior; None if the dual encoder has no prior.
+        asked: the zero-shot query.
+        classifier: the classifier, if there is one.
+        decoder: the report decoder, if there is one.
+        index: folder of the X-ray index, if there is one.
     """
 
     source: Path
@@ -112,7 +112,7 @@ class Parts:
     index: Path | None
 
     def how(self) -> dict[str, Any]:
-        """How its parts are asked, as JSON values."""
+        """Return the query settings of the parts, as JSON values."""
         found: dict[str, Any] = {"zero_shot": asdict(self.asked)}
         if self.decoder is not None:
             names = ("max_length", "beams", "no_repeat", "min_length", "length_penalty")
@@ -124,12 +124,12 @@ def open_parts(path: Path, vocabulary: str | None = None, index: Path | None = N
     """Open a run folder, a stage's folder, or the artefact of a dual encoder or classifier.
 
     Args:
-        path: of a run, every part that it has is opened; of an artefact, that and what it cannot do without.
-        vocabulary: findings for zero-shot where the run's own zero-shot stage names none; None for `ct-rate`.
+        path: a run, of which every part is opened; or an artefact, which is opened with the parts that it needs.
+        vocabulary: zero-shot findings if the run's zero-shot stage names none; None for `ct-rate`.
         index: folder of the X-ray index; None takes the run's.
 
     Raises:
-        InputError: no usable part, or parts that were not made together.
+        InputError: the folder has no usable part, or its parts were not trained together.
     """
     if not path.is_dir():
         raise InputError(f"{path}: no such folder. Expected a run folder, or an artefact of stage 3 or 4.")
@@ -146,11 +146,11 @@ def open_parts(path: Path, vocabulary: str | None = None, index: Path | None = N
         dual = path.parents[1] / "align" / ARTEFACT
         if not alone and not (dual / ARTEFACT_FILE).is_file():
             raise InputError(
-                f"{path}: a linear probe, whose encoder is the dual encoder's; expected that at {dual}. Give the run folder."
+                f"{path}: a linear probe on a dual encoder, which was expected at {dual}. Give the run folder."
             )
         return _together(path, None if alone else dual, path, None, _asked(None, vocabulary), index)
     raise InputError(
-        f"{path}: holds a {kind} artefact, which finds nothing in a CT by itself. Give a run folder, or the artefact of"
+        f"{path}: holds a {kind} artefact, which cannot predict a CT alone. Give a run folder, or the artefact of"
         " a dual encoder (RUN/align/artefact) or classifier (RUN/classifier/artefact)."
     )
 
@@ -204,7 +204,7 @@ def _exported(folder: Path) -> dict[str, Any]:
 
 
 def _settings(stage: Path) -> dict[str, Any]:
-    """`model.init_args` of a stage's resolved configuration; nothing where there is none."""
+    """Return `model.init_args` of a stage's resolved configuration; empty if there is none."""
     config = stage / CONFIG_FILE
     if not config.is_file():
         return {}

@@ -1,16 +1,16 @@
-"""Where a finding's logit comes from, on the model's grid.
+"""Saliency of a finding's logit, on the model's grid.
 
-`grad-cam`, where the encoder says how its tokens lie in the volume: HiResCAM (Draelos and Carin 2020), proposed for chest CT,
+`grad-cam`, for encoders that know the positions of their tokens: HiResCAM (Draelos and Carin 2020), proposed for chest CT,
 
     S(t) = max(0, sum_c (dL/dA_tc) A_tc),
 
-A the tokens (T, D_c), L the finding's logit, linearly spread over the voxels. Unlike Grad-CAM it does not average the
-gradient over places, so it shows nowhere what the model did not use.
+with the tokens A (T, D_c) and the finding's logit L, interpolated linearly to the voxels. Unlike Grad-CAM it does not
+average the gradient over positions, so that it does not highlight what the model did not use.
 
-`gradient`: S(v) = max(0, (dL/dV_v) (V_v - V_air)), gradient times input against air (Shrikumar et al. 2017): a voxel each,
-for encoders without such tokens.
+`gradient`: S(v) = max(0, (dL/dV_v) (V_v - V_air)), gradient times input relative to air (Shrikumar et al. 2017), per voxel,
+for all other encoders.
 
-The prior of a dual encoder (the scan's own projection through the X-ray expert) has no depth and takes no part.
+The prior of a dual encoder (the scan's own projection through the X-ray expert) has no depth and is not included.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Method = Literal["grad-cam", "gradient"]
 
 
 def method_for(encoder: CTEncoder, shape: tuple[int, int, int]) -> Method:
-    """`grad-cam` where the encoder's tokens have known places, else `gradient`."""
+    """Return `grad-cam` if the encoder knows the positions of its tokens, else `gradient`."""
     return "gradient" if encoder.token_grid(shape) is None else "grad-cam"
 
 
@@ -40,17 +40,17 @@ def saliency_maps(
     columns: list[int],
     air: float,
 ) -> tuple[Method, list[NDArray[np.float32]]]:
-    """Saliency of findings in one volume.
+    """Compute the saliency of findings in one volume.
 
     Args:
         encoder: in eval mode.
         volume: (1, 1, D, H, W).
         logits: pooled features (1, D_c) to logits (1, F), differentiable.
-        columns: the findings wanted.
-        air: the volume's value of air.
+        columns: columns of the findings.
+        air: value of air in the volume.
 
     Returns:
-        The method, and a (D, H, W) float32 array a finding.
+        The method, and one (D, H, W) float32 array per finding.
     """
     shape = (int(volume.shape[2]), int(volume.shape[3]), int(volume.shape[4]))
     grid = encoder.token_grid(shape)
@@ -71,7 +71,7 @@ def saliency_maps(
 
 
 def _spread(places: Tensor, grid: TokenGrid, shape: tuple[int, int, int]) -> NDArray[np.float32]:
-    """Token values (d, h, w) on the voxels between them, linearly; beyond the outer tokens their value is held."""
+    """Interpolate token values (d, h, w) linearly to the voxels; beyond the outer tokens their value is repeated."""
     out = places.detach().float().cpu()
     for axis in range(3):
         position = (torch.arange(shape[axis]) - grid.offset[axis]) / grid.step[axis]

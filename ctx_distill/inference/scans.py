@@ -1,4 +1,4 @@
-"""The scans that a command is given: a file, a folder of DICOM, a folder of either, or a manifest."""
+"""The scans of a command: a file, a folder of DICOM slices, a folder of either, or a manifest."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ TABLES = (".csv", ".parquet")
 
 @dataclass(frozen=True)
 class Scan:
-    """One scan of what was given.
+    """One scan.
 
     Attributes:
-        name: unique among them: the manifest's image_id, else the path below the folder given.
-        study: the manifest's study_id, else "".
-        file: where it lies, with what the manifest says of it.
+        name: unique name: the image_id of the manifest, else the path below the given folder.
+        study: the study_id of the manifest, else "".
+        file: the file, with what the manifest states about it.
     """
 
     name: str
@@ -37,17 +37,17 @@ class Scan:
 
     @property
     def slug(self) -> str:
-        """The name as one part of a path."""
+        """Return the name as one part of a path."""
         return re.sub(r"[^\w.-]+", "_", self.name).strip(".") or "scan"
 
 
 def find_scans(given: Path) -> list[Scan]:
-    """All scans of a file, folder or manifest, in order of name (of a manifest: in its order).
+    """Return all scans of a file, folder or manifest, ordered by name; those of a manifest in its order.
 
-    Whether a scan can be read is not looked at, nor whether a manifest's images are there.
+    The scans are not opened, and the images of a manifest need not exist.
 
     Raises:
-        InputError: nothing is there, a folder without scans, or a manifest that is none.
+        InputError: the path does not exist, the folder has no scans, or the manifest is not valid.
     """
     if given.suffix.lower() in TABLES and given.is_file():
         from ctx_distill.data.manifests.manifest import read_manifest  # brings pandas
@@ -98,7 +98,7 @@ def _below(folder: Path) -> Iterator[Path]:
 
 
 def _is_dicom_folder(folder: Path) -> bool:
-    """Whether a file directly in it begins as DICOM does (128 bytes, then DICM), or is named so."""
+    """Return whether a file of the folder is DICOM, by its name or its magic number (128 bytes, then DICM)."""
     for path in sorted(folder.iterdir()):
         if path.is_file() and not path.name.startswith("."):
             if path.suffix.lower() in (".dcm", ".ima"):

@@ -16,15 +16,15 @@ from ctx_distill.models.text_encoder import ExpertTextEncoder
 
 
 class ImageTower(nn.Module):
-    """Prepared volumes (B, 1, D, H, W) to a dict: `pooled` (B, D_c), with a dual encoder `embedding` (B, D), unit rows, and
+    """Map prepared volumes (B, 1, D, H, W) to a dict: `pooled` (B, D_c); with a dual encoder `embedding` (B, D), unit rows;
     with a classifier `logits` (B, F).
 
-    Of a model with a prior it takes the scans' projections too, (B, S, S) in [0, 1] as `square_projection` makes them of the
-    scan itself: they are finer than the prepared volume, so that they cannot be made of it.
+    A model with a projection prior also takes the projections of the scans, (B, S, S) in [0, 1], from
+    `square_projection`. They are finer than the prepared volume, so that they cannot be computed from it.
 
     Args:
-        parts: of the model.
-        prior: whether the prior, where the model has one, is in it; without, `embedding` leaves it out.
+        parts: the parts of the model.
+        prior: include the projection prior, if the model has one, in `embedding`.
     """
 
     def __init__(self, parts: Parts, prior: bool = True) -> None:
@@ -54,8 +54,8 @@ class ImageTower(nn.Module):
 
 
 class ReportTower(nn.Module):
-    """Chunks of reports to reports: token ids and mask (C, L), L the context length, and each chunk's share (B, C) in each
-    report, rows that sum to 1, to unit rows (B, D)."""
+    """Map chunks of reports to unit rows (B, D): token ids and mask (C, L), L the context length, and the share (B, C) of each
+    chunk in each report, with rows that sum to 1."""
 
     def __init__(self, dual: DualEncoder) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class ReportTower(nn.Module):
         return F.normalize(self.projection(share @ features), dim=-1)
 
     def tokens(self, texts: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
-        """Token ids and mask of the chunks of texts, padded to the context length, and their shares."""
+        """Return token ids and mask of the chunks of texts, padded to the context length, and their shares."""
         encoder = self.encoder
         groups = [encoder.chunks(text) for text in texts]
         share = torch.zeros(len(groups), sum(map(len, groups)))
@@ -93,13 +93,13 @@ class ReportTower(nn.Module):
 
 
 def export_module(module: nn.Module, inputs: tuple[Tensor, ...], path: Path, free: Sequence[Sequence[str]]) -> None:
-    """Write a module as a torch.export program (.pt2) whose batch may have any size.
+    """Write a module as a torch.export program (.pt2) for any batch size.
 
     Args:
         module: in eval mode.
-        inputs: an example of two or more rows.
-        path: to write.
-        free: of each input the names of its first dimensions, which may have any size; equal names, equal sizes.
+        inputs: example inputs of two or more rows.
+        path: file to write.
+        free: for each input, the names of its first dimensions, which may have any size; equal names mean equal sizes.
     """
     sizes = {name: torch.export.Dim(name, min=1, max=4096) for names in free for name in names}
     shapes = tuple({place: sizes[name] for place, name in enumerate(names)} for names in free)

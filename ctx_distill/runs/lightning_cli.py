@@ -1,4 +1,4 @@
-"""LightningCLI in subclass mode, without subcommands: the pipeline decides what is run."""
+"""LightningCLI in subclass mode, without subcommands: the run engine decides what is run."""
 
 from __future__ import annotations
 
@@ -48,9 +48,7 @@ def build(arguments: list[str]) -> LightningCLI:
     except ValueError as error:
         raise _own_error(error) from None
     _outlast_the_watchdog(cli)
-    cli.datamodule.trainer = (
-        cli.trainer
-    )  # its loaders depend on the device, also those that are not opened by the trainer
+    cli.datamodule.trainer = cli.trainer  # its loaders depend on the device, even those that the trainer does not open
     return cli
 
 
@@ -69,20 +67,20 @@ def _refuse_removed(arguments: list[str]) -> None:
 def run_task(cli: LightningCLI, folder: Path) -> dict[str, Any]:
     """Start the trainer's ranks, then run the task.
 
-    Lightning starts the other processes and the process group at the first fit or predict. Until then every process
-    takes itself for the only one, and what `run` asks of the group before that (who writes, which part is mine) would get
-    a wrong answer. Fit and predict do the same again, without effect.
+    Lightning starts the other processes and the process group at the first fit or predict. Before that, every process
+    sees rank 0 of 1, so that `run` would use the wrong rank and world size. Fit and predict repeat these steps without
+    effect.
 
     Args:
         cli: what `build` returned.
-        folder: of the stage.
+        folder: the stage's folder.
 
     Returns:
         The task's metrics.
     """
     strategy = cli.trainer.strategy
     strategy.connect(cli.model)
-    with isolate_rng():  # DDP seeds anew when it starts: what `run` initialises must not depend on the number of ranks
+    with isolate_rng():  # DDP reseeds at its start: what `run` initialises must not depend on the number of ranks
         if isinstance(strategy.launcher, _SubprocessScriptLauncher):
             strategy.launcher.launch(strategy.setup_environment)
         elif strategy.launcher is None:
@@ -91,7 +89,7 @@ def run_task(cli: LightningCLI, folder: Path) -> dict[str, Any]:
 
 
 def _outlast_the_watchdog(cli: LightningCLI) -> None:
-    """Raise torch's limit of a collective above that of the watchdog, whose message names the rank that holds it up."""
+    """Raise torch's timeout of a collective above that of the watchdog, whose message names the hung rank."""
     strategy = cli.trainer.strategy
     if isinstance(cli.model, TrainedTask) and isinstance(strategy, (DDPStrategy, ModelParallelStrategy)):
         limit = timedelta(minutes=cli.model.survival.hang_minutes + 5)
@@ -99,7 +97,7 @@ def _outlast_the_watchdog(cli: LightningCLI) -> None:
 
 
 def _own_error(error: BaseException) -> BaseException:
-    """The InputError that jsonargparse wrapped while it tried the types that a value may have; else the error itself."""
+    """Return the InputError that jsonargparse wrapped while it tried the types of a value; else the error itself."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, InputError):
@@ -138,7 +136,7 @@ def _stage_cli(arguments: list[str]) -> LightningCLI:
 
 
 def quieten() -> None:
-    """Leave only what a person can act on: Lightning's device lines and dataloader hints go."""
+    """Silence messages that nobody can act on, such as Lightning's device lines and dataloader hints."""
     for name in ("lightning.pytorch", "lightning.fabric", "lightning", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR if name == "transformers" else logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")

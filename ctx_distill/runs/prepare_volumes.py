@@ -1,4 +1,4 @@
-"""`ctx-distill prepare`: the volumes of a manifest into their prepared form, in parallel, to go on where it was stopped."""
+"""`ctx-distill prepare`: write the prepared volumes of a manifest, in parallel; a stopped command resumes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ctx_distill.runs.stage_table import STAGES, stage_config
 
 
 def preset_volume(preset: str) -> tuple[VolumeSpec, bool]:
-    """The volume spec of a preset or of another project's, rounded to the stored type, and whether it asks for projections."""
+    """Return the volume spec of a preset or of a published model, in the stored type, and whether it needs projections."""
     if preset in VOLUME_PRESETS:
         return replace(VOLUME_PRESETS[preset], stored="int16"), False
     data = stage_config(STAGES["align"], preset)["data"]["init_args"]
@@ -30,10 +30,10 @@ def preset_volume(preset: str) -> tuple[VolumeSpec, bool]:
 
 
 def array_part(text: str | None) -> tuple[int, int]:
-    """`i/n`, i from 0; by default the part of this task of a SLURM array, else the whole.
+    """Return i and n of `i/n`, i from 0; by default those of this task of a SLURM array, else 0 and 1.
 
     Raises:
-        InputError: no such part.
+        InputError: the text is not of this form, or i is not below n.
     """
     if text is None:
         task, count = os.environ.get("SLURM_ARRAY_TASK_ID"), os.environ.get("SLURM_ARRAY_TASK_COUNT")
@@ -46,21 +46,21 @@ def array_part(text: str | None) -> tuple[int, int]:
 
 
 def prepare_manifest(manifest_path: Path, out: Path, preset: str, workers: int | None, array: str | None) -> str:
-    """Prepare every image of a manifest that does not stand prepared yet.
+    """Prepare every image of a manifest that is not prepared yet.
 
     Args:
-        manifest_path: of CTs.
+        manifest_path: manifest of CTs.
         out: the prepared folder.
-        preset: name or path of the preset whose volume spec is taken.
-        workers: processes; None takes one a core.
+        preset: name or path of the preset whose volume spec is used.
+        workers: processes; None takes one per core.
         array: `i/n`: every n-th image from the i-th.
 
     Returns:
-        The counts, as a sentence.
+        The counts, for a message.
 
     Raises:
-        InputError: a wrong argument; a full disk; scans that cannot be read, which are listed in OUT/failed.<i>.csv
-            while all others are prepared.
+        InputError: a wrong argument; a full disk; unreadable scans, which are listed in OUT/failed.<i>.csv after all
+            others are prepared.
     """
     spec, projection = preset_volume(preset)
     manifest = read_manifest(manifest_path)
@@ -74,7 +74,7 @@ def prepare_manifest(manifest_path: Path, out: Path, preset: str, workers: int |
         for row in list(manifest.frame.index)[part::parts]
     ]
     failed: list[tuple[str, str, str]] = []
-    counts = {"prepared": 0, "stood": 0}
+    counts = {"prepared": 0, "kept": 0}
     work = partial(_prepare_one, folder)
     for (image_id, source), result in in_processes(
         f"preparing, {preset}", work, images, len(images), workers, died=_died
@@ -85,12 +85,12 @@ def prepare_manifest(manifest_path: Path, out: Path, preset: str, workers: int |
             failed.append((image_id, str(source.path), result))
     report = out / f"failed.{part}.csv"
     report.unlink(missing_ok=True)
-    told = f"{counts['prepared']} prepared, {counts['stood']} stood already, {len(failed)} failed, of {len(images)}"
+    summary = f"{counts['prepared']} prepared, {counts['kept']} already there, {len(failed)} failed, of {len(images)}"
     if failed:
         table = pd.DataFrame(failed, columns=["image_id", "path", "reason"])
         write_text(report, table.to_csv(index=False, lineterminator="\n"))
-        raise InputError(f"{manifest_path}: {told}; {report} says why. First: {failed[0][2]}")
-    return f"{out}: {told}"
+        raise InputError(f"{manifest_path}: {summary}; {report} lists the reasons. First: {failed[0][2]}")
+    return f"{out}: {summary}"
 
 
 def _died(image: tuple[str, ScanFile]) -> str:
@@ -101,7 +101,7 @@ def _prepare_one(folder: PreparedFolder, image: tuple[str, ScanFile]) -> str:
     image_id, source = image
     try:
         if folder.is_complete(image_id, source):
-            return "stood"
+            return "kept"
         folder.write(image_id, source)
     except InputError as error:
         return str(error)
@@ -114,6 +114,6 @@ def _prepare_one(folder: PreparedFolder, image: tuple[str, ScanFile]) -> str:
 
 def _cannot_write(folder: Path, error: OSError) -> InputError:
     return InputError(
-        f"{folder}: cannot be written ({error.strerror}); what is prepared stays valid. Make room, and give the same command"
-        " again."
+        f"{folder}: cannot be written ({error.strerror}); the volumes prepared so far stay valid. Free some space, and repeat"
+        " the command."
     )

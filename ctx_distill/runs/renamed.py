@@ -1,4 +1,4 @@
-"""Names of version 0.1 that moved, so that an old file is answered with the new name."""
+"""Class paths of version 0.1, so that an error on an old file names the new path."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ RENAMED = {
     "ctx_distill.tasks.report_generation.ReportTask": "ctx_distill.stages.report.task.ReportTask",
     "ctx_distill.tasks.zero_shot.ZeroShotTask": "ctx_distill.stages.zero_shot.task.ZeroShotTask",
 }
-"""Class paths of version 0.1 and their names now."""
+"""Class paths of version 0.1 and their present ones."""
 
 
 def refuse_renamed(path: Path, layer: Any) -> None:
-    """Raise where a configuration layer names a class of version 0.1.
+    """Refuse a configuration layer that names a class of version 0.1.
 
     Args:
-        path: the file that it was read from.
+        path: the file of the layer.
         layer: its content.
 
     Raises:
-        InputError: it names one; the message gives the new name.
+        InputError: it names one; the message gives the new path.
     """
     for name in _class_paths(layer):
         if name in RENAMED:

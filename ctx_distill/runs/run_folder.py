@@ -1,4 +1,4 @@
-"""The run folder: who may write in it, what is complete, and the files at its top that join the stages."""
+"""The run folder: its lock, the completeness of stages, and the files at its top that join the stages."""
 
 from __future__ import annotations
 
@@ -44,18 +44,18 @@ starts one process per node for Lightning to start the others there (NODE_RANK).
 
 
 def is_first_process() -> bool:
-    """Whether this process is rank zero of its job, asked before torch is there to ask."""
+    """Return whether this process is rank zero of its job, without torch."""
     return all(int(os.environ.get(name) or 0) == 0 for name in RANK_VARIABLES)
 
 
 @contextmanager
 def lock_run(run: Path, command: str) -> Iterator[None]:
-    """Hold the run folder for one writer; the kernel lets go of it when the process dies, however it dies.
+    """Lock the run folder for one writer; the kernel releases the lock when the process dies, however it dies.
 
-    Child processes of the holder, and other ranks of its job, pass.
+    Child processes of the holder and other ranks of its job pass.
 
     Raises:
-        InputError: another process holds it; the message says which.
+        InputError: another process holds the lock; the message names it.
     """
     if os.environ.get(_HELD) == str(run.resolve()) or not is_first_process():
         yield
@@ -90,7 +90,7 @@ def _busy(run: Path, holder: Path) -> str:
 
 
 def is_complete(folder: Path, key: str) -> bool:
-    """Whether a stage's folder holds the finished result of exactly this request."""
+    """Return whether a stage's folder holds the finished result of exactly this request."""
     request = read_json(folder / REQUEST_FILE)
     return request is not None and request.get("key") == key and (folder / METRICS_FILE).is_file()
 
@@ -147,7 +147,7 @@ def put_back(folder: Path, former: Path | None) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON mapping, or None where the file is missing or torn."""
+    """Return a JSON mapping; None if the file is missing or corrupt."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -156,7 +156,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def join_metrics(run: Path) -> dict[str, Any]:
-    """Join the metrics of the finished stages in `RUN/metrics.json`, and lay their tables at the top."""
+    """Join the metrics of the finished stages in `RUN/metrics.json`, and copy their tables to the run folder."""
     joined: dict[str, Any] = {}
     made = (read_json(run / RUN_FILE) or {}).get("stages", {})
     for stage in STAGES.values():
@@ -175,13 +175,15 @@ def join_metrics(run: Path) -> dict[str, Any]:
 
 
 def _is_current(run: Path, stage: Stage, made: dict[str, Any]) -> bool:
-    """Whether a stage was made from the artefacts that the run holds now; a note says so where it was not."""
+    """Return whether a stage was made from the artefacts that the run holds now; print a note if it was not."""
     inputs = (read_json(run / stage.folder / REQUEST_FILE) or {}).get("inputs", {})
     for argument, maker in stage.needs:
         own = made.get(STAGES[maker].folder, {}).get("fingerprint")
         outside = str(inputs.get(f"{argument} from", ""))
         if outside != "elsewhere" and own is not None and inputs.get(argument) not in (None, own):
-            print(f"{run / stage.folder}: made from an earlier {STAGES[maker].title}; left out until it is run again")
+            print(
+                f"{run / stage.folder}: made from an earlier {STAGES[maker].title}; excluded from the metrics until it is rerun"
+            )
             return False
     return True
 

@@ -31,22 +31,22 @@ MANIFEST_SUFFIXES = (".csv", ".parquet")
 
 
 def find_manifest(data: Path, kind: str) -> Path:
-    """The manifest of a kind ("ct", "xray") in a data folder, CSV or Parquet.
+    """Return the manifest of a kind ("ct", "xray") in a data folder, CSV or Parquet.
 
     Raises:
-        InputError: there is none.
+        InputError: the folder holds none.
     """
     for suffix in MANIFEST_SUFFIXES:
         if (data / f"{kind}{suffix}").is_file():
             return data / f"{kind}{suffix}"
     raise InputError(
         f"{data}: holds no {kind}.csv or {kind}.parquet. Give the folder of both manifests with --data; "
-        "data_manifests/README.md says what they look like."
+        "data_manifests/README.md describes them."
     )
 
 
 class StageRequest:
-    """What is asked of one stage: its configuration, overrides and inputs, with their key.
+    """A request to run one stage: configuration, overrides and inputs, with their key.
 
     Args:
         stage: which stage.
@@ -54,7 +54,7 @@ class StageRequest:
         run: the run folder.
         preset: name or path of the preset.
         overrides: LightningCLI overrides.
-        expert: an expert's folder or hub name in place of the run's own.
+        expert: folder or hub name of an expert that is used instead of the run's.
     """
 
     def __init__(
@@ -77,14 +77,14 @@ class StageRequest:
 
     @property
     def complete(self) -> bool:
-        """Whether the run folder holds the finished result of this request."""
+        """Return whether the run folder holds the finished result of this request."""
         return is_complete(self.folder, self.key)
 
     def check_sources(self) -> None:
-        """Check that the earlier stages' artefacts are there.
+        """Check that the artefacts of the earlier stages exist.
 
         Raises:
-            InputError: one is missing; the message says which stage makes it.
+            InputError: one is missing; the message names the stage that makes it.
         """
         makers = dict(self.stage.needs)
         for argument, source in self.sources.items():
@@ -93,13 +93,13 @@ class StageRequest:
                 continue
             maker = STAGES[makers[argument]]
             raise InputError(
-                f"{source}: the {maker.title} artefact that {self.stage.title} needs is not there. "
+                f"{source}: no {maker.title} artefact, which {self.stage.title} needs. "
                 f"Run `ctx-distill {maker.name} --data ... --run ...` first, or give one with "
                 f"--model.init_args.{argument}=<folder>."
             )
 
     def filled_config(self) -> dict[str, Any]:
-        """The merged layers with this run's paths in place of `{expert}`, `{ct}` and so on."""
+        """Return the merged layers with this run's paths in place of `{expert}`, `{ct}` and so on."""
         paths = {f"{{{kind}}}": str(path) for kind, path in self.manifests.items()}
         paths |= {f"{{{name}}}": source for name, source in self.sources.items()}
         paths["{folder}"] = str(self.folder)
@@ -108,7 +108,7 @@ class StageRequest:
 
 
 def fill(value: Any, paths: dict[str, str]) -> Any:
-    """Put paths in place of the placeholders that are a whole value."""
+    """Replace values that are a placeholder by the placeholder's path."""
     if isinstance(value, dict):
         return {name: fill(item, paths) for name, item in value.items()}
     if isinstance(value, list):
@@ -117,20 +117,20 @@ def fill(value: Any, paths: dict[str, str]) -> Any:
 
 
 def run_stage(request: StageRequest, *, force: bool = False) -> None:
-    """Run a stage unless it is complete; its metrics are written last, which is what completes it.
+    """Run a stage unless it is complete; its metrics are written last and mark it as complete.
 
     The caller holds the lock on the run folder.
 
     Args:
-        request: what is asked.
-        force: run again although it is complete.
+        request: the request.
+        force: rerun even if complete.
     """
     stage, folder = request.stage, request.folder
     if request.complete and not force:
-        print(f"{stage.title}: complete in {folder} (--force runs it again)")
+        print(f"{stage.title}: complete in {folder} (--force reruns it)")
         return
     first = is_first_process()
-    if first and signals.requested() is not None:  # another rank that ended here would leave the first one waiting
+    if first and signals.requested() is not None:  # if another rank ended here, the first one would wait for it
         raise signals.StopRequested(f"before {stage.title}")
     request.check_sources()
     job = trainer_settings()
@@ -159,7 +159,7 @@ def run_stage(request: StageRequest, *, force: bool = False) -> None:
 
 
 def write_config(request: StageRequest) -> Path:
-    """Write the merged layers, with paths filled in, where LightningCLI reads them and a person can too."""
+    """Write the merged layers, with paths filled in, to `layers.yaml`, which LightningCLI reads."""
     import yaml
 
     path = request.folder / LAYERS_FILE
@@ -168,7 +168,7 @@ def write_config(request: StageRequest) -> Path:
 
 
 def _await_request(folder: Path, key: str, seconds: float = 300.0) -> None:
-    """Other ranks wait until rank zero has made the stage's folder ready."""
+    """Wait, on other ranks, until rank zero has made the stage's folder ready."""
     end = time.monotonic() + seconds
     while (read_json(folder / REQUEST_FILE) or {}).get("key") != key:
         if time.monotonic() > end:

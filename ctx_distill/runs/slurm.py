@@ -1,8 +1,8 @@
 """Stages as SLURM jobs: the batch scripts beside the run, and the commands that submit them.
 
-    RUN/slurm/<job>.sbatch          a job: its options, SETUP, and one `srun` a stage (from stages/slurm/job.sbatch)
-    RUN/slurm/submit-<target>.sh    submits the target's jobs, each after those that it needs
-    RUN/slurm/<job>-<number>.out    what a job printed, over all its requeues
+    RUN/slurm/<job>.sbatch          a job: its options, SETUP, and one `srun` per stage (from stages/slurm/job.sbatch)
+    RUN/slurm/submit-<target>.sh    submits the target's jobs, each after the jobs that it needs
+    RUN/slurm/<job>-<number>.out    the output of a job, over all its requeues
 
 Nothing heavy is imported here: a login node need not have torch.
 """
@@ -29,7 +29,7 @@ from ctx_distill.runs.stage_table import HEADS, STAGES, Stage, load_preset, stag
 TARGETS = (*STAGES, "heads", "prepare", "all")
 _AFTER = {"index": ("expert",), "distill": ("prepare", "index"), "align": ("distill",), "heads": ("align",)}
 _PREPARED = "--data.init_args.prepared="
-# What the submitting shell's own job, or make, would hand on to the job.
+# Variables of the submitting shell's job, or of make, that the job must not inherit.
 _DROPPED = re.compile(r"^(SLURM_(?!CONF$|CLUSTERS$)|SRUN_|MAKE|MFLAGS$|PMI|CTX_DISTILL_LOCK_HELD$)")
 
 
@@ -76,18 +76,18 @@ class JobOptions:
         if self.gpus and self.tasks not in (None, self.gpus):
             raise InputError(
                 f"--gpus {self.gpus} --tasks {self.tasks}: one process drives one GPU. Omit --tasks, or give --gpus 0"
-                " --tasks n for CPU jobs of n processes a node."
+                " --tasks n for CPU jobs of n processes per node."
             )
 
     @property
     def tasks_per_node(self) -> int:
-        """Processes a machine."""
+        """Return the number of processes per machine."""
         return self.gpus or self.tasks or 1
 
 
 @dataclass(frozen=True)
 class SlurmJob:
-    """One job: its name, the program's arguments of each step, the jobs it comes after, its array's size."""
+    """One job: its name, the arguments of each step, the jobs that it waits for, the size of its array."""
 
     name: str
     steps: list[list[str]]
@@ -97,7 +97,7 @@ class SlurmJob:
 
 
 def plan_jobs(target: str, run: RunOptions, overrides: list[str], options: JobOptions) -> list[SlurmJob]:
-    """The jobs of a target, in an order in which they can be submitted.
+    """Return the jobs of a target, in an order in which they can be submitted.
 
     Args:
         target: one of `TARGETS`.
@@ -106,11 +106,12 @@ def plan_jobs(target: str, run: RunOptions, overrides: list[str], options: JobOp
         options: options of the jobs.
 
     Raises:
-        InputError: no such manifest or preset; `--force`, with which a requeued job would begin anew.
+        InputError: the manifest or the preset does not exist; an override is wrong; `--force` is given, with which a
+            requeued job would start from the beginning.
     """
     if "--force" in overrides:
         raise InputError(
-            "--force: a requeued job would begin anew each time. Remove the stage's folder in RUN instead."
+            "--force: each requeued job would start from the beginning. Remove the stage's folder in RUN instead."
         )
     if target not in TARGETS:
         raise InputError(f"unknown target {target!r}; choose from: {', '.join(TARGETS)}")
@@ -151,12 +152,12 @@ def _prepare_job(run: RunOptions, options: JobOptions, folder: Path) -> SlurmJob
 
 
 def _from_prepared(stage: Stage, folder: Path, prepared: bool) -> list[str]:
-    """The expert and the index read radiographs and texts; only stages that read CT volumes alone can take prepared ones."""
+    """Return the override for prepared volumes, for stages that read CTs and no radiographs."""
     return [f"{_PREPARED}{folder}"] if prepared and stage.reads == ("ct",) else []
 
 
 def script_text(job: SlurmJob, run: RunOptions, options: JobOptions) -> str:
-    """The batch script of a job."""
+    """Return the batch script of a job."""
     folder = run.run.resolve()
     values = {
         "SBATCH": "\n".join(f"#SBATCH {line}" for line in _sbatch_lines(job, folder, options)),
@@ -205,7 +206,7 @@ def _sbatch_lines(job: SlurmJob, folder: Path, options: JobOptions) -> list[str]
 
 
 def _own_lines(text: str) -> list[str]:
-    """The user's options, one a line: an option's separate value stays beside it."""
+    """Return the user's options, one per line; a separate value stays on the line of its option."""
     try:
         words = shlex.split(text)
     except ValueError as error:
@@ -218,18 +219,18 @@ def _own_lines(text: str) -> list[str]:
             lines[-1] += " " + _quoted(word)
     if lines and not lines[0].startswith("-"):
         raise InputError(
-            f"--sbatch {text!r}: {words[0]!r} is no option; expected such as '--partition=gpu --account=lab'."
+            f"--sbatch {text!r}: {words[0]!r} is no option; expected options such as '--partition=gpu --account=lab'."
         )
     return lines
 
 
 def _quoted(word: str) -> str:
-    """A word of an #SBATCH line, in which sbatch knows double quotes."""
+    """Return a word of an #SBATCH line, in double quotes if sbatch needs them."""
     return f'"{word}"' if re.search(r"[\s#']", word) else word
 
 
 def submission_text(jobs: list[SlurmJob], folder: Path) -> str:
-    """The shell script that submits jobs in order, each after those that it needs."""
+    """Return the shell script that submits jobs in order, each after the jobs that it needs."""
     lines = ["#!/bin/bash", "# Written by `ctx-distill submit`.", "set -euo pipefail"]
     for job in jobs:
         after = "".join(f":${name.replace('-', '_')}" for name in job.after)
@@ -247,10 +248,10 @@ def submit(target: str, run: RunOptions, overrides: list[str], options: JobOptio
         run: options of the stages.
         overrides: LightningCLI overrides of the stages.
         options: options of the jobs.
-        dry_run: write and print only.
+        dry_run: write and print the scripts without submitting them.
 
     Returns:
-        The jobs' numbers, or where the scripts lie.
+        The numbers of the jobs, or the path of the scripts.
 
     Raises:
         InputError: bad input; no `sbatch` on this machine; sbatch refused a job.

@@ -1,6 +1,6 @@
-"""The plan of a run: which stages there are, what each reads, and the configuration layers it is made of.
+"""The stages of a run: what each reads, and its configuration layers.
 
-Nothing heavy is imported here: `ctx-distill all` sees within a second or two that everything is complete.
+Nothing heavy is imported here, so that `ctx-distill all` finds out within two seconds that everything is complete.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ class Stage:
     """One stage of a run.
 
     Attributes:
-        name: the command, and the section of a preset that is its own.
+        name: the command, and its section in a preset.
         folder: its folder in the run folder.
-        title: what it is, for people.
+        title: the name in messages.
         config: its YAML layer in `stages/`.
         reads: the manifests that it reads ("ct", "xray").
-        group: a preset section that it shares with others of its kind.
+        group: a preset section that it shares with other stages.
         needs: for each artefact, the model argument that takes it and the stage that makes it.
         metrics_key: its key in `RUN/metrics.json`.
         summary: what its command does, for help.
@@ -87,7 +87,7 @@ HEADS = ("zero-shot", "classifier", "report")
 
 
 def stages_folder() -> Path:
-    """The folder of the shipped YAML layers: inside an installed wheel, or beside the package in a checkout."""
+    """Return the folder of the shipped YAML layers: inside an installed wheel, or beside the package in a checkout."""
     package = Path(__file__).parents[1]
     inside = package / "_stages"
     return inside if inside.is_dir() else package.parent / "stages"
@@ -97,7 +97,7 @@ def read_layer(path: Path) -> dict[str, Any]:
     """Read one YAML layer.
 
     Raises:
-        InputError: no such file, it holds no mapping, or it names a class that was renamed.
+        InputError: the file does not exist, holds no mapping, or names a class that was renamed.
     """
     if not path.is_file():
         raise InputError(f"{path}: no such configuration layer. Those that exist: {', '.join(_names(path.parent))}.")
@@ -116,9 +116,9 @@ def _names(folder: Path) -> Iterable[str]:
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Lay one mapping over another: mappings merge, everything else (lists too) replaces.
+    """Merge one mapping into another: mappings are merged, everything else (lists too) is replaced.
 
-    A `class_path` that changes drops the `init_args` of the class that it replaces.
+    A new `class_path` drops the `init_args` of the class that it replaces.
     """
     merged = copy.deepcopy(dict(base))
     if "class_path" in over and over["class_path"] != merged.get("class_path"):
@@ -147,7 +147,7 @@ def load_preset(preset: str) -> dict[str, Any]:
 
 
 def stage_config(stage: Stage, preset: str) -> dict[str, Any]:
-    """Merge the layers of a stage: base, the stage's own, then the preset's `all`, group and stage sections."""
+    """Merge the layers of a stage: base, the stage's layer, then the preset's `all`, group and stage sections."""
     folder = stages_folder()
     config = merge(read_layer(folder / "base.yaml"), read_layer(folder / stage.config))
     sections = load_preset(preset)
@@ -157,10 +157,10 @@ def stage_config(stage: Stage, preset: str) -> dict[str, Any]:
 
 
 def override_for(stage: Stage, arguments: Iterable[str]) -> list[str]:
-    """Pick the overrides that concern a stage.
+    """Return the overrides that apply to a stage.
 
-    `--distill.trainer.max_epochs=2` is for one stage and loses its prefix; anything without a stage's prefix is for
-    every stage that the command runs.
+    `--distill.trainer.max_epochs=2` applies to one stage and is returned without the prefix. An override without a
+    stage's prefix applies to every stage that the command runs.
     """
     chosen: list[str] = []
     taken = True
@@ -176,7 +176,7 @@ def override_for(stage: Stage, arguments: Iterable[str]) -> list[str]:
 
 
 def source_fingerprint(source: str | Path) -> str:
-    """Fingerprint of an artefact folder or of an expert's folder, from its files; a hub name stands for itself."""
+    """Return the fingerprint of an artefact's or an expert's folder, from its files; a hub name is returned unchanged."""
     folder = Path(source)
     restore_folder(folder)
     if not folder.is_dir():
@@ -186,13 +186,13 @@ def source_fingerprint(source: str | Path) -> str:
 
 
 WITHOUT_EFFECT = ("cache", "cache_gb")
-"""Arguments of a stage's model that change no result, only where features are kept (`training/row_features.py`)."""
+"""Arguments of a stage's model that change only where features are kept (`training/row_features.py`), no result."""
 
 
 def request_key(config: Mapping[str, Any], overrides: list[str], inputs: Mapping[str, str], version: str) -> str:
-    """Return the key of what is asked of a stage: equal keys mean that a finished stage need not run again.
+    """Return the key of a request: a finished stage with an equal key is not rerun.
 
-    Settings that change no result (`WITHOUT_EFFECT`) are left out, in the layers and in the overrides.
+    Settings that change no result (`WITHOUT_EFFECT`) are excluded, in the layers and in the overrides.
     """
     counted = copy.deepcopy(dict(config))
     model = counted.get("model")
@@ -205,7 +205,7 @@ def request_key(config: Mapping[str, Any], overrides: list[str], inputs: Mapping
 
 
 def _with_effect(overrides: Iterable[str]) -> Iterator[str]:
-    """The overrides without those of `WITHOUT_EFFECT`, whether written `--name=value` or `--name value`."""
+    """Yield the overrides except those of `WITHOUT_EFFECT`, given as `--name=value` or as `--name value`."""
     counts = True
     for argument in overrides:
         if argument.startswith("--"):

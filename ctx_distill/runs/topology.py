@@ -1,6 +1,6 @@
-"""What a SLURM job says of nodes and tasks, as settings of the trainer.
+"""Nodes and tasks of a SLURM job, as settings of the trainer.
 
-They stand beside a stage's request, not in it: a run that is requeued on another number of nodes is the same request.
+They are no part of a stage's request: a run that is requeued on another number of nodes has the same request.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ _LOCAL = "lightning.pytorch.plugins.environments.LightningEnvironment"
 
 @dataclass(frozen=True)
 class Topology:
-    """The processes of a job step that `srun` started, this one among them.
+    """The processes of the job step that `srun` started.
 
     Attributes:
         nodes: machines.
-        tasks: processes a machine, one a GPU.
-        gpus: GPUs a machine; 0 trains on CPUs, with gloo.
+        tasks: processes per machine, one per GPU.
+        gpus: GPUs per machine; 0 trains on CPUs, with gloo.
     """
 
     nodes: int
@@ -32,32 +32,32 @@ class Topology:
 
     @property
     def size(self) -> int:
-        """Processes in all."""
+        """Return the total number of processes."""
         return self.nodes * self.tasks
 
 
 @dataclass(frozen=True)
 class TrainerSettings:
-    """LightningCLI arguments: `before` the user's overrides, which beat them, and `after`, which beat the user's."""
+    """LightningCLI arguments: `before` the user's overrides, which take precedence, and `after`, which override them."""
 
     before: list[str]
     after: list[str]
 
 
 def job_topology(environment: Mapping[str, str] = os.environ) -> Topology | None:
-    """The topology of this process's job step; None outside of SLURM, and in the shell of a job of one task.
+    """Return the topology of this process's job step; None outside of SLURM, and in the shell of a job of one task.
 
     Raises:
-        InputError: in the shell of a job of several tasks, where this process would wait for ever for the others; tasks
-            spread unevenly, or more of them than GPUs.
+        InputError: in the shell of a job of several tasks, where this process would wait for the others forever; tasks
+            are spread unevenly, or outnumber the GPUs.
     """
     tasks = _number(environment, "SLURM_NTASKS", 1)
-    # A shell in a job has no step, and that of `salloc` a step of one task beside the job's count.
+    # The shell of a job has no step; the shell of `salloc` has a step of one task, whatever the job's count is.
     if "SLURM_STEP_ID" not in environment or _number(environment, "SLURM_STEP_NUM_TASKS", tasks) != tasks:
         if "SLURM_JOB_ID" in environment and max(tasks, _number(environment, "SLURM_NNODES", 1)) > 1:
             raise InputError(
                 f"SLURM job {environment['SLURM_JOB_ID']} has {environment.get('SLURM_NNODES', 1)} nodes and {tasks} tasks, and"
-                " this process was started without srun: it would wait for the others for ever. Start it with"
+                " this process was started without srun, so that it would wait for the others forever. Start it with"
                 " `srun --kill-on-bad-exit=1 ctx-distill ...`, or submit the stage with `ctx-distill submit`."
             )
         return None
@@ -71,21 +71,21 @@ def job_topology(environment: Mapping[str, str] = os.environ) -> Topology | None
     gpus = _number(environment, "SLURM_GPUS_ON_NODE", 0)
     if 0 < gpus < each:
         raise InputError(
-            f"SLURM step of {each} tasks a node with {gpus} GPUs a node: expected one task a GPU. Give the job"
+            f"SLURM step of {each} tasks per node with {gpus} GPUs per node: expected one task per GPU. Give the job"
             f" --ntasks-per-node={gpus}, or --gres=gpu:{each}."
         )
     return Topology(nodes, each, gpus)
 
 
 def starts_with_others(nodes: int, environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether other ranks' processes start at the same time as this one: by srun, by torchrun, or on other nodes.
+    """Return whether other ranks start at the same time as this one: by srun, by torchrun, or on other nodes.
 
-    The processes that Lightning starts for the devices of its node begin when rank zero has made the folder ready; those
-    do not count.
+    Processes that Lightning starts for the devices of its node do not count: they start after rank zero has made the
+    folder ready.
 
     Args:
         nodes: `trainer.num_nodes`; some platforms set NODE_RANK on a single node too.
-        environment: of this process.
+        environment: the environment variables.
     """
     topology = job_topology(environment)
     by_torchrun = "RANK" in environment and _number(environment, "WORLD_SIZE", 1) > 1
@@ -94,16 +94,17 @@ def starts_with_others(nodes: int, environment: Mapping[str, str] = os.environ) 
 
 
 def trainer_settings(environment: Mapping[str, str] = os.environ) -> TrainerSettings:
-    """The arguments for LightningCLI that the job's topology asks for; none outside of SLURM.
+    """Return the LightningCLI arguments for the job's topology; none outside of SLURM.
 
-    Lightning's own requeueing is off: it loses the place within an epoch. `docs/slurm.md` has what is done instead.
+    Lightning's requeueing is switched off, because it loses the position within an epoch. `docs/slurm.md` describes the
+    replacement.
 
     Raises:
         InputError: see `job_topology`.
     """
     topology = job_topology(environment)
     if topology is None:
-        # Lightning takes a job's shell for a step as soon as it sees SLURM_NTASKS.
+        # Lightning mistakes the shell of a job for a step if SLURM_NTASKS is set.
         return TrainerSettings([], [_plugin(_LOCAL)] if "SLURM_NTASKS" in environment else [])
     after = [f"--trainer.devices={topology.tasks}", f"--trainer.num_nodes={topology.nodes}"]
     return TrainerSettings(

@@ -1,4 +1,4 @@
-"""`ctx-distill evaluate`: a finished model asked about any manifest, and what it prints."""
+"""`ctx-distill evaluate`: zero-shot evaluation of a finished model on any manifest."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ctx_distill.runs.stage_table import STAGES, merge, read_layer, stages_folde
 
 @dataclass(frozen=True)
 class Query:
-    """What is asked; see `stages/zero_shot/task.py: Prompts`. `out`: None is `<manifest>.zero_shot` beside the manifest."""
+    """A query; see `stages/zero_shot/task.py: Prompts`. `out`: None is `<manifest>.zero_shot` beside the manifest."""
 
     checkpoint: Path
     manifest: Path
@@ -35,10 +35,10 @@ class Query:
 
 
 def find_artefact(checkpoint: Path) -> Path:
-    """The stage-3 artefact of its own folder, of a stage's folder or of a run folder.
+    """Return the stage-3 artefact in its folder, in a stage's folder or in a run folder.
 
     Raises:
-        InputError: there is none.
+        InputError: the folder holds none.
     """
     places = (checkpoint, checkpoint / ARTEFACT, checkpoint / STAGES["align"].folder / ARTEFACT)
     for place in places:
@@ -51,11 +51,11 @@ def find_artefact(checkpoint: Path) -> Path:
 
 
 def evaluate_zero_shot(query: Query, overrides: list[str]) -> str:
-    """Ask a model about a manifest; writes `metrics.json`, `predictions.csv`, `retrieval.csv` and `table.md`.
+    """Evaluate a model on a manifest; write `metrics.json`, `predictions.csv`, `retrieval.csv` and `table.md`.
 
     Args:
         query: model, data and prompts.
-        overrides: of LightningCLI, such as `--trainer.accelerator=gpu`.
+        overrides: LightningCLI overrides, such as `--trainer.accelerator=gpu`.
 
     Returns:
         The tables, and where the files are.
@@ -69,7 +69,9 @@ def evaluate_zero_shot(query: Query, overrides: list[str]) -> str:
         raise InputError(f"{query.manifest}: no such manifest; expected a .csv or .parquet of CTs: check the path.")
     out = query.out or query.manifest.with_name(f"{query.manifest.stem}.zero_shot")
     if (out / REQUEST_FILE).is_file():
-        raise InputError(f"{out}: is the folder of a stage, whose result would be lost; give another one with --out.")
+        raise InputError(
+            f"{out}: is the folder of a stage, whose result would be overwritten. Give another one with --out."
+        )
     from ctx_distill.checkpoint import read_artefact
     from ctx_distill.runs.lightning_cli import build, run_task
 
@@ -89,7 +91,7 @@ def evaluate_zero_shot(query: Query, overrides: list[str]) -> str:
     filled = yaml.safe_dump(fill(merge(config, own), paths), sort_keys=False)
     if is_first_process():
         write_text(out / LAYERS_FILE, filled)
-    with tempfile.TemporaryDirectory() as scratch:  # each rank reads its own file: none has to wait for another's
+    with tempfile.TemporaryDirectory() as scratch:  # one file per rank: no rank waits for another
         layers = Path(scratch) / LAYERS_FILE
         layers.write_text(filled, encoding="utf-8")
         cli = build(["--config", str(layers), *overrides])
@@ -103,7 +105,7 @@ def evaluate_zero_shot(query: Query, overrides: list[str]) -> str:
 
 
 def zero_shot_text(metrics: dict[str, Any]) -> str:
-    """The tables as they are printed: of the findings' measures those that a person reads first, all else in table.md."""
+    """Return the printed tables: the main measures per finding; table.md has all of them."""
     parts = []
     for title, lines in zero_shot_tables(metrics):
         if lines[0][0] == "finding":

@@ -167,7 +167,7 @@ def test_a_wrong_export_is_not_left(finished_run: Path, tmp_path: Path, monkeypa
 
 def test_other_files_are_not_overwritten(finished_run: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(InputError, match="holds files that are no export"):
+    with pytest.raises(InputError, match="holds files that are not an export"):
         export_model(finished_run, tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "mine"
 
@@ -217,7 +217,7 @@ def test_licences_come_from_what_is_known(finished_run: Path, tmp_path: Path, mo
         raise OSError("the hub was asked")
 
     monkeypatch.setattr(huggingface_hub, "HfApi", unreachable)
-    with pytest.raises(InputError, match="nothing tells the licence of: data, chest CT: our-hospital"):
+    with pytest.raises(InputError, match="nothing states the licence of: data, chest CT: our-hospital"):
         push_to_hub(tmp_path / "out", "lab/tiny")
     with pytest.raises(OSError, match="the hub was asked"):
         push_to_hub(tmp_path / "out", "lab/tiny", accept_unknown_licences=True)

@@ -45,4 +45,4 @@ def test_it_ends_with_the_status_of_a_stop_and_the_same_command_goes_on(
     assert 0 < made < 40 * len(table)
     assert main(["prepare", str(few), *rest]) == 0
     told = capfd.readouterr().out
-    assert f", {min(made, len(table))} stood already, 0 failed, of {len(table)}" in told
+    assert f", {min(made, len(table))} already there, 0 failed, of {len(table)}" in told

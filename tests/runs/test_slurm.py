@@ -83,7 +83,7 @@ def test_a_cpu_job(cohort: Path, tiny_preset: Path, tmp_path: Path) -> None:
 def test_arguments_and_paths_with_spaces_and_quotes_arrive_whole(
     cohort: Path, tiny_preset: Path, tmp_path: Path
 ) -> None:
-    run, odd = tmp_path / "a run's folder", '--model.init_args.note=it\'s $HOME `id` "x" * 50 %'
+    run, odd = tmp_path / "a run's folder", '--trainer.profiler=it\'s $HOME `id` "x" * 50 %'
     assert main(["submit", "align", *asked(cohort, run, tiny_preset, odd, "--gpus", "0", "--dry-run")]) == 0
     text = script(run, "align")
     # The shell itself splits the line: what the program would be given.
@@ -185,7 +185,7 @@ def test_the_submitting_shells_own_job_does_not_reach_sbatch(
         (["--nodes", "0"], "--nodes 0: expected 1 or more"),
         (["--sbatch=partition"], "is no option"),
         (["--sbatch=--comment='open"], "No closing quotation"),
-        (["--force"], "begin anew"),
+        (["--force"], "start from the beginning"),
         (["--preset", "nowhere"], "no such configuration layer"),
         (["--data", "nowhere"], "holds no ct.csv"),
     ],
@@ -218,7 +218,7 @@ def test_make_hands_its_variables_on(target: str, cohort: Path, tiny_preset: Pat
     run = tmp_path / "a run"
     variables = {"DATA": cohort, "RUN": run, "PRESET": tiny_preset, "GPUS": 0, "TASKS": 2, "DRY": 1, "PARTS": 3,
                  "SBATCH": "--partition=gpu --comment='a $b'", "SETUP": 'echo "$HOME" \'$(pwd)\'',
-                 "ARGS": "--trainer.max_epochs=2 '--model.init_args.note=a b'"}  # fmt: skip
+                 "ARGS": "--trainer.max_epochs=2 '--trainer.profiler=a b'"}  # fmt: skip
     command = ["make", "-C", str(ROOT), target, *(f"{name}={value}" for name, value in variables.items())]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
@@ -229,4 +229,4 @@ def test_make_hands_its_variables_on(target: str, cohort: Path, tiny_preset: Pat
     assert "\n  echo \"$HOME\" '$(pwd)'\n" in text
     if target != "slurm-prepare":
         assert "--ntasks-per-node=2" in sbatch_lines(text)
-        assert steps(text)[0][-2:] == ["--trainer.max_epochs=2", "--model.init_args.note=a b"]
+        assert steps(text)[0][-2:] == ["--trainer.max_epochs=2", "--trainer.profiler=a b"]

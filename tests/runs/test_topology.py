@@ -67,7 +67,7 @@ def test_the_shell_of_a_job_of_one_task_trains_as_outside() -> None:
     ("change", "told"),
     [
         ({"SLURM_NTASKS": "3", "SLURM_STEP_NUM_TASKS": "3"}, "same number of tasks"),
-        ({"SLURM_GPUS_ON_NODE": "1"}, "one task a GPU"),
+        ({"SLURM_GPUS_ON_NODE": "1"}, "one task per GPU"),
     ],
 )
 def test_what_cannot_be_trained_on_is_refused(change: dict[str, str], told: str) -> None:

@@ -77,11 +77,11 @@ def test_the_command_goes_on_lists_what_failed_and_keeps_the_rest(
     command = ["prepare", str(data / "ct.csv"), str(tmp_path / "out"), "--preset", str(tiny_preset), "--workers", "1"]
     assert main(command) == 2
     told = capsys.readouterr().err
-    assert f"{len(images) - 1} prepared, 0 stood already, 1 failed, of {len(images)}" in told
+    assert f"{len(images) - 1} prepared, 0 already there, 1 failed, of {len(images)}" in told
     assert images[0].name in (tmp_path / "out" / "failed.0.csv").read_text()
     shutil.copy(cohort / "ct" / images[0].name, images[0])
     assert main(command) == 0
-    assert f"1 prepared, {len(images) - 1} stood already, 0 failed" in capsys.readouterr().out
+    assert f"1 prepared, {len(images) - 1} already there, 0 failed" in capsys.readouterr().out
     assert not (tmp_path / "out" / "failed.0.csv").exists()
     assert main([*command, "--array", "0/0"]) == 2
 
@@ -109,7 +109,7 @@ def test_tasks_of_an_array_write_one_folder_at_once(cohort: Path, tmp_path: Path
         tasks.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
     told = [task.communicate(timeout=200)[0] for task in tasks]
     assert [task.returncode for task in tasks] == [0, 0, 0]
-    counts = [re.search(r"(\d+) prepared, 0 stood already, 0 failed", text) for text in told]
+    counts = [re.search(r"(\d+) prepared, 0 already there, 0 failed", text) for text in told]
     manifest = read_manifest(cohort / "ct.csv")
     assert sum(int(count.group(1)) for count in counts if count) == len(manifest)
     folder = PreparedFolder.open(tmp_path / "out", *preset_volume(str(tiny_preset)))
@@ -184,7 +184,7 @@ def test_a_full_disk_leaves_what_was_written_and_nothing_by_halves(
     assert folder.is_complete(*scans[0])
     assert not folder.is_complete(*scans[1])
     monkeypatch.undo()
-    assert [_prepare_one(folder, scan) for scan in scans] == ["stood", "prepared", "prepared"]
+    assert [_prepare_one(folder, scan) for scan in scans] == ["kept", "prepared", "prepared"]
     assert {json.loads(p.read_text())["image_id"] for p in (tmp_path / "out" / "items").rglob("*.json")} == {
         name for name, _ in scans
     }
