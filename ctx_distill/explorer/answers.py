@@ -33,9 +33,9 @@ class FindingAnswer:
     """The result for one finding.
 
     Attributes:
-        name: name of the finding.
-        value: probability, 0 to 1.
-        saliency: saliency map, or None.
+        name: Name of the finding.
+        value: Probability, 0 to 1.
+        saliency: Saliency map, or None.
     """
 
     name: str
@@ -48,10 +48,10 @@ class ShownXray:
     """An X-ray of the pool.
 
     Attributes:
-        similarity: cosine similarity.
-        findings: findings extracted from its report; None if the index has none.
-        study_id: study id; None if the pool is not shown.
-        report: report; None if the pool is not shown.
+        similarity: Cosine similarity.
+        findings: Findings extracted from its report; None if the index has none.
+        study_id: Study id; None if the pool is not shown.
+        report: Report; None if the pool is not shown.
         picture: PNG bytes; None if the pool is not shown.
     """
 
@@ -67,10 +67,10 @@ class Answer:
     """The results for a scan.
 
     Attributes:
-        findings: findings of the scan.
-        report: draft report; None if the model generates none.
+        findings: Findings of the scan.
+        report: Draft report; None if the model generates none.
         neighbours: X-rays, most similar first; None without an index.
-        notes: remarks on this scan for the user.
+        notes: Remarks on this scan for the user.
     """
 
     findings: list[FindingAnswer]
@@ -84,9 +84,9 @@ class About:
     """Information about the model.
 
     Attributes:
-        facts: facts by name, in display order: the model, its data, the index.
+        facts: Facts by name, in display order: the model, its data, the index.
         nearest: a sentence that explains "nearest"; "" without an index.
-        shows_pool: whether reports and images of the pool are shown.
+        shows_pool: Whether reports and images of the pool are shown.
     """
 
     facts: dict[str, str]
@@ -103,7 +103,7 @@ class Reader(Protocol):
         """Return the results for a scan.
 
         Raises:
-            InputError: the model cannot process the scan.
+            InputError: The model cannot process the scan.
         """
         ...
 

@@ -38,9 +38,9 @@ class Guard:
     """Reject requests under another name than the server's (DNS rebinding), and requests from other sites.
 
     Args:
-        app: the wrapped app.
-        host: address that the server listens on.
-        names: further allowed host names.
+        app: The wrapped app.
+        host: Address that the server listens on.
+        names: Further allowed host names.
     """
 
     def __init__(self, app: ASGIApp, host: str, names: Iterable[str]) -> None:

@@ -20,7 +20,7 @@ def open_reader(settings: ReaderSettings) -> ModelReader:
     """Open the model for `serve`.
 
     Raises:
-        InputError: the checkpoint or the index is missing or corrupt, or they do not match.
+        InputError: The checkpoint or the index is missing or corrupt, or they do not match.
     """
     return ModelReader(settings)
 

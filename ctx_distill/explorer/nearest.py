@@ -33,7 +33,7 @@ def open_nearest(parts: Parts, settings: ReaderSettings) -> tuple[NearestXrays |
     """Open the lookup, or return None and the reason.
 
     Raises:
-        InputError: an index was specified that does not match the model.
+        InputError: An index was specified that does not match the model.
     """
     if parts.index is None:
         return None, "none"
@@ -49,16 +49,16 @@ class NearestXrays:
     """Look up the nearest X-rays.
 
     Attributes:
-        folder: folder of the index.
-        store: the index.
+        folder: Folder of the index.
+        store: The index.
         explanation: a sentence that explains "nearest".
 
     Args:
-        parts: parts of the model.
-        settings: number of X-rays, and whether the pool may be shown.
+        parts: Parts of the model.
+        settings: Number of X-rays, and whether the pool may be shown.
 
     Raises:
-        InputError: the index is of another X-ray expert, or the model's space is not the expert's.
+        InputError: The index is of another X-ray expert, or the model's space is not the expert's.
     """
 
     def __init__(self, parts: Parts, settings: ReaderSettings) -> None:

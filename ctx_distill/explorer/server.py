@@ -24,9 +24,9 @@ class Address:
     """The server's address.
 
     Attributes:
-        host: address to listen on.
-        port: port to listen on; 0 chooses a free one.
-        names: further allowed host names.
+        host: Address to listen on.
+        port: Port to listen on; 0 chooses a free one.
+        names: Further allowed host names.
     """
 
     host: str = "127.0.0.1"
@@ -38,13 +38,13 @@ def serve(opener: Callable[[Any], Any], settings: Any, limits: Limits, address: 
     """Serve until SIGTERM or Ctrl-C, then delete all sessions.
 
     Args:
-        opener: creates the `Reader` from `settings`, in the worker process.
-        settings: settings of the model.
-        limits: limits of uploads and sessions.
-        address: address to listen on.
+        opener: Creates the `Reader` from `settings`, in the worker process.
+        settings: Settings of the model.
+        limits: Limits of uploads and sessions.
+        address: Address to listen on.
 
     Raises:
-        InputError: the model cannot be opened, the viewer is missing, or the address is not available.
+        InputError: The model cannot be opened, the viewer is missing, or the address is not available.
     """
     try:
         import uvicorn

@@ -21,11 +21,11 @@ class Session:
 
     Attributes:
         key: a random, unguessable name.
-        folder: folder of the scan and the results.
-        state: new, receiving, waiting, reading, encoding, saliency, done or refused.
-        message: reason of a refusal.
-        used: time of the last request, by the clock of `Sessions`.
-        ended: whether the session has ended.
+        folder: Folder of the scan and the results.
+        state: New, receiving, waiting, reading, encoding, saliency, done or refused.
+        message: Reason of a refusal.
+        used: Time of the last request, by the clock of `Sessions`.
+        ended: Whether the session has ended.
     """
 
     key: str
@@ -44,9 +44,9 @@ class Sessions:
     """The open sessions.
 
     Args:
-        root: parent folder of the sessions' folders.
-        limits: number of sessions and idle time.
-        clock: monotonic clock in seconds.
+        root: Parent folder of the sessions' folders.
+        limits: Number of sessions and idle time.
+        clock: Monotonic clock in seconds.
     """
 
     def __init__(self, root: Path, limits: Limits, clock: Callable[[], float] = time.monotonic) -> None:
@@ -58,7 +58,7 @@ class Sessions:
         """Open a session.
 
         Raises:
-            TooMany: see `Limits.max_sessions`.
+            TooMany: See `Limits.max_sessions`.
         """
         self.sweep()
         with self._lock:

@@ -38,9 +38,9 @@ class Upload:
     """A checked upload.
 
     Attributes:
-        path: the file or folder of slices, for `read_volume`.
-        kind: format, in words.
-        names: the user's file names by the names used here.
+        path: The file or folder of slices, for `read_volume`.
+        kind: Format, in words.
+        names: The user's file names by the names used here.
     """
 
     path: Path
@@ -59,16 +59,16 @@ def accept(received: Path, name: str, folder: Path, limits: Limits) -> Upload:
     """Check a received file, and unpack it if it is a zip.
 
     Args:
-        received: the received file.
-        name: the user's file name, which is only displayed and never used as a path.
-        folder: an empty folder to unpack into.
-        limits: limits of size and number.
+        received: The received file.
+        name: The user's file name, which is only displayed and never used as a path.
+        folder: An empty folder to unpack into.
+        limits: Limits of size and number.
 
     Returns:
         The checked upload.
 
     Raises:
-        InputError: the file is not a scan or is too large, or it is an archive with paths that leave it, links, other
+        InputError: The file is not a scan or is too large, or it is an archive with paths that leave it, links, other
             archives, too many or too large entries, or not exactly one scan.
     """
     shown = clean_name(name)

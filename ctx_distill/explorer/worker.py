@@ -36,9 +36,9 @@ class ScanJob:
     """A scan to process.
 
     Attributes:
-        folder: folder of the session, for the results.
-        received: the uploaded file.
-        name: the user's file name.
+        folder: Folder of the session, for the results.
+        received: The uploaded file.
+        name: The user's file name.
     """
 
     folder: Path
@@ -54,10 +54,10 @@ class Worker:
     """The parent's handle of the worker process.
 
     Args:
-        opener: creates the `Reader` in the worker; must be importable by name.
-        settings: argument of `opener`.
-        limits: limits of a job.
-        root: scratch folder of all sessions.
+        opener: Creates the `Reader` in the worker; must be importable by name.
+        settings: Argument of `opener`.
+        limits: Limits of a job.
+        root: Scratch folder of all sessions.
     """
 
     def __init__(self, opener: Callable[[Any], Any], settings: Any, limits: Limits, root: Path) -> None:
@@ -73,7 +73,7 @@ class Worker:
         """Start the process and wait until the model is loaded, or `stop()` is true.
 
         Raises:
-            InputError: the model cannot be opened.
+            InputError: The model cannot be opened.
         """
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
@@ -98,11 +98,11 @@ class Worker:
         """Run a job; jobs run one at a time. This blocks, so it should be called in a thread.
 
         Args:
-            job: the scan to process.
-            tell: called with the name of each step.
+            job: The scan to process.
+            tell: Called with the name of each step.
 
         Raises:
-            Refused: the scan was rejected, took too long or crashed the worker.
+            Refused: The scan was rejected, took too long or crashed the worker.
         """
         with self._lock:
             pipe = self._ready(job)

@@ -78,9 +78,9 @@ def chunked_cross_entropy(
         queries: (B, D).
         keys: (B, D); key i belongs to query i.
         scale: (), s.
-        targets: returns rows of T, non-negative.
-        keep: returns rows of bool; False excludes a pair from the denominator. Pairs with a target must be kept.
-        chunk: rows per chunk.
+        targets: Returns rows of T, non-negative.
+        keep: Returns rows of bool; False excludes a pair from the denominator. Pairs with a target must be kept.
+        chunk: Rows per chunk.
 
     Returns:
         The loss, ().

@@ -42,7 +42,7 @@ def study_targets(study: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
     Args:
         study: (B,) int64 study codes.
-        dtype: type of the result.
+        dtype: Type of the result.
 
     Returns:
         (B, B), rows sum to 1.
@@ -105,14 +105,14 @@ def contrastive_loss(
         text_targets: (B, B), text i to image j, rows sum to 1. Default: `targets` transposed, rows renormalised.
         denominator: (B, B) bool, image i to text j; False excludes the pair from both denominators. Pairs with a target
             above 0 must be included.
-        chunk: rows of logits computed at once: memory O(B x chunk) instead of O(B x B), apart from matrices passed in.
+        chunk: Rows of logits computed at once: memory O(B x chunk) instead of O(B x B), apart from matrices passed in.
             None computes all rows.
 
     Returns:
         `image_to_text`, `text_to_image`, and their mean `total`, each ().
 
     Raises:
-        ValueError: shapes do not match.
+        ValueError: Shapes do not match.
     """
     if image_features.ndim != 2 or image_features.shape != text_features.shape:
         raise ValueError(

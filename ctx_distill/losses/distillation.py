@@ -44,10 +44,10 @@ def scheduled(start: float, end: float | None, progress: float, kind: Literal["l
     """Return a scheduled weight or temperature (**ours**).
 
     Args:
-        start: value at progress 0.
-        end: value at progress 1; None keeps `start`.
-        progress: training progress, in [0, 1].
-        kind: interpolate the value (`linear`) or its logarithm (`geometric`, both ends positive).
+        start: Value at progress 0.
+        end: Value at progress 1; None keeps `start`.
+        progress: Training progress, in [0, 1].
+        kind: Interpolate the value (`linear`) or its logarithm (`geometric`, both ends positive).
     """
     if end is None:
         return start
@@ -74,14 +74,14 @@ def relation_loss(student: Tensor, teacher: Tensor, anchors: Tensor, tau: float)
         student: (B, D).
         teacher: (B, D), detached.
         anchors: (K, D) in the teacher's space.
-        tau: temperature; if it is larger than the expert's, p* is nearly uniform.
+        tau: Temperature; if it is larger than the expert's, p* is nearly uniform.
 
     Returns:
         `relation`; `target_entropy`, the mean entropy of p* in nats; `target_entropy_share`, the entropy divided by log K;
         `target_near_uniform`, 1 if the share is above `NEAR_UNIFORM`, else 0. Each (); only `relation` has a gradient.
 
     Raises:
-        ValueError: tau is not positive, or there are fewer than two anchors, or they have another dimension.
+        ValueError: Tau is not positive, or there are fewer than two anchors, or they have another dimension.
     """
     if tau <= 0:
         raise ValueError(f"relation_loss got tau {tau}; expected a positive number, such as the expert's temperature")
@@ -120,14 +120,14 @@ def distillation_loss(
         student: (B, D), the student's projected embeddings; normalised here.
         teacher: (B, D), the teacher's embeddings, detached.
         anchors: (K, D) in the teacher's space; None disables the relation term.
-        tau: temperature of the relation term.
+        tau: Temperature of the relation term.
         weights: `pair` and `relation`; a missing one is 0. Terms of weight 0 are still returned, for logging.
 
     Returns:
         `pair`, `total`, and with anchors the results of `relation_loss`. Each ().
 
     Raises:
-        ValueError: shapes do not match, a weight has an unknown name, or `relation` has a weight but no anchors.
+        ValueError: Shapes do not match, a weight has an unknown name, or `relation` has a weight but no anchors.
     """
     if student.ndim != 2 or student.shape != teacher.shape:
         raise ValueError(

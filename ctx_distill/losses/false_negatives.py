@@ -110,8 +110,8 @@ def identify(
 
     Args:
         evidence: (B, B) by kind; kinds without a threshold are ignored.
-        thresholds: threshold per enabled kind (`EvidenceKind`).
-        combine: whether any kind or all kinds must pass.
+        thresholds: Threshold per enabled kind (`EvidenceKind`).
+        combine: Whether any kind or all kinds must pass.
 
     Returns:
         Suspects (B, B) bool, and strength (B, B) in [0, 1]: (evidence - threshold) / (1 - threshold), the maximum over
@@ -119,7 +119,7 @@ def identify(
         its maximum, has strength 1 if it passes.
 
     Raises:
-        ValueError: there are no thresholds, or one without evidence.
+        ValueError: There are no thresholds, or one without evidence.
     """
     if missing := sorted(set(thresholds) - set(evidence)):
         raise ValueError(
@@ -206,15 +206,15 @@ def correct(
         evidence: (B, B) in [0, 1], such as the strength of `identify`.
         mode: `relabel`: a corrected pair is a positive with `weight`, relative to 1 for a true pair; `soft`: with its
             evidence as weight; `mask`: it is excluded from the denominator.
-        weight: weight of `relabel`, in (0, 1].
-        watch: count the pairs without correcting them (warm-up).
+        weight: Weight of `relabel`, in (0, 1].
+        watch: Count the pairs without correcting them (warm-up).
         identity: (B,) int64, a hash of each row's study id (`pair_order.study_identity`).
 
     Returns:
         The correction.
 
     Raises:
-        ValueError: the mode is unknown.
+        ValueError: The mode is unknown.
     """
     positives = (targets > 0) | torch.eye(len(targets), dtype=torch.bool, device=targets.device)
     candidates = suspects & ~positives
@@ -255,8 +255,8 @@ def sample_similarities(
         rows: (N, D) training embeddings.
         columns: (N, D). Default: `rows`.
         study: (N,) int64 study codes; pairs of one study are excluded. Default: all differ.
-        pairs: number of draws, with replacement.
-        seed: seed of the draws.
+        pairs: Number of draws, with replacement.
+        seed: Seed of the draws.
 
     Returns:
         (n,) cosines, n <= pairs.
@@ -276,11 +276,11 @@ def threshold_from_quantile(similarities: Tensor | NDArray[np.floating], quantil
     """Return the threshold that a share of 1 - quantile of training pairs exceeds.
 
     Args:
-        similarities: cosines of pairs of different training studies, any shape.
-        quantile: in (0, 1), such as .99.
+        similarities: Cosines of pairs of different training studies, any shape.
+        quantile: In (0, 1), such as .99.
 
     Raises:
-        InputError: the quantile is out of range, or there are no pairs.
+        InputError: The quantile is out of range, or there are no pairs.
     """
     values = np.asarray(similarities.detach().cpu() if isinstance(similarities, Tensor) else similarities).reshape(-1)
     values = values[np.isfinite(values)]

@@ -43,13 +43,13 @@ def siglip_loss(
         logit_scale: (), s, already exponentiated.
         logit_bias: (), b.
         study: (B,) int64 study codes; items of one study are positives of each other. Default: all differ.
-        chunk: rows of logits computed at once; None computes all.
+        chunk: Rows of logits computed at once; None computes all.
 
     Returns:
         `total`, ().
 
     Raises:
-        ValueError: shapes do not match.
+        ValueError: Shapes do not match.
     """
     if image_features.ndim != 2 or image_features.shape != text_features.shape:
         raise ValueError(

@@ -25,13 +25,13 @@ def soft_targets(report_embeddings: Tensor, study: Tensor, weight: float, temper
         report_embeddings: (B, D) frozen embeddings; normalised here.
         study: (B,) int64 study codes; items of one study are positives of each other.
         weight: w in [0, 1]; 0 gives the targets of InfoNCE.
-        temperature: tau.
+        temperature: Tau.
 
     Returns:
         (B, B), rows sum to 1.
 
     Raises:
-        ValueError: the weight or the temperature is out of range.
+        ValueError: The weight or the temperature is out of range.
     """
     if not 0 <= weight <= 1 or temperature <= 0:
         raise ValueError(

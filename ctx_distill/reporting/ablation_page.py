@@ -18,9 +18,9 @@ def build_ablation_page(run: Path, facts: Mapping[str, str], tables: Sequence[Ta
     """Write `RUN/index.html`.
 
     Args:
-        run: the ablation's folder.
-        facts: what was run, by name.
-        tables: title, inline SVG (or ""), and rows with the header first.
+        run: The ablation's folder.
+        facts: What was run, by name.
+        tables: Title, inline SVG (or ""), and rows with the header first.
 
     Returns:
         The page's path.

@@ -53,8 +53,8 @@ class CheckPage:
     """The contents of the page, collected row by row in bounded memory.
 
     Attributes:
-        manifest: path of the manifest.
-        images: number of images.
+        manifest: Path of the manifest.
+        images: Number of images.
     """
 
     manifest: str

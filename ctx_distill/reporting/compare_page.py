@@ -33,9 +33,9 @@ class ShownDifference:
     """The difference between a run and the first one, in numbers and words.
 
     Attributes:
-        numbers: the difference with its interval.
-        words: its interpretation.
-        has_interval: whether it has an interval that can contain 0.
+        numbers: The difference with its interval.
+        words: Its interpretation.
+        has_interval: Whether it has an interval that can contain 0.
     """
 
     numbers: str
@@ -70,14 +70,14 @@ def build_compare_page(folders: Sequence[Path], out: Path) -> Path:
     """Write one page about two or more runs, finished or not.
 
     Args:
-        folders: run folders; the others are compared with the first.
-        out: the HTML file.
+        folders: Run folders; the others are compared with the first.
+        out: The HTML file.
 
     Returns:
         `out`.
 
     Raises:
-        InputError: there are fewer than 2 or more than 6 runs, a run occurs twice, or a folder does not exist.
+        InputError: There are fewer than 2 or more than 6 runs, a run occurs twice, or a folder does not exist.
     """
     if not 2 <= len(folders) <= LARGEST:
         raise InputError(

@@ -68,11 +68,11 @@ class Case:
     """An error as the page shows it.
 
     Attributes:
-        error: the error.
-        shown: its slices.
-        sentences: sentences of the report that mention the finding.
-        reading: what the report asserts according to the extractor, and whether the label agrees.
-        doubt: whether the report contradicts the label.
+        error: The error.
+        shown: Its slices.
+        sentences: Sentences of the report that mention the finding.
+        reading: What the report asserts according to the extractor, and whether the label agrees.
+        doubt: Whether the report contradicts the label.
     """
 
     error: Error
@@ -205,9 +205,9 @@ def speaks_of(text: str, finding: str, names: Iterable[str]) -> tuple[tuple[str,
     """Return the sentences of a report that mention a finding, and what they assert.
 
     Args:
-        text: the report.
-        finding: one of `names`.
-        names: the manifest's findings; all are extracted, so that a phrase counts for the finding it belongs to.
+        text: The report.
+        finding: One of `names`.
+        names: The manifest's findings; all are extracted, so that a phrase counts for the finding it belongs to.
 
     Returns:
         The distinct sentences, and 1 present, 0 absent or -1 uncertain (present takes precedence over uncertain, uncertain

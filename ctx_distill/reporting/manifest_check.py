@@ -78,7 +78,7 @@ def check_manifest(
         Counts as lines to print, and the number of images with errors.
 
     Raises:
-        InputError: the manifest is invalid, or the output cannot be written.
+        InputError: The manifest is invalid, or the output cannot be written.
     """
     manifest = read_manifest(manifest_path, check_images=False)
     out = out or manifest_path.with_suffix(".check")

@@ -46,9 +46,9 @@ class Shown:
     """Slices of one scan with a model's saliency for one finding.
 
     Attributes:
-        pictures: pairs of title and picture.
+        pictures: Pairs of title and picture.
         method: `grad-cam` or `gradient`; "" without a map, where the slices pass through the lungs.
-        problem: why pictures or the map are missing, or a remark on the map; else "".
+        problem: Why pictures or the map are missing, or a remark on the map; else "".
     """
 
     pictures: tuple[tuple[str, Picture], ...]
@@ -86,12 +86,12 @@ def show_finding(
     """Return slices through the peak of a map, overlaid with it; without a map, slices through the lungs.
 
     Args:
-        run: the run folder.
-        record: result of `read_record`.
-        key: key of the map.
-        scan: the scan in HU, on its original grid.
-        planes: planes to show.
-        region: region of the finding; it selects the soft-tissue or the lung window.
+        run: The run folder.
+        record: Result of `read_record`.
+        key: Key of the map.
+        scan: The scan in HU, on its original grid.
+        planes: Planes to show.
+        region: Region of the finding; it selects the soft-tissue or the lung window.
     """
     soft = region in SOFT_REGIONS
     body, point = find_lungs(scan)

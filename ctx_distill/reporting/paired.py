@@ -43,8 +43,8 @@ class Source:
     """The metrics that can be recomputed from one file.
 
     Attributes:
-        identity: equal for two runs with the same studies, labels and findings; only then are draws paired.
-        figures: functions by dotted key, including `<stage>.per_finding.<finding>`.
+        identity: Equal for two runs with the same studies, labels and findings; only then are draws paired.
+        figures: Functions by dotted key, including `<stage>.per_finding.<finding>`.
     """
 
     identity: object

@@ -54,10 +54,10 @@ class Picture:
 
     Attributes:
         uri: `data:` URI.
-        width: pixels.
-        height: pixels.
-        letters: patient directions at its left, right, top and bottom edge; "" for radiographs.
-        crossings: positions of the other planes, relative to (width, height); None for radiographs.
+        width: Pixels.
+        height: Pixels.
+        letters: Patient directions at its left, right, top and bottom edge; "" for radiographs.
+        crossings: Positions of the other planes, relative to (width, height); None for radiographs.
         heat: `data:` URI of a saliency map of the same extent; "" without one.
     """
 

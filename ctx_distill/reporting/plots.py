@@ -67,9 +67,9 @@ def interval_plot(rows: Sequence[tuple[str, Sequence[Metric | None]]], series: S
     """Return a plot with a dot and an interval per finding and series.
 
     Args:
-        rows: name and one metric per series, in order from the top.
-        series: names of the series.
-        chance: position of the dotted line of chance.
+        rows: Name and one metric per series, in order from the top.
+        series: Names of the series.
+        chance: Position of the dotted line of chance.
     """
     values = [
         item for _, metrics in rows for m in metrics if m for item in (m.value, m.low, m.high) if item is not None
@@ -168,11 +168,11 @@ def series_plot(
     """Return a plot of several series of (x, y) points, each with its own dash and mark.
 
     Args:
-        term: name of the plotted term.
-        unit: unit of x.
-        drawn: the series; an empty series keeps its style.
-        words: the last values, in words.
-        every: also mark the points of the first series.
+        term: Name of the plotted term.
+        unit: Unit of x.
+        drawn: The series; an empty series keeps its style.
+        words: The last values, in words.
+        every: Also mark the points of the first series.
     """
     width, height, left, right, top, bottom = 260.0, 150.0, 44.0, 10.0, 8.0, 122.0
     xs = [x for series in drawn for x, _ in series]

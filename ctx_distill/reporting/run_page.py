@@ -52,13 +52,13 @@ def build_page(run: Path) -> Path:
     Only the run folder and the manifests in its run.json are read. The page lists missing parts.
 
     Args:
-        run: the run folder.
+        run: The run folder.
 
     Returns:
         The run page's path.
 
     Raises:
-        InputError: the run folder does not exist.
+        InputError: The run folder does not exist.
     """
     run = Path(run)
     path = run / PAGE

@@ -27,7 +27,7 @@ def recall_at_1(index: XrayIndex, keys: Keys, queries: Tensor) -> float:
     """Return the share of queries whose first neighbour is as similar as the most similar of all keys.
 
     Args:
-        index: an index over the keys.
+        index: An index over the keys.
         keys: (N, D).
         queries: (Q, D) unit rows.
     """
@@ -99,13 +99,13 @@ def build_index(
         keys: (N, D) unit rows.
         kind: `exact`, `ivf` (about 4 sqrt(N) inverted lists) or `hnsw` (a graph).
         device: `auto` uses the GPU if FAISS supports it.
-        search_width: lists visited per query (ivf, default 8), or candidates kept during the graph search (hnsw, default
+        search_width: Lists visited per query (ivf, default 8), or candidates kept during the graph search (hnsw, default
             64).
         probes: (Q, D) queries for the recall@1 of an approximate index. Default: up to 256 keys with added noise.
-        minimum_recall: minimum recall@1 of an approximate index.
+        minimum_recall: Minimum recall@1 of an approximate index.
 
     Raises:
-        InputError: there are no keys, a key is not finite, or the recall is too low.
+        InputError: There are no keys, a key is not finite, or the recall is too low.
     """
     built = construct(keys, kind, device, search_width)
     if kind != "exact":

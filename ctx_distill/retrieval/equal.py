@@ -83,7 +83,7 @@ class EqualKeys:
         """Read a table, memory-mapped.
 
         Raises:
-            InputError: the file is corrupt.
+            InputError: The file is corrupt.
         """
         try:
             with safe_open(path, framework="pt") as handle:

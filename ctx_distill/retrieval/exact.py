@@ -42,13 +42,13 @@ def exact_neighbours(
     """Return the k nearest keys of each query, nearest first, with ties in order of position.
 
     Args:
-        find: returns candidates by float32 inner product: maps (B, D) and width to similarities and key numbers, both
+        find: Returns candidates by float32 inner product: maps (B, D) and width to similarities and key numbers, both
             (B, width), nearest first.
         keys: (G, D) unit rows, distinct if `equal` is set; may be memory-mapped.
         queries: (B, D) unit rows.
-        k: neighbours, from 1 to the number of positions.
-        equal: positions that share each key; None if keys and positions are the same.
-        widths: numbers of candidates to try, in addition to k + 16, before a query is compared with all keys.
+        k: Neighbours, from 1 to the number of positions.
+        equal: Positions that share each key; None if keys and positions are the same.
+        widths: Numbers of candidates to try, in addition to k + 16, before a query is compared with all keys.
 
     Returns:
         Similarity (B, k) float32 and position (B, k) int64.
@@ -111,7 +111,7 @@ def _compared_with_all(
         keys: (G, D).
         queries: (B, D).
         bound: (B,) minimum similarity of a key, in float32.
-        k: neighbours.
+        k: Neighbours.
     """
     reached = []
     for start in range(0, len(keys), CHUNK):

@@ -40,7 +40,7 @@ def refuse_two_faiss() -> None:
     """Check that exactly one faiss distribution is installed, because all install into the same `faiss/` folder.
 
     Raises:
-        InputError: none or several are installed.
+        InputError: None or several are installed.
     """
     installed = installed_faiss()
     if not installed:
@@ -59,8 +59,8 @@ def faiss_module() -> Any:
     """Return the faiss module.
 
     Raises:
-        InputError: no or several faiss distributions are installed.
-        RuntimeError: called in a DataLoader worker.
+        InputError: No or several faiss distributions are installed.
+        RuntimeError: Called in a DataLoader worker.
     """
     refuse_worker()
     return _import_faiss()
@@ -70,7 +70,7 @@ def refuse_worker() -> None:
     """Check that this is not a DataLoader worker, where FAISS hangs or fails after a fork.
 
     Raises:
-        RuntimeError: this is a DataLoader worker.
+        RuntimeError: This is a DataLoader worker.
     """
     worker = get_worker_info()
     if worker is not None:
@@ -121,7 +121,7 @@ def check_query(dimension: int, expected: int, k: int, rows: int) -> None:
     """Check the arguments of a search.
 
     Raises:
-        InputError: the dimension differs, or k is larger than the index.
+        InputError: The dimension differs, or k is larger than the index.
     """
     if dimension != expected:
         raise InputError(
@@ -139,14 +139,14 @@ class XrayIndex:
 
     Args:
         index: a FAISS index on the CPU, over all keys, or over the distinct ones if `equal` is set.
-        kind: exact, ivf or hnsw.
-        device: device of the search; `auto` uses the rank's GPU if FAISS supports it.
-        recall: see below.
-        equal: positions that share each key of an exact index; None if all keys are distinct.
+        kind: Exact, ivf or hnsw.
+        device: Device of the search; `auto` uses the rank's GPU if FAISS supports it.
+        recall: See below.
+        equal: Positions that share each key of an exact index; None if all keys are distinct.
 
     Attributes:
-        kind: exact, ivf or hnsw.
-        recall: recall@1 against exact search, measured when an approximate index was built; otherwise None.
+        kind: Exact, ivf or hnsw.
+        recall: Recall@1 against exact search, measured when an approximate index was built; otherwise None.
 
     Raises:
         InputError: `device` is `gpu`, but FAISS has no GPU.
@@ -196,15 +196,15 @@ class XrayIndex:
 
         Args:
             queries: (B, D) unit rows, of any floating type and on any device.
-            k: neighbours.
+            k: Neighbours.
 
         Returns:
             Similarity (B, k) float32 and position (B, k) int64, on the queries' device; no entry is empty. Exact search
             breaks ties by position, and its result is independent of the batch.
 
         Raises:
-            InputError: the dimension differs, or k is larger than the index.
-            RuntimeError: called in a DataLoader worker.
+            InputError: The dimension differs, or k is larger than the index.
+            RuntimeError: Called in a DataLoader worker.
         """
         refuse_worker()
         array = as_matrix(queries)
@@ -321,8 +321,8 @@ def gpu_of(device: Device, rank_device: torch.device) -> int | None:
     """Return the number of the GPU for an index, or None for the CPU.
 
     Args:
-        device: the setting.
-        rank_device: device of this rank.
+        device: The setting.
+        rank_device: Device of this rank.
     """
     if not gpu_wanted(device):
         return None

@@ -27,7 +27,7 @@ def make_keys(kind: KeyKind, text: Tensor, image: Tensor, centred: bool) -> Tens
         kind: `text`: v_j; `image`: u_j; `both`.
         text: (N, D) unit rows v_j; unused for `image`.
         image: (N, D) unit rows u_j; unused for `text`.
-        centred: subtract the mean of each part separately, because image and text embeddings of a joint space form two
+        centred: Subtract the mean of each part separately, because image and text embeddings of a joint space form two
             separate cones (Liang et al. 2022, "Mind the Gap").
 
     Returns:
@@ -65,7 +65,7 @@ def make_queries(kind: KeyKind, reports: Tensor, mean: Tensor | None = None) -> 
     With `both`, the same vector q_i is compared with texts and with images, which share the expert's joint space.
 
     Args:
-        kind: kind of the keys.
+        kind: Kind of the keys.
         reports: (B, D) unit rows q_i.
         mean: (D,) mean of the queries, which is subtracted first; None if the keys were not centred.
 

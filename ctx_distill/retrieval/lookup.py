@@ -34,19 +34,19 @@ class NeighbourLookup:
     """Look up teacher targets of CT studies in an X-ray index.
 
     Args:
-        store: the index artefact.
-        k: neighbours per query.
+        store: The index artefact.
+        k: Neighbours per query.
         mode: `nearest`: the first neighbour only; `mean`: equal weights; `softmax`: weights
             softmax(similarity / temperature); `sample`: one neighbour, drawn with these weights.
-        temperature: temperature of `softmax` and `sample`.
-        findings_rerank: search for `candidates` neighbours and prefer those whose findings agree with the CT's (**ours**:
+        temperature: Temperature of `softmax` and `sample`.
+        findings_rerank: Search for `candidates` neighbours and prefer those whose findings agree with the CT's (**ours**:
             findings visible on an X-ray must agree in sign); ties are broken by similarity.
         visible: (F,) bool, whether a finding is visible on an X-ray. Default: all.
-        candidates: neighbours for the re-rank. Default: 8 k, at least 32.
-        shuffle_seed: control: each X-ray is replaced by another, random but fixed one of the pool. None disables it.
+        candidates: Neighbours for the re-rank. Default: 8 k, at least 32.
+        shuffle_seed: Control: each X-ray is replaced by another, random but fixed one of the pool. None disables it.
 
     Raises:
-        InputError: the pool is smaller than k, or the re-rank is enabled but the index has no findings.
+        InputError: The pool is smaller than k, or the re-rank is enabled but the index has no findings.
     """
 
     def __init__(

@@ -37,8 +37,8 @@ class ShardedIndex:
     Args:
         keys: (G, D) unit rows, memory-mapped; a rank reads only its G / ranks rows. All keys, or the distinct ones if
             `equal` is set.
-        device: device of the shard; see `XrayIndex`.
-        equal: positions that share each key; None if all keys are distinct.
+        device: Device of the shard; see `XrayIndex`.
+        equal: Positions that share each key; None if all keys are distinct.
 
     Raises:
         InputError: `device` is `gpu`, but FAISS has no GPU.
@@ -80,13 +80,13 @@ class ShardedIndex:
 
         Args:
             queries: (b, D) unit rows, of any floating type and on any device; b may differ between ranks and be 0.
-            k: neighbours, the same on every rank.
+            k: Neighbours, the same on every rank.
 
         Returns:
             Similarity (b, k) float32 and position (b, k) int64, on the queries' device.
 
         Raises:
-            InputError: the dimension differs, or k is larger than the index, on any rank.
+            InputError: The dimension differs, or k is larger than the index, on any rank.
             RuntimeError: k differs between ranks, or this is a DataLoader worker.
         """
         refuse_worker()

@@ -36,10 +36,10 @@ def open_shards(folder: Path, request: str, ranks: int, part_items: int) -> int:
     (number of ranks, block size), the new blocks are numbered after the old ones.
 
     Args:
-        folder: folder of the shards.
+        folder: Folder of the shards.
         request: a hash of everything that the embeddings depend on, except the layout.
-        ranks: number of ranks of this job.
-        part_items: rows per rank and block.
+        ranks: Number of ranks of this job.
+        part_items: Rows per rank and block.
 
     Returns:
         The first block of this job's layout. Shards of earlier blocks do not change any more.
@@ -112,13 +112,13 @@ def write_shard(
     """Write one rank's shard of a block atomically.
 
     Args:
-        folder: folder of the shards.
-        rank: this rank.
-        world_size: number of ranks, to detect missing shards.
+        folder: Folder of the shards.
+        rank: This rank.
+        world_size: Number of ranks, to detect missing shards.
         keys: (n, D_k).
         values: (n, D_v).
         rows: (n,) int64, manifest rows.
-        block: number of the block.
+        block: Number of the block.
 
     Returns:
         The path of the shard.
@@ -140,9 +140,9 @@ def merge_shards(folder: Path, rows: Sequence[int] | Tensor, first_block: int = 
     """Merge the shards of all ranks into one table; shards are memory-mapped and copied one by one.
 
     Args:
-        folder: folder of the shards.
+        folder: Folder of the shards.
         rows: (N,) the expected manifest rows, in the requested order.
-        first_block: first block of the last layout; blocks of earlier layouts may be incomplete.
+        first_block: First block of the last layout; blocks of earlier layouts may be incomplete.
 
     Returns:
         `keys` (N, D_k), `values` (N, D_v) and `row` (N,), in the order of `rows`.

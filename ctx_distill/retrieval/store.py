@@ -50,9 +50,9 @@ class ReportSource:
     """The separate encoder of the reports.
 
     Attributes:
-        source: folder or `hf-hub:organisation/name`.
-        revision: commit of a hub source.
-        fingerprint: fingerprint of the encoder.
+        source: Folder or `hf-hub:organisation/name`.
+        revision: Commit of a hub source.
+        fingerprint: Fingerprint of the encoder.
     """
 
     source: str
@@ -79,27 +79,27 @@ def write_index_artefact(
     """Build the index and write the artefact atomically.
 
     Args:
-        folder: the artefact's folder.
+        folder: The artefact's folder.
         keys: (N, D_k) unit rows; of keys within `SAME_KEY` of each other, the first is stored for all.
         values: (N, D_v) unit rows, the teacher's features.
         items: N rows in the same order, with study_id, image_id, patient_id, row (of the manifest) and split.
-        upstream: fingerprints by name; must include `xray-expert`.
+        upstream: Fingerprints by name; must include `xray-expert`.
         config: JSON values to store (`key`, the kind of the keys; `query_centre`; counts of excluded X-rays).
         texts: N reports, stored as the column `report`.
         findings: (N, F) findings of the reports (1, 0, -1 uncertain, NaN), for the findings re-rank.
-        finding_names: their F names.
-        kind: kind of the index.
-        minimum_recall: minimum recall@1 of an approximate index.
-        search_width: search width of an approximate index; see `build_index`.
-        value_type: type of the stored values.
-        report_source: the encoder of the reports; None if it is the expert.
+        finding_names: Their F names.
+        kind: Kind of the index.
+        minimum_recall: Minimum recall@1 of an approximate index.
+        search_width: Search width of an approximate index; see `build_index`.
+        value_type: Type of the stored values.
+        report_source: The encoder of the reports; None if it is the expert.
 
     Returns:
         The opened artefact.
 
     Raises:
         InputError: a value is not finite, or see `build_index`.
-        ValueError: lengths or columns do not match.
+        ValueError: Lengths or columns do not match.
     """
     rows = len(keys)
     lengths = {"values": len(values), "items": len(items)}
@@ -163,18 +163,18 @@ class XrayIndexArtefact:
     """An opened index artefact.
 
     Attributes:
-        folder: folder of the artefact.
-        fingerprint: covers keys, values, items, expert and manifest.
-        expert_fingerprint: fingerprint of the X-ray expert that embedded the pool.
-        upstream: all upstream fingerprints.
-        config: the `config` of `write_index_artefact`, with key_dim, value_dim, items, index_kind and index_recall.
+        folder: Folder of the artefact.
+        fingerprint: Covers keys, values, items, expert and manifest.
+        expert_fingerprint: Fingerprint of the X-ray expert that embedded the pool.
+        upstream: All upstream fingerprints.
+        config: The `config` of `write_index_artefact`, with key_dim, value_dim, items, index_kind and index_recall.
         items: N rows: position, study_id, image_id, patient_id, row, split, and optionally report.
         keys: (N, D_k), memory-mapped.
         features: (N, D_v), the values, memory-mapped.
         findings: (N, F) or None.
-        device: see `open`.
-        placement: see `open`.
-        report_source: the encoder of the reports; None if it is the expert.
+        device: See `open`.
+        placement: See `open`.
+        report_source: The encoder of the reports; None if it is the expert.
     """
 
     folder: Path
@@ -202,12 +202,12 @@ class XrayIndexArtefact:
         """Open an artefact; keys and values are memory-mapped.
 
         Args:
-            folder: folder of the artefact.
-            device: device of the index after `place` or the first search.
+            folder: Folder of the artefact.
+            device: Device of the index after `place` or the first search.
             placement: `replicated`: this process searches the complete index, of any kind; `sharded`: each rank searches
                 its shard of the keys exactly (see `ShardedIndex`).
-            verify: read all keys and values and compare them with the fingerprint.
-            searched: open the index now, on the CPU; otherwise it is opened on first use.
+            verify: Read all keys and values and compare them with the fingerprint.
+            searched: Open the index now, on the CPU; otherwise it is opened on first use.
 
         Raises:
             InputError: a part is missing or corrupt, or does not match the others.
@@ -265,7 +265,7 @@ class XrayIndexArtefact:
         """The index over the keys, opened on the CPU on first use; see `place`.
 
         Raises:
-            InputError: the index is corrupt, or does not match the other parts.
+            InputError: The index is corrupt, or does not match the other parts.
         """
         device: Device = "cpu" if self.placement == "sharded" else self.device
         index = XrayIndex.load(self.folder / INDEX_FILE, device)
@@ -321,13 +321,13 @@ class XrayIndexArtefact:
 
         Args:
             queries: (B, D_t) unit rows, the reports embedded by the index's report encoder.
-            k: neighbours.
+            k: Neighbours.
 
         Returns:
             See `XrayIndex.search`.
 
         Raises:
-            InputError: the dimension differs, or k is larger than the index.
+            InputError: The dimension differs, or k is larger than the index.
         """
         if queries.shape[1] != self.query_dim:
             raise InputError(

@@ -12,8 +12,8 @@ def lazy_exports(package: str, modules: Mapping[str, str]) -> Callable[[str], ob
     Importing one light module of a stage then does not load its task, Lightning and torch.
 
     Args:
-        package: the package that exports.
-        modules: module of each exported name, relative to the package.
+        package: The package that exports.
+        modules: Module of each exported name, relative to the package.
     """
 
     def __getattr__(name: str) -> object:

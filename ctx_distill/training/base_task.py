@@ -63,9 +63,9 @@ class StageTask(L.LightningModule):
         """Run the stage.
 
         Args:
-            trainer: the trainer of this stage, with its loggers.
-            datamodule: the stage's data.
-            folder: the stage's folder; the artefact is written to `folder / "artefact"`.
+            trainer: The trainer of this stage, with its loggers.
+            datamodule: The stage's data.
+            folder: The stage's folder; the artefact is written to `folder / "artefact"`.
 
         Returns:
             Metrics as JSON values. Called on every rank; the result of rank zero is used.
@@ -76,12 +76,12 @@ class TrainedTask(StageTask):
     """A stage that trains: resumes from its last checkpoint, and finishes with the selected weights.
 
     Args:
-        optimizer: creates the optimizer from parameter groups.
-        scheduler: creates a learning-rate schedule that is stepped once per optimiser step; None uses linear warm-up
+        optimizer: Creates the optimizer from parameter groups.
+        scheduler: Creates a learning-rate schedule that is stepped once per optimiser step; None uses linear warm-up
             followed by a half cosine to zero at the last step.
-        warmup: share of the steps in which the default schedule warms up.
-        select: weights to finish with: those after the last epoch, or those with the lowest validation loss.
-        survival: settings of fault tolerance: checkpoints, non-finite losses, hangs.
+        warmup: Share of the steps in which the default schedule warms up.
+        select: Weights to finish with: those after the last epoch, or those with the lowest validation loss.
+        survival: Settings of fault tolerance: checkpoints, non-finite losses, hangs.
     """
 
     compute = ComputeSettings()
@@ -217,9 +217,9 @@ class TrainedTask(StageTask):
         A custom scheduler counts optimiser steps, whose number has changed, so it cannot be adjusted.
 
         Args:
-            step: optimiser steps so far.
-            in_epoch: steps remaining in the current epoch.
-            per_epoch: steps of a complete epoch.
+            step: Optimiser steps so far.
+            in_epoch: Steps remaining in the current epoch.
+            per_epoch: Steps of a complete epoch.
         """
         epochs, most = self.trainer.max_epochs or 0, self.trainer.max_steps
         if self.rate_schedule is None:
@@ -246,7 +246,7 @@ class TrainedTask(StageTask):
 
         Args:
             rows: (b,) manifest rows.
-            purpose: distinguishes several draws for one row; empty for the augmentation.
+            purpose: Distinguishes several draws for one row; empty for the augmentation.
         """
         return [seed_of(self.current_epoch, row, *purpose) for row in rows.tolist()]
 
@@ -287,8 +287,8 @@ class TrainedTask(StageTask):
 
         Args:
             terms: () each, of the global batch, the same on every rank.
-            split: split of the batch.
-            rows: rows of the global batch, the weight of the terms in the mean.
+            split: Split of the batch.
+            rows: Rows of the global batch, the weight of the terms in the mean.
         """
         self._means[split].add(terms, rows)
 
@@ -344,7 +344,7 @@ def check_volume_spec(artefact: Artefact, datamodule: CTDataModule) -> None:
     """Check that volumes are preprocessed as in the encoder's training.
 
     Raises:
-        InputError: spacing, shape or window differ.
+        InputError: Spacing, shape or window differ.
     """
     require_same(
         "the volume spec of this stage", hash_json(datamodule.volume.to_config()),
@@ -373,8 +373,8 @@ def decay_groups(module: nn.Module, without: Iterable[Tensor] = ()) -> list[dict
     """Return trainable parameters in two groups: matrices with weight decay, and vectors and scalars without.
 
     Args:
-        module: the module.
-        without: parameters to exclude.
+        module: The module.
+        without: Parameters to exclude.
     """
     excluded = {id(parameter) for parameter in without}
 

@@ -20,7 +20,7 @@ def check_micro_batch(micro_batch: int | None) -> None:
     """Check the size of a micro-batch.
 
     Raises:
-        InputError: the size is below 1.
+        InputError: The size is below 1.
     """
     if micro_batch is not None and micro_batch < 1:
         raise InputError(
@@ -33,10 +33,10 @@ def on_host(batch: CTBatch, storage: HostStorage, move: Callable[[CTBatch], CTBa
     """Move a batch to the device, except its volumes.
 
     Args:
-        batch: on the host.
-        storage: type of the waiting volumes. float16 halves their memory; its error on values in [-1, 1] is at most
+        batch: On the host.
+        storage: Type of the waiting volumes. float16 halves their memory; its error on values in [-1, 1] is at most
             2^-12, which is 0.25 HU in a window of 2,000 HU (**ours**).
-        move: moves a batch to the device.
+        move: Moves a batch to the device.
     """
     volume = batch.volume
     if storage == "float16":
@@ -67,12 +67,12 @@ def encode_in_micro_batches(
     """Encode a batch whose volumes are on the host.
 
     Args:
-        encode: returns tensors (b, ...) of a batch on the device; see `encode_cached` for its constraints.
-        batch: volumes on the host, the rest on the device.
-        micro_batch: volumes on the device at once.
-        parameters: trainable parameters of `encode`.
-        device: device of the model.
-        dtype: type of the volumes passed to `encode`.
+        encode: Returns tensors (b, ...) of a batch on the device; see `encode_cached` for its constraints.
+        batch: Volumes on the host, the rest on the device.
+        micro_batch: Volumes on the device at once.
+        parameters: Trainable parameters of `encode`.
+        device: Device of the model.
+        dtype: Type of the volumes passed to `encode`.
 
     Returns:
         The tensors of `encode`, each (B, ...), with the gradients of encoding all rows at once.

@@ -18,9 +18,9 @@ class SurvivalSettings:
     """Fault tolerance of a training stage; the settings have no effect on a run without faults.
 
     Attributes:
-        checkpoint_minutes: minutes between checkpoints within an epoch; one is also written after every epoch.
-        largest_skips: consecutive steps with a non-finite loss or gradient after which the run fails.
-        hang_minutes: minutes without progress after which the run fails and reports the hung rank; 0 disables it.
+        checkpoint_minutes: Minutes between checkpoints within an epoch; one is also written after every epoch.
+        largest_skips: Consecutive steps with a non-finite loss or gradient after which the run fails.
+        hang_minutes: Minutes without progress after which the run fails and reports the hung rank; 0 disables it.
 
     Raises:
         InputError: a value is out of range.

@@ -13,8 +13,8 @@ def fused_on(device: torch.device, optimizer: Optimizer) -> Optimizer:
     """Return the optimizer with fused kernels, if `device` supports them and the settings do not choose otherwise.
 
     Args:
-        device: device of the parameters.
-        optimizer: an optimizer before its first step. Adam and AdamW are recreated with `fused=True`, unless `fused`,
+        device: Device of the parameters.
+        optimizer: An optimizer before its first step. Adam and AdamW are recreated with `fused=True`, unless `fused`,
             `foreach`, `capturable` or `differentiable` is set. Other optimizers are returned unchanged.
     """
     defaults = optimizer.defaults

@@ -114,18 +114,18 @@ def encode_cached(
     augmentation.
 
     Args:
-        encode: returns the same number of tensors (b, ...) for each micro-batch: features, or per-row loss terms. It is
+        encode: Returns the same number of tensors (b, ...) for each micro-batch: features, or per-row loss terms. It is
             called twice per micro-batch. So its randomness must come from torch's generators, running statistics are
             updated twice, and it must not communicate with other ranks. It should move inputs to the device.
-        micro_batches: inputs of `encode`, each of any size.
-        parameters: trainable parameters of `encode`; frozen ones are skipped, and no other tensor gets a gradient.
-        device: device of `encode`, whose random state is replayed.
+        micro_batches: Inputs of `encode`, each of any size.
+        parameters: Trainable parameters of `encode`; frozen ones are skipped, and no other tensor gets a gradient.
+        device: Device of `encode`, whose random state is replayed.
 
     Returns:
         The tensors of `encode`, each (sum of b, ...).
 
     Raises:
-        ValueError: there is no micro-batch, or no trainable parameter.
+        ValueError: There is no micro-batch, or no trainable parameter.
     """
     trainable = tuple(parameter for parameter in parameters if parameter.requires_grad)
     if not len(micro_batches) or not trainable:

@@ -14,8 +14,8 @@ def layer_groups(encoder: CTEncoder, decay: float) -> list[dict[str, Any]]:
     """Return the parameter groups of an encoder whose head has factor 1.
 
     Args:
-        encoder: an encoder of L layers, ordered from the input.
-        decay: learning rate of a layer relative to the next layer towards the head.
+        encoder: An encoder of L layers, ordered from the input.
+        decay: Learning rate of a layer relative to the next layer towards the head.
 
     Returns:
         Groups with `lr_factor` = decay^(L - l) for layer l = 0 ... L - 1; parameters outside all layers are treated as

@@ -21,8 +21,8 @@ def features_key(encoder: str, manifest: str) -> str:
     """Return the key that identifies features.
 
     Args:
-        encoder: fingerprint of the artefact that contains the encoder.
-        manifest: fingerprint of the manifest.
+        encoder: Fingerprint of the artefact that contains the encoder.
+        manifest: Fingerprint of the manifest.
     """
     return hash_json([encoder, manifest])
 

@@ -22,10 +22,10 @@ def predict_rows(trainer: L.Trainer, task: L.LightningModule, loader: Any, rows:
     """Run `predict_step` over a loader and join the outputs of all ranks.
 
     Args:
-        trainer: runs the loop.
-        task: its `predict_step` returns a dict of tensors with one row per image, including `row`.
-        loader: loader of the images.
-        rows: the manifest rows of the loader, in the requested order; repeated images count once.
+        trainer: Runs the loop.
+        task: Its `predict_step` returns a dict of tensors with one row per image, including `row`.
+        loader: Loader of the images.
+        rows: The manifest rows of the loader, in the requested order; repeated images count once.
 
     Returns:
         Each tensor (N, ...) in the order of `rows`, on the CPU; 16-bit floats are converted to float32 for NumPy.
@@ -39,9 +39,9 @@ def join_rows(outputs: Sequence[Any], rows: Sequence[int], device: torch.device)
     """Join the outputs of all ranks for rows that were distributed over them (collective).
 
     Args:
-        outputs: outputs of this rank's batches, at least one: tensors with one row per image by name, including `row`.
-        rows: the manifest rows in the requested order; repeated images count once.
-        device: device to gather on.
+        outputs: Outputs of this rank's batches, at least one: tensors with one row per image by name, including `row`.
+        rows: The manifest rows in the requested order; repeated images count once.
+        device: Device to gather on.
 
     Returns:
         Each tensor (N, ...) in the order of `rows`, on the CPU; 16-bit floats are converted to float32 for NumPy.

@@ -20,9 +20,9 @@ def cut_logs(trainer: L.Trainer, curves: Path, step: int) -> Path:
     starts a new file in a resumed run; TensorBoard purges later steps.
 
     Args:
-        trainer: the trainer with its loggers.
-        curves: the CSV logger's table.
-        step: number of optimiser steps to keep.
+        trainer: The trainer with its loggers.
+        curves: The CSV logger's table.
+        step: Number of optimiser steps to keep.
 
     Returns:
         The file of the kept rows, for `join_history`.

@@ -36,10 +36,10 @@ class CacheSettings:
     stage remains complete, or resumes, under other limits.
 
     Attributes:
-        memory_gb: gigabytes in memory, per rank.
-        disk_gb: gigabytes on disk, per machine, whose ranks share one file. At most half of the free space is used; 0
+        memory_gb: Gigabytes in memory, per rank.
+        disk_gb: Gigabytes on disk, per machine, whose ranks share one file. At most half of the free space is used; 0
             disables the disk.
-        folder: folder of that file; None uses the stage's folder. A local disk is faster than a shared file system.
+        folder: Folder of that file; None uses the stage's folder. A local disk is faster than a shared file system.
 
     Raises:
         InputError: a limit is negative.
@@ -62,7 +62,7 @@ class RowFeatures:
     Entries are never evicted: repeated sweeps over more rows than fit would miss every time.
 
     Args:
-        settings: the limits. The disk is used once `open_disk` has been called.
+        settings: The limits. The disk is used once `open_disk` has been called.
     """
 
     def __init__(self, settings: CacheSettings = CacheSettings()) -> None:
@@ -77,8 +77,8 @@ class RowFeatures:
         """Also use the disk (collective). The file is unlinked at once, and freed on `close` or at the process's end.
 
         Args:
-            trainer: provides the ranks and the stage's folder.
-            rows: the manifest rows that are used repeatedly; they are assigned places on disk in this order.
+            trainer: Provides the ranks and the stage's folder.
+            rows: The manifest rows that are used repeatedly; they are assigned places on disk in this order.
         """
         if self._scratch is None:
             folder = Path(self.settings.folder) if self.settings.folder is not None else None
@@ -89,7 +89,7 @@ class RowFeatures:
 
         Args:
             rows: b manifest rows, at least one.
-            compute: returns the features (1, ...) of one position in `rows`, which is passed as a slice so that tensors on
+            compute: Returns the features (1, ...) of one position in `rows`, which is passed as a slice so that tensors on
                 a GPU are sliced there; called for rows that are not cached.
         """
         loads = (partial(self._load, row, place, compute) for place, row in enumerate(rows))
@@ -110,7 +110,7 @@ class RowFeatures:
         """Print the contents of the cache once, on rank zero, after it has been used.
 
         Args:
-            what: name of the stage and of the features.
+            what: Name of the stage and of the features.
         """
         if self._row_bytes and not self._reported:
             self._reported = True
@@ -141,11 +141,11 @@ class ReportFeatures:
     """Embed reports, or views of them, with a frozen encoder.
 
     Attributes:
-        whole: the cache of complete reports' features.
+        whole: The cache of complete reports' features.
 
     Args:
-        encoder: encoder of the reports; not part of the stage's checkpoints.
-        memory_gb: size of the cache in gigabytes, at 4 D_t bytes per row (2 KB at D_t = 512). Features that do not fit are
+        encoder: Encoder of the reports; not part of the stage's checkpoints.
+        memory_gb: Size of the cache in gigabytes, at 4 D_t bytes per row (2 KB at D_t = 512). Features that do not fit are
             recomputed.
     """
 

@@ -37,12 +37,12 @@ class RowScratch:
     it: neither a full disk nor another rank that stops writing changes a result.
 
     Args:
-        path: an existing file created by `create`.
-        rows: the manifest rows that are assigned a place, in order of priority; the same on every rank.
-        limit_bytes: maximum size of the file; rows whose place is beyond it are not stored.
+        path: An existing file created by `create`.
+        rows: The manifest rows that are assigned a place, in order of priority; the same on every rank.
+        limit_bytes: Maximum size of the file; rows whose place is beyond it are not stored.
 
     Raises:
-        OSError: the file cannot be opened.
+        OSError: The file cannot be opened.
     """
 
     def __init__(self, path: Path, rows: Sequence[int], limit_bytes: int) -> None:
@@ -58,7 +58,7 @@ class RowScratch:
         """Create an empty file with places for `rows` rows.
 
         Raises:
-            OSError: the file cannot be written.
+            OSError: The file cannot be written.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(bytes(_header_bytes(rows)))
@@ -87,8 +87,8 @@ class RowScratch:
         On an error (full disk, quota), the file is truncated to free its space, and closed with a warning.
 
         Args:
-            row: manifest row.
-            tensor: contiguous tensor on the CPU; not stored if shape or type differ from the first call.
+            row: Manifest row.
+            tensor: Contiguous tensor on the CPU; not stored if shape or type differ from the first call.
         """
         if self._like is None:
             self._like = torch.empty_like(tensor)
@@ -142,10 +142,10 @@ def open_scratch(trainer: L.Trainer, folder: Path | None, disk_gb: float, rows: 
     """Open one file for all ranks of this machine (collective).
 
     Args:
-        trainer: provides the machines; its `default_root_dir` is the stage's folder.
-        folder: folder of the file; None uses the stage's folder.
-        disk_gb: maximum size in gigabytes, at most half of the free space; 0 opens no file.
-        rows: see `RowScratch`.
+        trainer: Provides the machines; its `default_root_dir` is the stage's folder.
+        folder: Folder of the file; None uses the stage's folder.
+        disk_gb: Maximum size in gigabytes, at most half of the free space; 0 opens no file.
+        rows: See `RowScratch`.
 
     Returns:
         The file, or None, with a warning, if it cannot be created.

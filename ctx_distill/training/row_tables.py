@@ -23,16 +23,16 @@ class RowTables:
     it is freed with the table or with the process. Its space is allocated in advance, so that a full disk fails early.
 
     Attributes:
-        held_bytes: bytes of tables in memory.
-        mapped_bytes: bytes of tables in files.
+        held_bytes: Bytes of tables in memory.
+        mapped_bytes: Bytes of tables in files.
     """
 
     def __init__(self, memory_gb: float, folder: Path | None = None) -> None:
         """Set the limit.
 
         Args:
-            memory_gb: gigabytes of tables in memory, per rank.
-            folder: folder of the mapped files; None keeps all tables in memory.
+            memory_gb: Gigabytes of tables in memory, per rank.
+            folder: Folder of the mapped files; None keeps all tables in memory.
         """
         self.limit_bytes, self.folder = memory_gb * 1e9, folder
         self.held_bytes = self.mapped_bytes = 0
@@ -41,11 +41,11 @@ class RowTables:
         """Concatenate parts (n, ...) into a table (rows, ...) on the CPU.
 
         Args:
-            rows: total number of rows.
-            parts: at least one part, all of the same type.
+            rows: Total number of rows.
+            parts: At least one part, all of the same type.
 
         Raises:
-            ValueError: the parts have another total number of rows.
+            ValueError: The parts have another total number of rows.
         """
         table, at = None, 0
         for part in parts:

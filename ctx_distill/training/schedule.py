@@ -15,8 +15,8 @@ class WarmupCosine:
     attributes of this object in its state.
 
     Args:
-        steps: optimiser steps of the training.
-        warmup: warm-up steps.
+        steps: Optimiser steps of the training.
+        warmup: Warm-up steps.
     """
 
     def __init__(self, steps: int, warmup: int) -> None:
@@ -35,10 +35,10 @@ class WarmupCosine:
         """Distribute the rest of the schedule over the remaining steps.
 
         Args:
-            step: optimiser steps so far.
-            in_epoch: steps remaining in the current epoch.
-            later: steps of the epochs after it.
-            epoch_ends: training progress, in [0, 1], at the end of the current epoch.
+            step: Optimiser steps so far.
+            in_epoch: Steps remaining in the current epoch.
+            later: Steps of the epochs after it.
+            epoch_ends: Training progress, in [0, 1], at the end of the current epoch.
         """
         end = self.steps * epoch_ends if later else float(self.steps)
         self.marks = [[float(step), self.position(step)], [float(step + in_epoch), end]]

@@ -39,8 +39,8 @@ class FullyShardedStrategy(ModelParallelStrategy):
         """Configure the strategy.
 
         Args:
-            process_group_backend: nccl or gloo; None chooses by the device.
-            timeout_minutes: timeout of collectives.
+            process_group_backend: NCCL or gloo; None chooses by the device.
+            timeout_minutes: Timeout of collectives.
         """
         super().__init__(
             save_distributed_checkpoint=False,
@@ -64,7 +64,7 @@ class Shards:
         """Shard the task's trained encoders in place (collective).
 
         Args:
-            task: the task; its trainable weights are first broadcast from rank 0.
+            task: The task; its trainable weights are first broadcast from rank 0.
             mesh: a one-dimensional mesh.
         """
         _make_known_to_fsdp()
@@ -111,10 +111,10 @@ def shard_for_training(task: L.LightningModule, unfit: dict[str, bool]) -> Shard
 
     Args:
         task: a task that is attached to its trainer.
-        unfit: settings that are incompatible with sharded weights, by name, and whether they are enabled.
+        unfit: Settings that are incompatible with sharded weights, by name, and whether they are enabled.
 
     Raises:
-        InputError: an incompatible setting is enabled, or the strategy is Lightning's model-parallel strategy.
+        InputError: An incompatible setting is enabled, or the strategy is Lightning's model-parallel strategy.
     """
     trainer = task.trainer
     strategy = trainer.strategy

@@ -125,7 +125,7 @@ def test_a_full_disk_is_said_and_the_next_scan_is_taken(tmp_path: Path) -> None:
         key = one.new()
         status, _, body = one.ask("PUT", f"/api/sessions/{key}/scan?name=a.nii.gz", b"\x1f\x8b" + bytes(100_000))
         assert status == 507
-        assert "cannot be kept" in json.loads(body)["detail"]
+        assert "cannot be stored" in json.loads(body)["detail"]
         assert not list(one.scratch.glob("ctx-distill-explorer-*/*/received"))
         resource.prlimit(one.process.pid, resource.RLIMIT_FSIZE, before)
         assert one.send(nifti_bytes(VOXELS))[1]["state"] == "done"

@@ -106,7 +106,7 @@ def test_words_of_a_difference() -> None:
 def test_what_cannot_be_compared_has_no_difference(two: tuple[Path, Path], tmp_path: Path) -> None:
     one, other = two
     record(other, {"macro_auroc": 0.5})
-    assert found(MACRO, one, other) == "the file gives another figure than metrics.json"
+    assert found(MACRO, one, other) == "the file does not match metrics.json"
     assert found("expert.macro_auroc", one, other) == paired.NO_FILE
     # Another cohort: a label of a test study differs.
     info = json.loads((other / "run.json").read_text())
@@ -167,7 +167,7 @@ def test_the_page_by_the_command(two: tuple[Path, Path], tmp_path: Path, capsys:
     assert main(["compare", str(two[0]), "--out", str(out)]) == 2
     assert main(["compare", str(two[0]), str(two[0])]) == 2
     assert main(["compare", str(two[0]), str(tmp_path / "none")]) == 2
-    assert "expected 2 to 6" in capsys.readouterr().err
+    assert "compare needs 2 to 6" in capsys.readouterr().err
     with pytest.raises(InputError, match="got the same run twice"):
         build_compare_page([two[0], two[0] / ".." / "one"], out)
 

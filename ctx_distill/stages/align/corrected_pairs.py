@@ -41,18 +41,18 @@ class CorrectedPairs:
     late because of it is counted from then on.
 
     Attributes:
-        kinds: evidence in use.
-        tables: by the reason for keeping a pair: `key` (the two study codes), `order` (of the pair when it was
+        kinds: Evidence in use.
+        tables: By the reason for keeping a pair: `key` (the two study codes), `order` (of the pair when it was
             strongest), counts, and a value per kind of evidence.
-        totals: unordered pairs of images suspected and corrected so far, over all batches.
+        totals: Unordered pairs of images suspected and corrected so far, over all batches.
     """
 
     def __init__(self, kinds: Sequence[str], kept: Mapping[str, int] = KEPT) -> None:
         """Create empty tables.
 
         Args:
-            kinds: evidence in use (`EvidenceKind`).
-            kept: number of pairs to keep per table.
+            kinds: Evidence in use (`EvidenceKind`).
+            kept: Number of pairs to keep per table.
         """
         self.kinds, self.kept = tuple(kinds), dict(kept)
         self.tables = {why: self._nothing() for why in self.kept}
@@ -78,12 +78,12 @@ class CorrectedPairs:
         """Record the pairs of a global batch.
 
         Args:
-            correction: the correction of the batch.
+            correction: The correction of the batch.
             evidence: (B, B) by kind.
             study: (B,) int64, gathered.
             labels: (B, F) gathered, 1, 0, -1 or NaN; None without labels.
             contradicted: (B, B) bool, the pairs whose labels differ (`contradictions`); None without labels.
-            epoch: current epoch.
+            epoch: Current epoch.
         """
         order, twice = correction.order, torch.stack([correction.suspected, correction.corrected])
         if "ema" in self.kinds:  # the only evidence that is not symmetric
@@ -174,8 +174,8 @@ class CorrectedPairs:
         """Return the kept pairs, one row per pair (`align/corrected.csv`, docs/contracts.md).
 
         Args:
-            studies: study ids by study code.
-            thresholds: final threshold per kind.
+            studies: Study ids by study code.
+            thresholds: Final threshold per kind.
         """
         why: dict[int, list[str]] = {}
         held: dict[int, dict[str, Any]] = {}
@@ -213,7 +213,7 @@ def _score(why: str, order: Any) -> Any:
     """Return the sort key of a table, largest first: the pair's order; for `borderline`, the weakest pair first.
 
     Args:
-        why: the table.
+        why: The table.
         order: int64 of `pair_order`, a tensor or an array, without negative values.
     """
     return ((STEPS - (order >> HASH_BITS)) << HASH_BITS) | (order & _HASH) if why == "borderline" else order

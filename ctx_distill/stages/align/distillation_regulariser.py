@@ -24,10 +24,10 @@ class DistillationRegulariserSettings:
     """Settings of the distillation regulariser, which is added to the contrastive loss with `weight`.
 
     Attributes:
-        weight: weight of the term; 0 disables it.
+        weight: Weight of the term; 0 disables it.
         projection: w_p, weight of the CT's own projection in the target, relative to 1 for the retrieved X-rays; 0
             disables it. A value above 0 requires `data.init_args.projection=true`.
-        k: retrieved X-rays, averaged with equal weights.
+        k: Retrieved X-rays, averaged with equal weights.
     """
 
     weight: float = 0.0
@@ -42,7 +42,7 @@ class DistillationRegulariser:
 
     Attributes:
         retrieved: (N, D_v) u* of the training rows, 4 D_v bytes each.
-        projection: computes u', with a bounded cache.
+        projection: Computes u', with a bounded cache.
     """
 
     def __init__(
@@ -56,11 +56,11 @@ class DistillationRegulariser:
         """Look up all training reports.
 
         Args:
-            settings: the settings of the term.
-            reports: reports of the training rows.
-            store: the X-ray index.
-            space: dimension of the image features that the term is applied to.
-            memory_gb: see `ProjectionTeacher`.
+            settings: The settings of the term.
+            reports: Reports of the training rows.
+            store: The X-ray index.
+            space: Dimension of the image features that the term is applied to.
+            memory_gb: See `ProjectionTeacher`.
 
         Raises:
             InputError: `space` differs from the dimension of the X-rays' features.
@@ -79,7 +79,7 @@ class DistillationRegulariser:
         """Return the targets of a batch, (b, D_v) unit rows on its device.
 
         Raises:
-            InputError: the settings need projections but the batch contains none.
+            InputError: The settings need projections but the batch contains none.
         """
         target = self.retrieved[self.reports.places(batch.row)].to(batch.row.device)
         if self.settings.projection > 0:

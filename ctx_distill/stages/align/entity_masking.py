@@ -25,12 +25,12 @@ class MaskingSettings:
 
     Attributes:
         weight: w_efm; 0 disables the term.
-        entity_rate: probability that an entity is chosen.
-        word_rate: probability that another word is chosen.
-        entities: kinds of words that count as entities.
-        vocabulary: vocabulary of the findings; name or YAML file.
-        layers: layers of cross-attention to the CT's tokens.
-        heads: heads per layer.
+        entity_rate: Probability that an entity is chosen.
+        word_rate: Probability that another word is chosen.
+        entities: Kinds of words that count as entities.
+        vocabulary: Vocabulary of the findings; name or YAML file.
+        layers: Layers of cross-attention to the CT's tokens.
+        heads: Heads per layer.
     """
 
     weight: float = 0.0
@@ -105,8 +105,8 @@ class EntityMasking(nn.Module):
         """Build the head.
 
         Args:
-            settings: see `MaskingSettings`.
-            encoder: the text encoder that `forward` will be called with.
+            settings: See `MaskingSettings`.
+            encoder: The text encoder that `forward` will be called with.
             token_dim: D_c.
             num_tokens: T.
 
@@ -133,7 +133,7 @@ class EntityMasking(nn.Module):
         """Mask reports. Of a report longer than the context, one random chunk is used.
 
         Args:
-            encoder: the text encoder.
+            encoder: The text encoder.
             reports: B reports.
             seeds: B seeds; a report's draws depend on its seed only.
         """
@@ -165,7 +165,7 @@ class EntityMasking(nn.Module):
         """Return the sums and counts per report for `masked_language_loss`.
 
         Args:
-            encoder: the text encoder; the masked reports need a separate forward pass.
+            encoder: The text encoder; the masked reports need a separate forward pass.
             reports: B reports.
             seeds: B seeds; see `mask`.
             tokens: (B, T, D_c), tokens of the CTs.

@@ -54,15 +54,15 @@ class RobustSettings:
     """How false negatives are identified and corrected (RoCo; thresholds and evidence are **ours**).
 
     Attributes:
-        evidence: enabled kinds of evidence; an empty tuple gives plain InfoNCE.
+        evidence: Enabled kinds of evidence; an empty tuple gives plain InfoNCE.
         mode: `relabel`, `mask` or `soft`.
-        combine: whether a pair must pass the threshold of `any` or of `all` kinds.
-        quantile: share of training pairs below the threshold of cosine evidence.
-        thresholds: absolute thresholds by kind, which override the quantile.
-        weight: weight of a relabelled pair, relative to 1 for a true pair.
-        warmup_epochs: epochs in which pairs are identified but not corrected.
-        vocabulary: findings to extract from the texts.
-        ema_decay: decay of the moving average that provides the evidence `ema`.
+        combine: Whether a pair must pass the threshold of `any` or of `all` kinds.
+        quantile: Share of training pairs below the threshold of cosine evidence.
+        thresholds: Absolute thresholds by kind, which override the quantile.
+        weight: Weight of a relabelled pair, relative to 1 for a true pair.
+        warmup_epochs: Epochs in which pairs are identified but not corrected.
+        vocabulary: Findings to extract from the texts.
+        ema_decay: Decay of the moving average that provides the evidence `ema`.
     """
 
     evidence: tuple[EvidenceKind, ...] = ("report",)
@@ -79,7 +79,7 @@ class RobustSettings:
         """Return whether evidence `ema` is enabled.
 
         Raises:
-            InputError: its threshold is a quantile, but there is no warm-up after which to measure it.
+            InputError: Its threshold is a quantile, but there is no warm-up after which to measure it.
         """
         if "ema" not in self.evidence:
             return False
@@ -99,11 +99,11 @@ class FalseNegatives:
     the scores of an untrained model say nothing about later ones; until then `ema` suspects no pair (**ours**).
 
     Attributes:
-        settings: see `RobustSettings`.
-        thresholds: thresholds of the frozen kinds.
-        moving_average: provides `ema`, or None.
-        counts: counts of the current epoch, for logging; kept on the device to avoid synchronisation.
-        pairs: record of suspected and corrected pairs over the stage.
+        settings: See `RobustSettings`.
+        thresholds: Thresholds of the frozen kinds.
+        moving_average: Provides `ema`, or None.
+        counts: Counts of the current epoch, for logging; kept on the device to avoid synchronisation.
+        pairs: Record of suspected and corrected pairs over the stage.
     """
 
     def __init__(
@@ -116,10 +116,10 @@ class FalseNegatives:
         """Compute the evidence tables and the thresholds.
 
         Args:
-            settings: see `RobustSettings`.
-            reports: reports of the training studies.
-            lookup: retrieves each report's X-ray features.
-            moving_average: provides `ema`.
+            settings: See `RobustSettings`.
+            reports: Reports of the training studies.
+            lookup: Retrieves each report's X-ray features.
+            moving_average: Provides `ema`.
         """
         self.settings, self.reports, self.moving_average = settings, reports, moving_average
         self.tables: dict[str, Tensor] = {}
@@ -192,9 +192,9 @@ class FalseNegatives:
         """Return the corrected targets of the global batch.
 
         Args:
-            features: gathered `features`.
+            features: Gathered `features`.
             study: (B,) gathered.
-            epoch: current epoch; nothing is corrected in the first `warmup_epochs`.
+            epoch: Current epoch; nothing is corrected in the first `warmup_epochs`.
 
         Returns:
             The correction, and the suspected pairs (B, B) bool.
@@ -245,9 +245,9 @@ class FalseNegatives:
             text: (B, D) gathered.
             logit_scale: (), exponentiated.
             study: (B,) gathered.
-            batch: this rank's rows.
-            epoch: current epoch.
-            chunk: see `contrastive_loss`; the corrections always take (B, B).
+            batch: This rank's rows.
+            epoch: Current epoch.
+            chunk: See `contrastive_loss`; the corrections always take (B, B).
 
         Returns:
             See `contrastive_loss`.

@@ -30,9 +30,9 @@ class MovingAverage(AveragedModel):
         """Copy the model.
 
         Args:
-            model: the model to average.
-            decay: weight of the old average per update.
-            threshold: the threshold, if it is known in advance.
+            model: The model to average.
+            decay: Weight of the old average per update.
+            threshold: The threshold, if it is known in advance.
         """
         super().__init__(model, multi_avg_fn=get_ema_multi_avg_fn(decay))  # type: ignore[no-untyped-call]
         self.requires_grad_(False)

@@ -17,8 +17,8 @@ class SoftTargetSettings:
     """Settings of targets that are a softmax of report similarities (`ctx_distill.losses.soft_targets`).
 
     Attributes:
-        weight: weight of the softmax; the true pairs have 1 - weight.
-        temperature: temperature of the softmax; None uses the expert's.
+        weight: Weight of the softmax; the true pairs have 1 - weight.
+        temperature: Temperature of the softmax; None uses the expert's.
     """
 
     weight: float = 0.2
@@ -29,7 +29,7 @@ def check_objective(objective: Objective, robust: RobustSettings) -> None:
     """Check that false negatives are corrected with InfoNCE only.
 
     Raises:
-        InputError: the objective is not InfoNCE, and evidence of false negatives is enabled.
+        InputError: The objective is not InfoNCE, and evidence of false negatives is enabled.
     """
     if objective != "infonce" and robust.evidence:
         raise InputError(
@@ -42,7 +42,7 @@ def soft_target_temperature(settings: SoftTargetSettings, expert: XrayExpert) ->
     """Return the temperature of the soft targets.
 
     Raises:
-        InputError: no temperature is set and the expert has none, or a setting is out of range.
+        InputError: No temperature is set and the expert has none, or a setting is out of range.
     """
     if not 0 <= settings.weight <= 1 or (settings.temperature is not None and settings.temperature <= 0):
         raise InputError(

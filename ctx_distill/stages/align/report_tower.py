@@ -21,15 +21,15 @@ class TextSettings:
         tower: `expert`: a copy of the X-ray expert's text tower, whose space the student was distilled into; `bert`: any
             BERT-like folder or hub repository; `scratch`: a small BERT whose WordPiece vocabulary is trained on the
             manifest's `train` reports.
-        trainable: whether the tower is trained.
-        lr_factor: learning rate relative to that of the CT encoder.
-        source: folder or hub name of `bert`.
-        revision: pinned commit of a hub source.
-        width: width of `scratch`.
-        layers: layers of `scratch`.
-        vocab_size: vocabulary size of `scratch`.
-        context_length: context length of `bert` and `scratch`, in tokens.
-        projection_dim: width of the joint space; None uses the text tower's.
+        trainable: Whether the tower is trained.
+        lr_factor: Learning rate relative to that of the CT encoder.
+        source: Folder or hub name of `bert`.
+        revision: Pinned commit of a hub source.
+        width: Width of `scratch`.
+        layers: Layers of `scratch`.
+        vocab_size: Vocabulary size of `scratch`.
+        context_length: Context length of `bert` and `scratch`, in tokens.
+        projection_dim: Width of the joint space; None uses the text tower's.
     """
 
     tower: Literal["expert", "bert", "scratch"] = "expert"
@@ -48,12 +48,12 @@ def build_report_tower(settings: TextSettings, expert: tuple[str, str | None], t
     """Build the report tower.
 
     Args:
-        settings: settings of the tower.
-        expert: folder or hub name of the X-ray expert, and its revision.
-        train: the training rows, whose reports the vocabulary of `scratch` is trained on.
+        settings: Settings of the tower.
+        expert: Folder or hub name of the X-ray expert, and its revision.
+        train: The training rows, whose reports the vocabulary of `scratch` is trained on.
 
     Raises:
-        InputError: the source cannot be loaded, or `bert` has no source.
+        InputError: The source cannot be loaded, or `bert` has no source.
     """
     if settings.tower == "expert":
         return ExpertTextEncoder.from_expert(*expert, trainable=settings.trainable)

@@ -53,36 +53,36 @@ class AlignmentTask(TrainedTask):
     """Align CT and report with a contrastive loss over the global batch: robust InfoNCE, or a baseline objective.
 
     Args:
-        expert: folder or hub name of the X-ray expert, whose frozen text tower provides the evidence.
-        index: folder of the stage-1 artefact.
-        text: the report tower.
-        student: folder of the stage-2 artefact; None starts from `encoder` instead.
-        encoder: the CT encoder if there is no student.
-        expert_revision: pinned commit of a hub expert.
+        expert: Folder or hub name of the X-ray expert, whose frozen text tower provides the evidence.
+        index: Folder of the stage-1 artefact.
+        text: The report tower.
+        student: Folder of the stage-2 artefact; None starts from `encoder` instead.
+        encoder: The CT encoder if there is no student.
+        expert_revision: Pinned commit of a hub expert.
         objective: `infonce`, with the corrections of `robust`; or, without corrections, `siglip` (the pairwise sigmoid
             loss) or `soft-targets` (InfoNCE against a softmax of report similarities).
-        soft_targets: settings of `soft-targets`.
-        robust: how false negatives are identified and corrected.
-        keep: the distillation regulariser.
-        prior: the projection prior, added to the image features after training.
+        soft_targets: Settings of `soft-targets`.
+        robust: How false negatives are identified and corrected.
+        keep: The distillation regulariser.
+        prior: The projection prior, added to the image features after training.
         neighbours: X-rays mixed into the evidence `retrieved`.
-        subset_share: probability that a step reduces a report to a random subset of its sentences, at least one.
-        augmentation: augmentation of the volumes.
-        chunk: rows of logits computed at once; None computes all.
-        micro_batch: volumes encoded at once per rank, with the gradients of the complete batch
+        subset_share: Probability that a step reduces a report to a random subset of its sentences, at least one.
+        augmentation: Augmentation of the volumes.
+        chunk: Rows of logits computed at once; None computes all.
+        micro_batch: Volumes encoded at once per rank, with the gradients of the complete batch
             (`ctx_distill.training.gradient_cache`). Only the features' memory then grows with the batch. None encodes the
             complete batch at once.
-        storage: type of the volumes that wait on the host if `micro_batch` is set.
-        masking: entity-focused masking, in addition to the contrastive loss; needs a trainable bidirectional text tower.
-        cache_gb: memory per rank, in gigabytes, of the training reports' tables (embeddings, retrieved features), 2 KB
+        storage: Type of the volumes that wait on the host if `micro_batch` is set.
+        masking: Entity-focused masking, in addition to the contrastive loss; needs a trainable bidirectional text tower.
+        cache_gb: Memory per rank, in gigabytes, of the training reports' tables (embeddings, retrieved features), 2 KB
             per row and table at 512 dimensions; tables that do not fit are memory-mapped files in the stage's folder.
             Also the size of the cache of projection features (`keep.projection`); features that do not fit are recomputed.
-        optimizer: see `TrainedTask`.
-        scheduler: see `TrainedTask`.
-        warmup: see `TrainedTask`.
-        select: see `TrainedTask`.
-        survival: see `TrainedTask`.
-        compute: memory and speed of the CT encoder in training.
+        optimizer: See `TrainedTask`.
+        scheduler: See `TrainedTask`.
+        warmup: See `TrainedTask`.
+        select: See `TrainedTask`.
+        survival: See `TrainedTask`.
+        compute: Memory and speed of the CT encoder in training.
     """
 
     def __init__(

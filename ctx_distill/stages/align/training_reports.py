@@ -34,9 +34,9 @@ class TrainingReports:
 
         Args:
             train: N images.
-            expert: the frozen expert, on the device to compute on.
-            queries: encoder of the index's queries: the expert, or the index's separate report encoder.
-            tables: allocates the tables with one row per study, 4 D bytes each (2 KB at D = 512): `embeddings`, and
+            expert: The frozen expert, on the device to compute on.
+            queries: Encoder of the index's queries: the expert, or the index's separate report encoder.
+            tables: Allocates the tables with one row per study, 4 D bytes each (2 KB at D = 512): `embeddings`, and
                 every result of `retrieved`. None keeps them in memory.
         """
         rows = train.rows.tolist()

@@ -20,9 +20,9 @@ class LossSettings:
     Attributes:
         kind: `weighted` multiplies the terms of positives by negatives / positives in `train`, clamped to 1 ... 10;
             `plain` uses no weights; `focal` (Lin et al. 2017) down-weights easy labels.
-        gamma: focusing parameter of `focal`: terms are multiplied by (1 - p_t)^gamma.
-        alpha: weight of positives in `focal`; negatives have 1 - alpha. None weights both by 1.
-        mixup: parameter a of Beta(a, a) (Zhang et al. 2018), which mixes volumes and labels within a rank's batch; 0
+        gamma: Focusing parameter of `focal`: terms are multiplied by (1 - p_t)^gamma.
+        alpha: Weight of positives in `focal`; negatives have 1 - alpha. None weights both by 1.
+        mixup: Parameter a of Beta(a, a) (Zhang et al. 2018), which mixes volumes and labels within a rank's batch; 0
             disables it.
 
     Raises:
@@ -48,7 +48,7 @@ def findings_terms(logits: Tensor, targets: Tensor, settings: LossSettings, posi
     Args:
         logits: (B, F).
         targets: (B, F) in [0, 1]; fractional for mixed rows.
-        settings: kind of loss.
+        settings: Kind of loss.
         positive_weight: (F,), used by `weighted`.
 
     Returns:
@@ -75,7 +75,7 @@ def mixup(volume: Tensor, labels: Tensor, a: float, seeds: Sequence[int]) -> tup
     Args:
         volume: (B, ...).
         labels: (B, F).
-        a: above 0.
+        a: Above 0.
         seeds: B seeds; a row's weight depends on its seed only.
 
     Returns:

@@ -40,20 +40,20 @@ class ClassifierTask(TrainedTask):
     """Train a linear probe, or fine-tune the encoder, on the labels 1 and 0; -1 and blank labels are ignored.
 
     Args:
-        model: folder of the stage-3 artefact; None starts from `encoder` instead.
+        model: Folder of the stage-3 artefact; None starts from `encoder` instead.
         mode: `linear` freezes the encoder and computes its features once; `finetune` also trains the encoder.
-        encoder: the CT encoder if there is no model: the supervised baseline, with `finetune`.
-        augmentation: augmentation of the volumes, with `finetune`.
-        loss: settings of the loss; mixup only with `finetune`.
-        layer_decay: learning rate of each encoder layer relative to the next layer towards the head (Clark et al. 2020;
+        encoder: The CT encoder if there is no model: the supervised baseline, with `finetune`.
+        augmentation: Augmentation of the volumes, with `finetune`.
+        loss: Settings of the loss; mixup only with `finetune`.
+        layer_decay: Learning rate of each encoder layer relative to the next layer towards the head (Clark et al. 2020;
             0.65 to 0.9 is usual); 1 uses one rate for all. Only with `finetune`.
-        patience: stop after this many epochs without a lower `val` loss; None disables early stopping.
-        cache: cache of the frozen encoder's pooled features, with `linear`: 4 D_c bytes per volume (3 KB at D_c = 768).
-        optimizer: see `TrainedTask`.
-        scheduler: see `TrainedTask`.
-        warmup: see `TrainedTask`.
-        select: see `TrainedTask`; here, `best` uses the labels of `val`.
-        survival: see `TrainedTask`.
+        patience: Stop after this many epochs without a lower `val` loss; None disables early stopping.
+        cache: Cache of the frozen encoder's pooled features, with `linear`: 4 D_c bytes per volume (3 KB at D_c = 768).
+        optimizer: See `TrainedTask`.
+        scheduler: See `TrainedTask`.
+        warmup: See `TrainedTask`.
+        select: See `TrainedTask`; here, `best` uses the labels of `val`.
+        survival: See `TrainedTask`.
     """
 
     def __init__(

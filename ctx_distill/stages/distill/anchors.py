@@ -24,13 +24,13 @@ class Anchors:
     Args:
         kind: `batch`: the reports of the global batch; `prompts`: findings prompts; `bank`: a random sample of
             the pool's image features.
-        expert: the teacher.
-        store: the X-ray index.
-        bank_size: rows of the bank; at most the pool size.
-        vocabulary: findings of the prompts.
+        expert: The teacher.
+        store: The X-ray index.
+        bank_size: Rows of the bank; at most the pool size.
+        vocabulary: Findings of the prompts.
 
     Raises:
-        InputError: the anchors are texts but the teacher has no joint space, or the bank is too small.
+        InputError: The anchors are texts but the teacher has no joint space, or the bank is too small.
     """
 
     def __init__(
@@ -62,10 +62,10 @@ class Anchors:
         """Return the anchors of a step, (K, D_v).
 
         Args:
-            expert: the teacher, on the device.
+            expert: The teacher, on the device.
             texts: (B, D_v) embeddings of the global batch's reports; used by `batch` only. With fewer than two, the
                 prompts are used instead.
-            device: device of the result.
+            device: Device of the result.
         """
         if self.kind == "batch" and texts is not None and len(texts) > 1:
             return texts

@@ -32,8 +32,8 @@ class TeacherSettings:
     """Weights of the two teachers: u_i = norm(retrieved * u*_i + projection * u'_i).
 
     Attributes:
-        retrieved: weight of the X-rays that the report retrieves (the paper's teacher).
-        projection: weight of the CT's own frontal projection (**ours**); requires `data.init_args.projection=true`. If
+        retrieved: Weight of the X-rays that the report retrieves (the paper's teacher).
+        projection: Weight of the CT's own frontal projection (**ours**); requires `data.init_args.projection=true`. If
             it is above 0, a CT without report text is distilled towards its projection only.
 
     Raises:
@@ -57,20 +57,20 @@ class NeighbourSettings:
 
     Attributes:
         k: X-rays per report; at most the pool size.
-        mode: how they are mixed.
-        temperature: of the modes `softmax` and `sample`.
-        rerank: prefer X-rays whose findings agree with the report's (**ours**); the index must have findings.
-        subset_share: probability that a step queries with a random subset of the report's sentences instead of the
+        mode: How they are mixed.
+        temperature: Of the modes `softmax` and `sample`.
+        rerank: Prefer X-rays whose findings agree with the report's (**ours**); the index must have findings.
+        subset_share: Probability that a step queries with a random subset of the report's sentences instead of the
             complete report (**ours**), which varies the target.
-        control: for the ablation only. `shuffled`: each X-ray is replaced by a random other one. `oracle`: the k X-rays
+        control: For the ablation only. `shuffled`: each X-ray is replaced by a random other one. `oracle`: the k X-rays
             whose labels are most similar to the CT's. The oracle reads labels: it is an upper bound, not a method.
-        control_seed: seed of either control; None uses the run's seed.
-        oracle_manifest: the X-ray manifest that the index was built from, for the pool's labels.
+        control_seed: Seed of either control; None uses the run's seed.
+        oracle_manifest: The X-ray manifest that the index was built from, for the pool's labels.
         lookup: `live` embeds and looks up each step's views of the reports. `static` looks up the complete reports of
             all training and validation rows once, before training, with the same result.
         placement: `replicated`: each rank searches the complete index; on the CPU, ranks of one host share its memory.
             `sharded`: each rank holds a part of the keys and searches it exactly (`ShardedIndex`).
-        device: device of the index; `auto` uses the GPU if FAISS supports it.
+        device: Device of the index; `auto` uses the GPU if FAISS supports it.
 
     Raises:
         InputError: a setting is out of range, or two settings are incompatible.
@@ -114,13 +114,13 @@ class RetrievedTeacher:
     With a sharded index, calls are collective: every rank must make them, even without rows.
 
     Args:
-        store: the X-ray index.
-        settings: how X-rays are retrieved and mixed.
-        vocabulary: findings to extract from the CT reports for the re-rank.
-        queries: embeds the reports as queries of the index.
+        store: The X-ray index.
+        settings: How X-rays are retrieved and mixed.
+        vocabulary: Findings to extract from the CT reports for the re-rank.
+        queries: Embeds the reports as queries of the index.
 
     Raises:
-        InputError: the re-rank is enabled but the index has no findings, or the vocabulary lacks one of them.
+        InputError: The re-rank is enabled but the index has no findings, or the vocabulary lacks one of them.
     """
 
     def __init__(
@@ -146,9 +146,9 @@ class RetrievedTeacher:
 
         Args:
             rows: N manifest rows, the same on every rank.
-            reports: their N complete reports.
-            device: device that embeds the reports.
-            batch: rows per lookup.
+            reports: Their N complete reports.
+            device: Device that embeds the reports.
+            batch: Rows per lookup.
         """
         share = -(-len(rows) // world_size())
         local, parts = slice(rank() * share, (rank() + 1) * share), []
@@ -198,12 +198,12 @@ class OracleTeacher:
     order per CT.
 
     Args:
-        store: the X-ray index.
+        store: The X-ray index.
         settings: k, control_seed and oracle_manifest.
-        finding_names: the columns of the CT's labels.
+        finding_names: The columns of the CT's labels.
 
     Raises:
-        InputError: the index was built from another manifest, or the manifest shares no finding with the CTs.
+        InputError: The index was built from another manifest, or the manifest shares no finding with the CTs.
     """
 
     def __init__(self, store: XrayIndexArtefact, settings: NeighbourSettings, finding_names: Sequence[str]) -> None:
@@ -242,7 +242,7 @@ class OracleTeacher:
         """Return the targets of a batch, (b, D_v) unit rows.
 
         Raises:
-            InputError: the batch contains no labels.
+            InputError: The batch contains no labels.
         """
         if batch.labels is None:
             raise InputError(
@@ -257,10 +257,10 @@ class ProjectionTeacher:
     """Compute u'_i = norm(E_v(projection of V_i)), the frozen expert's embedding of the CT's own projection (**ours**).
 
     Attributes:
-        features: the cache of computed features.
+        features: The cache of computed features.
 
     Args:
-        memory_gb: size of the cache in gigabytes, at 4 D_e bytes per row (2 KB at D_e = 512). Features that do not fit
+        memory_gb: Size of the cache in gigabytes, at 4 D_e bytes per row (2 KB at D_e = 512). Features that do not fit
             are recomputed.
     """
 
@@ -273,7 +273,7 @@ class ProjectionTeacher:
         The projection is computed from the file, before augmentation, so a row's features never change.
 
         Raises:
-            InputError: the batch contains no projections.
+            InputError: The batch contains no projections.
         """
         features = self.features.get(batch.row.tolist(), lambda new: embed_projection(batch, expert, new))
         return features.to(batch.row.device)
@@ -283,7 +283,7 @@ def embed_projection(batch: CTBatch, expert: XrayExpert, places: slice = slice(N
     """Return the expert's features (b, D_e), unit rows, of a batch's projections, or of those at `places`.
 
     Raises:
-        InputError: the batch contains no projections.
+        InputError: The batch contains no projections.
     """
     if batch.projection is None:
         raise InputError(

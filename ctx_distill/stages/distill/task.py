@@ -58,9 +58,9 @@ class DistillationSchedule:
     """Final values of scheduled settings (**ours**); None keeps the initial value.
 
     Attributes:
-        tau_end: final temperature, interpolated geometrically per step.
-        pair_end: final pair-wise weight, interpolated linearly per step.
-        relation_end: final relation weight, interpolated linearly per step.
+        tau_end: Final temperature, interpolated geometrically per step.
+        pair_end: Final pair-wise weight, interpolated linearly per step.
+        relation_end: Final relation weight, interpolated linearly per step.
     """
 
     tau_end: float | None = None
@@ -74,32 +74,32 @@ class DistillationTask(TrainedTask):
     The expert is not a submodule, so it is neither trained nor saved.
 
     Args:
-        encoder: the CT encoder to train.
-        expert: folder or hub name of the X-ray expert.
-        index: folder of the stage-1 artefact.
-        expert_revision: pinned commit of a hub expert.
-        teachers: weights of the retrieved X-rays and of the CT's own projection in the target.
-        neighbours: how X-rays are retrieved and mixed.
-        weights: of the pair-wise and the relation loss.
-        tau: temperature of the relation loss; None uses the expert's.
-        schedule: how temperature and weights change during training. Validation always uses the final values, so that
+        encoder: The CT encoder to train.
+        expert: Folder or hub name of the X-ray expert.
+        index: Folder of the stage-1 artefact.
+        expert_revision: Pinned commit of a hub expert.
+        teachers: Weights of the retrieved X-rays and of the CT's own projection in the target.
+        neighbours: How X-rays are retrieved and mixed.
+        weights: Of the pair-wise and the relation loss.
+        tau: Temperature of the relation loss; None uses the expert's.
+        schedule: How temperature and weights change during training. Validation always uses the final values, so that
             its losses are comparable.
         anchors: `batch`: the report embeddings of the global batch; `prompts`: findings prompts; both need the expert's
             joint space. `bank`: image features of the pool, for an expert without a joint space.
         bank_size: X-rays of the bank.
-        vocabulary: findings of the anchor prompts, and findings that the re-rank extracts from the reports.
-        augmentation: augmentation of the volumes.
-        cache_gb: memory per cache and rank, in gigabytes. The caches hold frozen features by row (reports as queries,
+        vocabulary: Findings of the anchor prompts, and findings that the re-rank extracts from the reports.
+        augmentation: Augmentation of the volumes.
+        cache_gb: Memory per cache and rank, in gigabytes. The caches hold frozen features by row (reports as queries,
             reports as anchors, projections), 2 KB per row at 512 dimensions. Features that do not fit are recomputed.
-        optimizer: see `TrainedTask`.
-        scheduler: see `TrainedTask`.
-        warmup: see `TrainedTask`.
-        select: see `TrainedTask`.
-        survival: see `TrainedTask`.
-        compute: memory and speed of the encoder in training.
+        optimizer: See `TrainedTask`.
+        scheduler: See `TrainedTask`.
+        warmup: See `TrainedTask`.
+        select: See `TrainedTask`.
+        survival: See `TrainedTask`.
+        compute: Memory and speed of the encoder in training.
 
     Raises:
-        InputError: expert, index and settings are incompatible.
+        InputError: Expert, index and settings are incompatible.
     """
 
     def __init__(
@@ -179,7 +179,7 @@ class DistillationTask(TrainedTask):
         """Check that the data provide what the teachers need, and prepare the index.
 
         Raises:
-            InputError: projections, report texts or labels are missing.
+            InputError: Projections, report texts or labels are missing.
         """
         datamodule = getattr(self.trainer, "datamodule", None)
         if stage != "fit" or not isinstance(datamodule, CTDataModule):

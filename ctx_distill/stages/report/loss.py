@@ -18,7 +18,7 @@ def report_loss(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -
     Args:
         logits: (B, T, V) for this rank's reports; position t predicts targets[:, t] (shift before).
         targets: (B, T) int64, `IGNORE` where not scored.
-        label_smoothing: in [0, 1).
+        label_smoothing: In [0, 1).
 
     Returns:
         `total`, (): equal on all ranks, with the gradient of a single process. A mean of the ranks' means would be a

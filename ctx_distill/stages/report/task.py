@@ -39,28 +39,28 @@ class ReportTask(TrainedTask):
     """Train a causal decoder on the frozen CT encoder's tokens, and compare it with retrieval and constant baselines.
 
     Args:
-        model: folder of the stage-3 artefact.
+        model: Folder of the stage-3 artefact.
         source: a Hugging Face causal model (folder or `hf-hub:organisation/name`); None trains a small one from scratch.
-        revision: pinned commit of a hub source.
-        vocab_size: of the small decoder's WordPiece vocabulary, trained on the `train` reports.
-        width: of the small decoder, a multiple of 32.
-        layers: of the small decoder.
-        dropout: of the small decoder.
-        max_length: maximum report length in tokens.
-        beams: beams of the beam search.
+        revision: Pinned commit of a hub source.
+        vocab_size: Of the small decoder's WordPiece vocabulary, trained on the `train` reports.
+        width: Of the small decoder, a multiple of 32.
+        layers: Of the small decoder.
+        dropout: Of the small decoder.
+        max_length: Maximum report length in tokens.
+        beams: Beams of the beam search.
         no_repeat: n-grams of this many tokens may not repeat; 0 disables it.
-        min_length: minimum report length in tokens.
-        length_penalty: exponent of the length by which a beam's score is divided.
-        sampling: sample tokens instead of choosing the most probable; a study's samples do not depend on other studies.
-        lora: train only LoRA adapters of `source`, for large models.
-        extras: scores that need Java or model weights: meteor, radgraph, chexbert, green.
-        vocabulary: findings of the clinical score if the manifest has no label columns.
-        cache: cache of the frozen encoder's tokens: 4 D_c bytes per token, 21 MB per volume with the preset `base`.
-        optimizer: see `TrainedTask`.
-        scheduler: see `TrainedTask`.
-        warmup: see `TrainedTask`.
-        select: see `TrainedTask`.
-        survival: see `TrainedTask`.
+        min_length: Minimum report length in tokens.
+        length_penalty: Exponent of the length by which a beam's score is divided.
+        sampling: Sample tokens instead of choosing the most probable; a study's samples do not depend on other studies.
+        lora: Train only LoRA adapters of `source`, for large models.
+        extras: Scores that need Java or model weights: meteor, radgraph, chexbert, green.
+        vocabulary: Findings of the clinical score if the manifest has no label columns.
+        cache: Cache of the frozen encoder's tokens: 4 D_c bytes per token, 21 MB per volume with the preset `base`.
+        optimizer: See `TrainedTask`.
+        scheduler: See `TrainedTask`.
+        warmup: See `TrainedTask`.
+        select: See `TrainedTask`.
+        survival: See `TrainedTask`.
     """
 
     def __init__(

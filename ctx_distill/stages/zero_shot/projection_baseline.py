@@ -25,14 +25,14 @@ class ProjectionZeroShotTask(StageTask):
     The output files are those of `ZeroShotTask`.
 
     Args:
-        expert: folder or hub name of the X-ray expert.
-        expert_revision: pinned commit of a hub expert.
+        expert: Folder or hub name of the X-ray expert.
+        expert_revision: Pinned commit of a hub expert.
         templates: `default`, `ensemble` or `normal`; see `prompt_pairs`.
-        synonyms: also use the vocabulary's synonyms of a finding.
-        vocabulary: findings to predict if the manifest has no label columns.
+        synonyms: Also use the vocabulary's synonyms of a finding.
+        vocabulary: Findings to predict if the manifest has no label columns.
 
     Raises:
-        InputError: the expert has no joint space of images and texts.
+        InputError: The expert has no joint space of images and texts.
     """
 
     def __init__(

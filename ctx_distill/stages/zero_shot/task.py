@@ -46,11 +46,11 @@ class Prompts:
 
     Attributes:
         templates: `default`, `ensemble`, `normal`, or a YAML file; see `load_templates`.
-        synonyms: also use synonyms of the findings.
-        vocabulary: findings to predict if the manifest has no label columns, or with protocol `vocabulary`.
-        protocol: which findings: `labels` (the manifest's columns), `vocabulary`, or a protocol of `metrics/protocols.py`,
+        synonyms: Also use synonyms of the findings.
+        vocabulary: Findings to predict if the manifest has no label columns, or with protocol `vocabulary`.
+        protocol: Which findings: `labels` (the manifest's columns), `vocabulary`, or a protocol of `metrics/protocols.py`,
             with synonyms from the vocabulary.
-        split: split to score; thresholds always come from `val`.
+        split: Split to score; thresholds always come from `val`.
     """
 
     templates: str
@@ -71,12 +71,12 @@ class ZeroShotTask(StageTask):
     """Predict zero-shot findings of the CT `test` studies, and retrieve between their volumes and reports.
 
     Args:
-        model: folder of the stage-3 artefact.
-        templates: see `Prompts`.
-        synonyms: also use the vocabulary's synonyms of a finding.
-        vocabulary: findings to predict if the manifest has no label columns.
-        protocol: see `Prompts`.
-        split: see `Prompts`.
+        model: Folder of the stage-3 artefact.
+        templates: See `Prompts`.
+        synonyms: Also use the vocabulary's synonyms of a finding.
+        vocabulary: Findings to predict if the manifest has no label columns.
+        protocol: See `Prompts`.
+        split: See `Prompts`.
     """
 
     def __init__(
@@ -124,13 +124,13 @@ def evaluate_studies(
     """Predict findings of the CT studies of a split, write `predictions.csv`, and score them if there are labels.
 
     Args:
-        trainer: runs the predict loop.
-        task: its `predict_step` returns `image` (b, D), unit rows, and `row`. If it also returns `text` (b, D) of the
+        trainer: Runs the predict loop.
+        task: Its `predict_step` returns `image` (b, D), unit rows, and `row`. If it also returns `text` (b, D) of the
             reports, retrieval is evaluated and `retrieval.csv` is written.
-        datamodule: provides the CTs.
-        folder: folder of the tables.
-        prompts: which findings and prompts.
-        encode_text: maps B texts to (B, D), in the space of `image`.
+        datamodule: Provides the CTs.
+        folder: Folder of the tables.
+        prompts: Which findings and prompts.
+        encode_text: Maps B texts to (B, D), in the space of `image`.
         logit_scale: 1 / temperature.
 
     Returns:

@@ -28,8 +28,8 @@ class Standing:
     """A checkpoint to resume from.
 
     Attributes:
-        path: path of the file.
-        step: optimiser steps at the checkpoint.
+        path: Path of the file.
+        step: Optimiser steps at the checkpoint.
     """
 
     path: Path
@@ -49,7 +49,7 @@ def read(path: Path) -> dict[str, Any]:
     """Verify the checksums of a checkpoint, and return its content, memory-mapped.
 
     Raises:
-        TornCheckpoint: the file is truncated or corrupt.
+        TornCheckpoint: The file is truncated or corrupt.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -70,11 +70,11 @@ def settle(path: Path, keep: Path | None = None) -> None:
     """Verify the file written to `part_of(path)` and rename it to `path`.
 
     Args:
-        path: final path of the checkpoint.
-        keep: new path of the file that is replaced; None deletes it.
+        path: Final path of the checkpoint.
+        keep: New path of the file that is replaced; None deletes it.
 
     Raises:
-        InputError: the written file cannot be read back; the previous file is unchanged.
+        InputError: The written file cannot be read back; the previous file is unchanged.
     """
     part = part_of(path)
     with part.open("rb") as file:
@@ -95,14 +95,14 @@ def standing(folder: Path, identity: Mapping[str, str | None]) -> Standing | Non
     """Return the newest complete checkpoint of a stage; a corrupt one is skipped with a message.
 
     Args:
-        folder: folder of the checkpoints.
-        identity: stage and request key that the checkpoint must have.
+        folder: Folder of the checkpoints.
+        identity: Stage and request key that the checkpoint must have.
 
     Returns:
         The checkpoint, or None if there is none.
 
     Raises:
-        InputError: the checkpoint belongs to another stage or request.
+        InputError: The checkpoint belongs to another stage or request.
     """
     for name in (LAST, PREVIOUS):
         path = folder / name

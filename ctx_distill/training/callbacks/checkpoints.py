@@ -57,10 +57,10 @@ class Checkpoints(L.Callback):
     """Write and restore the checkpoints of a training stage.
 
     Args:
-        folder: folder of the checkpoints.
-        minutes: minutes between checkpoints within an epoch.
-        identity: identity of the run, which is stored in checkpoints and compared by `checkpoint_files.standing`.
-        monitor: name of the logged value whose minimum `best.ckpt` keeps; None disables it.
+        folder: Folder of the checkpoints.
+        minutes: Minutes between checkpoints within an epoch.
+        identity: Identity of the run, which is stored in checkpoints and compared by `checkpoint_files.standing`.
+        monitor: Name of the logged value whose minimum `best.ckpt` keeps; None disables it.
     """
 
     def __init__(

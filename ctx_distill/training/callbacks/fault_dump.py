@@ -24,13 +24,13 @@ class FaultRecord:
     """A bad step as one rank saw it.
 
     Attributes:
-        step: optimiser steps before it.
-        epoch: epoch, from 0.
-        losses: losses of this rank's batches.
-        norm: norm of the gradient, over all ranks.
-        rates: learning rate of each parameter group.
-        norms: norms of the last finite gradients, oldest first.
-        rows: manifest rows of each of this rank's batches.
+        step: Optimiser steps before it.
+        epoch: Epoch, from 0.
+        losses: Losses of this rank's batches.
+        norm: Norm of the gradient, over all ranks.
+        rates: Learning rate of each parameter group.
+        norms: Norms of the last finite gradients, oldest first.
+        rows: Manifest rows of each of this rank's batches.
     """
 
     step: int
@@ -46,9 +46,9 @@ def write_fault(root: Path, module: L.LightningModule, fault: FaultRecord) -> st
     """Write the file; must be called on every rank.
 
     Args:
-        root: the folder in which `fault/` is created.
-        module: the module to inspect, with its gradients.
-        fault: the bad step.
+        root: The folder in which `fault/` is created.
+        module: The module to inspect, with its gradients.
+        fault: The bad step.
 
     Returns:
         A sentence for the error message, the same on every rank: the path of the dump, or why it could not be written.

@@ -40,7 +40,7 @@ class _Step:
     """One optimiser step whose norm has not been read yet; tensors are on the device.
 
     Attributes:
-        number: optimiser steps before it.
+        number: Optimiser steps before it.
         norm: (), gradient norm over all ranks, before clipping.
         scale: (), scale of the GradScaler, or None.
         losses: () per batch of the accumulated step, before backward.
@@ -65,15 +65,15 @@ class LossGuard(L.Callback):
     once the scale is down to 1, because at a larger scale skipped steps are part of finding the scale.
 
     Args:
-        largest_skips: consecutive bad steps after which the run fails.
+        largest_skips: Consecutive bad steps after which the run fails.
 
     Attributes:
-        skipped: skipped steps of the run so far; `train/skipped_steps` is per epoch.
-        clipped: steps of the run so far whose gradient was clipped by norm; `train/clipped_steps` is per epoch.
-        largest: maximum finite gradient norm of the epoch so far, before clipping; `train/largest_gradient_norm`.
+        skipped: Skipped steps of the run so far; `train/skipped_steps` is per epoch.
+        clipped: Steps of the run so far whose gradient was clipped by norm; `train/clipped_steps` is per epoch.
+        largest: Maximum finite gradient norm of the epoch so far, before clipping; `train/largest_gradient_norm`.
 
     Raises:
-        InputError: after `largest_skips` consecutive bad steps, on every rank (on a GPU, up to `READ_EVERY` steps later),
+        InputError: After `largest_skips` consecutive bad steps, on every rank (on a GPU, up to `READ_EVERY` steps later),
             with a dump in `fault/step-<n>.json` under the trainer's root folder (see `fault_dump`). Also for strategies
             whose sharded gradients are not DTensors.
     """
@@ -158,8 +158,8 @@ class LossGuard(L.Callback):
         Unlike Lightning's clipping, this supports a mix of shards and full tensors, and fused optimizers with a scaler.
 
         Args:
-            optimizer: the optimizer whose gradients are clipped.
-            largest: maximum norm.
+            optimizer: The optimizer whose gradients are clipped.
+            largest: Maximum norm.
         """
         parameters = _with_gradient(optimizer)
         if self._norm is not None:

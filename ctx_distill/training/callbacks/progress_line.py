@@ -16,7 +16,7 @@ class EpochProgress(L.Callback):
     """Show epoch, losses and remaining time, on rank zero.
 
     Args:
-        every_s: seconds between two lines, without a terminal.
+        every_s: Seconds between two lines, without a terminal.
     """
 
     def __init__(self, every_s: float = 15.0) -> None:

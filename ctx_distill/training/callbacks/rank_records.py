@@ -19,20 +19,20 @@ class RankRecord:
     """The status of one rank.
 
     Attributes:
-        rank: the rank.
-        host: its host name.
-        pid: its process id.
-        step: optimiser steps so far.
-        phase: its activity, such as "train batch 17".
-        place: training batches started in this run, and progress notes since the last one. Ranks with equal progress have
+        rank: The rank.
+        host: Its host name.
+        pid: Its process id.
+        step: Optimiser steps so far.
+        phase: Its activity, such as "train batch 17".
+        place: Training batches started in this run, and progress notes since the last one. Ranks with equal progress have
             equal values, even if they validate on different numbers of batches.
-        at: innermost Python line of its main thread.
-        waiting: whether that line is inside torch's collectives or backward.
-        idle_s: seconds since its last progress.
-        beat: number of records written.
-        written: time of writing, seconds since 1970 by its clock.
-        ended: why it stopped; "" while it runs.
-        hung: whether its watchdog stopped it because the run hung.
+        at: Innermost Python line of its main thread.
+        waiting: Whether that line is inside torch's collectives or backward.
+        idle_s: Seconds since its last progress.
+        beat: Number of records written.
+        written: Time of writing, seconds since 1970 by its clock.
+        ended: Why it stopped; "" while it runs.
+        hung: Whether its watchdog stopped it because the run hung.
     """
 
     rank: int
@@ -90,8 +90,8 @@ def explain(records: Mapping[int, RankRecord | None], silent: set[int]) -> str:
     collective. A rank without a record has not started or has finished.
 
     Args:
-        records: records of all ranks of the run, by rank.
-        silent: ranks that no longer update their record.
+        records: Records of all ranks of the run, by rank.
+        silent: Ranks that no longer update their record.
     """
     known = [record for record in records.values() if record is not None]
     missing = sorted(set(records) - {record.rank for record in known})

@@ -49,8 +49,8 @@ class Watchdog(L.Callback):
     `predict`, and does not change their results.
 
     Args:
-        minutes: minutes without progress; 0 disables the watchdog.
-        folder: folder of the records, shared by all ranks; None uses `ranks` under the trainer's root folder. Records are
+        minutes: Minutes without progress; 0 disables the watchdog.
+        folder: Folder of the records, shared by all ranks; None uses `ranks` under the trainer's root folder. Records are
             deleted at a normal end.
     """
 
@@ -69,8 +69,8 @@ class Watchdog(L.Callback):
         """Record progress.
 
         Args:
-            trainer: provides the step.
-            phase: the activity that begins.
+            trainer: Provides the step.
+            phase: The activity that begins.
         """
         self._place, self._phase = (self._place[0], self._place[1] + 1), phase
         self._step = trainer.global_step
