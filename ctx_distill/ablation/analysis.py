@@ -21,7 +21,7 @@ class Estimate:
         low: end of the 95 % interval.
         high: the other end.
         p: two-sided p of "no difference" from the same resamples; of a mean: NaN.
-        seeds: how many it rests on.
+        seeds: number of seeds.
     """
 
     value: float
@@ -34,21 +34,21 @@ class Estimate:
 def crossed(
     values: Mapping[int, float], resampled: Mapping[int, Floats], draws: int = DRAWS, seed: int = 0
 ) -> Estimate:
-    """The mean over seeds with an interval over seeds and test patients, which are crossed.
+    """Return the mean over seeds with an interval over seeds and test patients, which are crossed.
 
-    A draw takes seeds with replacement and, for all of them alike, one resampling of the patients (every run was scored
-    under the same resamplings). This is the two-way bootstrap of crossed random effects (Owen 2007, "The pigeonhole
-    bootstrap"); it is conservative where both vary little.
+    A draw takes seeds with replacement and one resampling of the patients for all of them (every run was scored on the same
+    resamplings). This is the two-way bootstrap of crossed random effects (Owen 2007, "The pigeonhole
+    bootstrap"); It is conservative if both vary little.
 
     Args:
-        values: by seed, on all patients.
-        resampled: by seed, (R,) the same statistic under each resampling of the patients.
+        values: statistic by seed, on all patients.
+        resampled: the statistic by seed for each resampling of the patients, (R,).
         draws: number of draws.
-        seed: of the draws.
+        seed: seed of the draws.
 
     Raises:
-        ValueError: no seeds, resamplings that do not fit, or none that defines the statistic (those that do not are left
-            out).
+        ValueError: there are no seeds, the resamplings do not match, or the statistic is undefined in all of them
+            (resamplings in which it is undefined are excluded).
     """
     seeds = sorted(values)
     if not seeds or sorted(resampled) != seeds:
@@ -76,13 +76,13 @@ def difference(
     draws: int = DRAWS,
     seed: int = 0,
 ) -> Estimate:
-    """The paired difference of two arms over the seeds that both have; an arm with one seed alone is set against all.
+    """Return the paired difference of two arms over their common seeds; a single-seed arm is compared with every seed.
 
     Args:
-        values: of both arms.
-        resampled: of both arms.
+        values: values of both arms, by seed.
+        resampled: resampled values of both arms, by seed.
         draws: number of draws.
-        seed: of the draws.
+        seed: seed of the draws.
     """
     first, second = values
     seeds = sorted(set(first) & set(second))
@@ -99,7 +99,7 @@ def difference(
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
-    """Holm's step-down adjusted p values (Holm 1979), at most 1 and monotone."""
+    """Return Holm's step-down adjusted p values (Holm 1979), monotone and at most 1."""
     adjusted: dict[str, float] = {}
     running = 0.0
     for place, (name, p) in enumerate(sorted(p_values.items(), key=lambda item: item[1])):

@@ -1,4 +1,4 @@
-"""The rows of the ablation: appended as runs end, read again by any later run, so that nothing is run twice."""
+"""The rows of the ablation, appended as runs end and read by later runs, so that no run is repeated."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Records:
     """The tables of one folder.
 
     Attributes:
-        folder: holds `ablation.csv` (a row a metric), `replicates.csv` (a row a run: the macro AUROC under each
-            resampling of the test patients) and `selection.csv` (a row a run on `val`).
-        rows: of the first.
-        replicates: of the second.
-        selection: of the third.
+        folder: contains `ablation.csv` (one row per metric), `replicates.csv` (one row per run: the macro AUROC for each
+            resampling of the test patients) and `selection.csv` (one row per run on `val`).
+        rows: content of `ablation.csv`.
+        replicates: content of `replicates.csv`.
+        selection: content of `selection.csv`.
     """
 
     folder: Path
@@ -39,7 +39,7 @@ class Records:
 
     @classmethod
     def open(cls, folder: Path) -> Records:
-        """Read what is there; an empty or missing folder is a beginning.
+        """Read the tables; they are empty if the folder is empty or missing.
 
         Raises:
             InputError: a table lacks a column.
@@ -55,12 +55,14 @@ class Records:
             kinds = dict.fromkeys(("arm", "regime", "metric", "config", "data"), str)
             table = pd.read_csv(path, dtype=kinds) if path.is_file() else pd.DataFrame(columns=list(columns))
             if missing := [column for column in columns if column not in table.columns]:
-                raise InputError(f"{path}: lacks the columns {', '.join(missing)}; remove it, or mend its header.")
+                raise InputError(
+                    f"{path}: missing columns {', '.join(missing)}; remove the file or correct its header."
+                )
             tables[name] = table
         return cls(folder, tables[ROWS], tables[REPLICATES], tables[SELECTION])
 
     def has(self, job: AblationJob, config: str) -> bool:
-        """Whether a run of this arm, regime and seed with this configuration stands in the tables."""
+        """Return whether the tables contain a run of this arm, regime and seed with this configuration."""
         if job.select:
             same = (self.selection["config"] == config) & (self.selection["arm"] == job.arm.name)
             return bool((same & (self.selection["learning_rate"] == job.learning_rate)).any())
@@ -96,19 +98,19 @@ class Records:
         _write(self.folder / REPLICATES, self.replicates)
 
     def rates(self) -> dict[str, float]:
-        """The learning rate of highest macro AUROC on `val` by arm; of equals the smaller."""
+        """Return the learning rate with the highest macro AUROC on `val` per arm; of equal ones the smaller."""
         table = self.selection.sort_values(["macro_auroc", "learning_rate"], ascending=[False, True])
         first = table.drop_duplicates("arm")
         return dict(zip(first["arm"], first["learning_rate"].astype(float), strict=True))
 
     def values(self, regime: str, arm: str, metric: str = "macro_auroc") -> dict[int, float]:
-        """A metric of every seed."""
+        """Return a metric by seed."""
         rows = self.rows
         chosen = rows[(rows["regime"] == regime) & (rows["arm"] == arm) & (rows["metric"] == metric)]
         return {int(seed): float(value) for seed, value in zip(chosen["seed"], chosen["value"], strict=True)}
 
     def resampled(self, regime: str, arm: str) -> dict[int, NDArray[np.float64]]:
-        """(R,) macro AUROC under the resampled test patients, of every seed."""
+        """Return the macro AUROC for the resampled test patients (R,) by seed."""
         rows = self.replicates
         chosen = rows[(rows["regime"] == regime) & (rows["arm"] == arm)]
         columns = [name for name in rows.columns if name[:1] == "r" and name[1:].isdigit()]
@@ -119,7 +121,7 @@ class Records:
 
 
 def _replace(table: pd.DataFrame, rows: pd.DataFrame, key: list[str]) -> pd.DataFrame:
-    """Rows behind the table, without the table's rows of the same key."""
+    """Append rows to the table and drop its rows with the same key."""
     if not len(table):
         return rows
     old = table.set_index(key).index.isin(rows.set_index(key).index)

@@ -25,7 +25,7 @@ from ctx_distill.types import CTBatch
 
 
 def _batches(manifest: Manifest, config: dict[str, Any], projection: bool, size: int = 32) -> Iterator[CTBatch]:
-    """A manifest's volumes in order, and their projections where asked, out of the process's cache."""
+    """Yield a manifest's volumes in order, with their projections if requested, from the process's cache."""
     data = config["data"]["init_args"]
     spec = VolumeSpec.from_config(data["volume"])
     dataset = ct_dataset(manifest, spec, shared_cache(data.get("cache_gb", 1.0)), False, projection)
@@ -38,10 +38,10 @@ def _batches(manifest: Manifest, config: dict[str, Any], projection: bool, size:
 
 @torch.no_grad()
 def embed_classifier(artefact: Path, manifest: Manifest, config: dict[str, Any]) -> Tensor:
-    """Pooled CT features (N, D_c) of a manifest's rows in order, by a fine-tuned classifier's encoder.
+    """Return pooled CT features (N, D_c) of a manifest's rows in order, from a fine-tuned classifier's encoder.
 
     Args:
-        artefact: of the classifier.
+        artefact: artefact of the classifier.
         manifest: N rows.
         config: merged layers of a CT stage: volume spec and cache.
     """
@@ -54,10 +54,10 @@ def embed_classifier(artefact: Path, manifest: Manifest, config: dict[str, Any])
 
 @torch.no_grad()
 def embed_aligned(artefact: Path, manifest: Manifest, config: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Pooled CT features (N, D_c) and image features (N, D), the prior's part included, of a manifest's rows in order.
+    """Return pooled CT features (N, D_c) and image features (N, D), with the projection prior, of a manifest's rows in order.
 
     Args:
-        artefact: of stage 3.
+        artefact: artefact of stage 3.
         manifest: N rows.
         config: merged layers of a CT stage: volume spec and cache.
     """
@@ -72,13 +72,13 @@ def embed_aligned(artefact: Path, manifest: Manifest, config: dict[str, Any]) ->
 
 
 def linear_probe(manifest: Manifest, pooled: Tensor, shares: Sequence[float], seed: int) -> dict[str, float]:
-    """Macro AUROC on `test` of a logistic regression a finding, on shares of the labelled `train` rows.
+    """Return the macro AUROC on `test` of a logistic regression per finding, for shares of the labelled `train` rows.
 
     Args:
         manifest: N rows, `train` labelled.
-        pooled: (N, D_c).
-        shares: of the labelled rows.
-        seed: of the draw of rows.
+        pooled: features (N, D_c).
+        shares: shares of the labelled rows.
+        seed: seed of the draw of rows.
 
     Returns:
         `probe_auroc_<percent>`.
@@ -105,12 +105,12 @@ def linear_probe(manifest: Manifest, pooled: Tensor, shares: Sequence[float], se
 
 @torch.no_grad()
 def report_recall(artefact: Path, scored: Manifest, image: Tensor) -> dict[str, float]:
-    """Report-to-volume recall over the scored studies.
+    """Return the report-to-volume recall over the scored studies.
 
     Args:
-        artefact: of stage 3.
-        scored: N rows, one image a study.
-        image: (N, D), what `embed_aligned` gave of them.
+        artefact: artefact of stage 3.
+        scored: N rows, one image per study.
+        image: image features (N, D) of `embed_aligned`.
 
     Returns:
         `report_recall_at_5`, `_at_10`, `_at_50`.

@@ -38,6 +38,13 @@ def show(value: Any) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
+def ratio(numerator: NDArray[np.float64], denominator: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the quotient, NaN where the denominator is 0."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        result: NDArray[np.float64] = np.where(denominator > 0, numerator / denominator, np.nan)
+    return result
+
+
 def resample_counts(groups: Groups, n: int = 1000, seed: int = 0) -> NDArray[np.int32]:
     """Return how often each row is drawn in each replicate when groups are drawn with replacement, (n, N) int32.
 

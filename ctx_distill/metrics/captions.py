@@ -1,9 +1,9 @@
 """The scores of the COCO caption tools: BLEU-1 to 4, ROUGE-L and CIDEr by pycocoevalcap's own scorers, without Java.
 
-pycocoevalcap (Chen et al., arXiv 1504.00325) cuts sentences with Stanford's PTBTokenizer, a Java program, and scores them in
-Python. The scorers are used here as they are; the words come from `caption_tokens`, Penn Treebank tokens of nltk by the
-same rules (lower case, COCO's punctuation marks dropped). CIDEr is that of `pycocoevalcap.cider`, which the tools call
-CIDEr (Vedantam et al., CVPR 2015): sigma 6, document frequencies of the references that are scored, from 0 to 10.
+pycocoevalcap (Chen et al., arXiv 1504.00325) tokenizes with Stanford's PTBTokenizer, a Java program, and scores in Python.
+We call its scorers unchanged. The tokens come from `caption_tokens`: Penn Treebank tokens of nltk by the same rules (lower
+case, without COCO's punctuation marks). CIDEr is that of `pycocoevalcap.cider` (Vedantam et al., CVPR 2015): sigma 6, document
+frequencies of the references that are scored, from 0 to 10. torchmetrics has no CIDEr.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 
 PUNCTUATION = frozenset(["''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"])
-"""The marks that pycocoevalcap's tokenizer drops. Brackets are in its list too, in capitals, and so stay in its lower-case text."""
+"""The marks that pycocoevalcap's tokenizer drops. Its list has brackets in capitals, so they remain in lower-case text."""
 
 CAPTION_KEYS = ("coco_bleu1", "coco_bleu2", "coco_bleu3", "coco_bleu4", "coco_rouge_l", "cider")
 _ORDER = 4
@@ -31,7 +31,7 @@ _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "{": "-lcb-", "}": "-rcb-"}
 
 
 def caption_tokens(text: str) -> str:
-    """Lower-case Penn Treebank words of a text, joined by blanks, without COCO's punctuation marks."""
+    """Return the lower-case Penn Treebank tokens of a text, joined by spaces, without COCO's punctuation marks."""
     from nltk.tokenize import NLTKWordTokenizer
 
     cut = NLTKWordTokenizer()
@@ -41,16 +41,16 @@ def caption_tokens(text: str) -> str:
 
 
 def caption_scores(references: Sequence[str], hypotheses: Sequence[str]) -> tuple[dict[str, Any], Floats | None]:
-    """BLEU-1 to 4, ROUGE-L and CIDEr of the COCO caption tools, one reference a report.
+    """Return BLEU-1 to 4, ROUGE-L and CIDEr of the COCO caption tools, with one reference per report.
 
     Args:
         references: N true reports.
         hypotheses: N generated reports.
 
     Returns:
-        `coco_bleu1` to `coco_bleu4`, `coco_rouge_l` and `cider`, and CIDEr of each report (N,), whose mean it is; the
-        document frequencies are those of all N references. All None for an empty corpus; all None with
-        `captions_absent`, the reason, where pycocoevalcap is not installed.
+        `coco_bleu1` to `coco_bleu4`, `coco_rouge_l` and `cider`, and the CIDEr of each report (N,), of which `cider` is the
+        mean. The document frequencies are those of all N references. All are None for an empty corpus. If pycocoevalcap
+        is not installed, all are None and `captions_absent` has the reason.
     """
     try:
         from pycocoevalcap.bleu.bleu import Bleu
@@ -70,5 +70,5 @@ def caption_scores(references: Sequence[str], hypotheses: Sequence[str]) -> tupl
 
 
 def caption_input(texts: Sequence[str]) -> dict[int, list[str]]:
-    """Texts as the COCO caption tools' scorers take them: number -> its one sentence of tokens."""
+    """Return texts in the format of the COCO scorers: number -> list of one tokenized sentence."""
     return {place: [caption_tokens(text)] for place, text in enumerate(texts)}

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ctx_distill.metrics.bootstrap import Groups, Interval, interval, resample_counts
+from ctx_distill.metrics.bootstrap import Groups, Interval, interval, ratio, resample_counts
 from ctx_distill.metrics.captions import caption_scores
 from ctx_distill.text.extractor import Vocabulary, extract_many
 
@@ -95,10 +95,6 @@ def rouge_l(references: Sequence[str], hypotheses: Sequence[str]) -> float | Non
     return float(scores["rougeL_fmeasure"])
 
 
-def _ratio(numerator: Floats, denominator: Floats) -> Floats:
-    return np.where(denominator > 0, numerator / np.maximum(denominator, 1), np.nan)
-
-
 def _number(value: Any) -> float | None:
     return None if np.isnan(value) else float(value)
 
@@ -113,13 +109,13 @@ def _findings_counts(references: Sequence[str], hypotheses: Sequence[str], vocab
 def _scores(counts: Floats) -> dict[str, float | None]:
     hits, extra, missed = counts.sum(1)  # (F,) each
     stated = (hits + missed) > 0
-    macro = _ratio(2 * hits, 2 * hits + extra + missed)[stated]
-    precisions, recalls = _ratio(hits, hits + extra)[stated], _ratio(hits, hits + missed)[stated]
+    macro = ratio(2 * hits, 2 * hits + extra + missed)[stated]
+    precisions, recalls = ratio(hits, hits + extra)[stated], ratio(hits, hits + missed)[stated]
     total_hits, total_extra, total_missed = hits.sum(), extra.sum(), missed.sum()
     return {
-        "precision": _number(_ratio(total_hits, total_hits + total_extra)),
-        "recall": _number(_ratio(total_hits, total_hits + total_missed)),
-        "f1": _number(_ratio(2 * total_hits, 2 * total_hits + total_extra + total_missed)),
+        "precision": _number(ratio(total_hits, total_hits + total_extra)),
+        "recall": _number(ratio(total_hits, total_hits + total_missed)),
+        "f1": _number(ratio(2 * total_hits, 2 * total_hits + total_extra + total_missed)),
         "macro_precision": float(np.nan_to_num(precisions).mean()) if stated.any() else None,
         "macro_recall": float(recalls.mean()) if stated.any() else None,
         "macro_f1": float(macro.mean()) if stated.any() else None,
@@ -198,7 +194,7 @@ def generation_report(
         weights = resample_counts(patients, n, seed).astype(np.float64)
         drawn["bleu4"] = _bleu(weights @ statistics)[:, -1]
         hits, extra, missed = (weights @ counts.sum(2).T).T
-        drawn["findings_f1"] = _ratio(2 * hits, 2 * hits + extra + missed)
+        drawn["findings_f1"] = ratio(2 * hits, 2 * hits + extra + missed)
         if ciders is not None:
             drawn["cider"] = weights @ ciders / weights.sum(1)
     report = {

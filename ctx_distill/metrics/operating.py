@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ctx_distill.metrics.bootstrap import ratio
+
 Floats = NDArray[np.float64]
 Scores = dict[str, tuple[Floats, Floats]]
 """Measure -> (values (F,), replicates (R, F)), NaN where not defined."""
@@ -74,12 +76,6 @@ def _weights(counts: NDArray[np.integer[Any]], rows: int) -> Floats:
     return np.concatenate([np.ones((1, rows)), counts.astype(np.float64)])
 
 
-def _ratio(numerator: Floats, denominator: Floats) -> Floats:
-    with np.errstate(invalid="ignore", divide="ignore"):
-        result: Floats = np.where(denominator > 0, numerator / denominator, np.nan)
-    return result
-
-
 def operating_scores(
     labels: ArrayLike, scores: ArrayLike, thresholds: Sequence[float | None], counts: NDArray[np.integer[Any]]
 ) -> Scores:
@@ -101,14 +97,14 @@ def operating_scores(
     tp, fp = w @ ((y == 1) & called), w @ ((y == 0) & called)
     fn, tn = w @ ((y == 1) & ~called), w @ ((y == 0) & ~called)
     present, absent = tp + fn, tn + fp
-    f1 = np.where(present > 0, _ratio(2 * tp, 2 * tp + fp + fn), np.nan)
-    f1_absent = np.nan_to_num(_ratio(2 * tn, 2 * tn + fp + fn))
+    f1 = np.where(present > 0, ratio(2 * tp, 2 * tp + fp + fn), np.nan)
+    f1_absent = np.nan_to_num(ratio(2 * tn, 2 * tn + fp + fn))
     found = {
         "f1": f1,
-        "weighted_f1": _ratio(present * np.nan_to_num(f1) + absent * f1_absent, present + absent),
-        "accuracy": _ratio(tp + tn, present + absent),
-        "sensitivity": _ratio(tp, present),
-        "specificity": _ratio(tn, absent),
+        "weighted_f1": ratio(present * np.nan_to_num(f1) + absent * f1_absent, present + absent),
+        "accuracy": ratio(tp + tn, present + absent),
+        "sensitivity": ratio(tp, present),
+        "specificity": ratio(tn, absent),
     }
     for values in found.values():
         values[:, np.isnan(at)] = np.nan
@@ -144,12 +140,12 @@ def calibration_scores(labels: ArrayLike, scores: ArrayLike, counts: NDArray[np.
     w = _weights(counts, len(y))
     known = (y == 0) | (y == 1)
     total = w @ known
-    brier = _ratio(w @ np.where(known, (s - (y == 1)) ** 2, 0.0), total)
+    brier = ratio(w @ np.where(known, (s - (y == 1)) ** 2, 0.0), total)
     ece = np.empty_like(brier)
     for f in range(y.shape[1]):
         inside = (_bins(s[:, f])[:, None] == np.arange(BINS)) & known[:, f, None]
         gap = np.where(inside, (s[:, f] - (y[:, f] == 1))[:, None], 0.0)
-        ece[:, f] = _ratio(np.abs(w @ gap).sum(1), total[:, f])
+        ece[:, f] = ratio(np.abs(w @ gap).sum(1), total[:, f])
     return {"brier": (brier[0], brier[1:]), "ece": (ece[0], ece[1:])}
 
 

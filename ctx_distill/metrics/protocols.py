@@ -1,6 +1,6 @@
-"""The evaluation protocols of CT-RATE by name, and the published rows that a run is set beside.
+"""The evaluation protocols of CT-RATE by name, and the published results that a run is compared with.
 
-The rows are taken over from the papers and were not measured again; `docs/zero_shot.md` has the traps.
+The results are copied from the papers and were not reproduced; `docs/zero_shot.md` lists the pitfalls.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ VALIDATION = (1564, 1304)
 
 
 def protocol_findings(name: str) -> tuple[str, ...]:
-    """The findings of a protocol.
+    """Return the findings of a protocol.
 
     Raises:
-        InputError: no such protocol.
+        InputError: the protocol is unknown.
     """
     if name not in PROTOCOLS:
-        raise InputError(f"protocol is {name!r}; expected one of {', '.join(PROTOCOLS)}: give one of these.")
+        raise InputError(f"unknown protocol {name!r}; choose from: {', '.join(PROTOCOLS)}")
     return PROTOCOLS[name]
 
 
 @dataclass(frozen=True)
 class Published:
-    """A row of a paper; None where it gives no such figure.
+    """A published result; None where the paper has no such figure.
 
     Attributes:
-        model: its name.
-        source: arXiv number of the model's own paper, see `cited`; None where it was not found.
+        model: name of the model.
+        source: arXiv number of its paper; None if it was not identified.
         auroc: macro.
         weighted_f1: see docs/zero_shot.md.
         accuracy: mean over findings.
@@ -74,12 +74,12 @@ RETRIEVAL_ROWS: tuple[tuple[str, str, dict[int, float]], ...] = (
 
 
 def cited(model: str, source: str | None) -> str:
-    """The model with its paper: `fVLM (arXiv 2501.14548)`."""
+    """Return the model with its paper: `fVLM (arXiv 2501.14548)`."""
     return f"{model} ({f'arXiv {source}' if source else 'paper not identified'})"
 
 
 def comparability(metrics: dict[str, Any]) -> str:
-    """In one sentence, how far a run's figures may be set beside the published ones."""
+    """Return a sentence on whether a run can be compared with the published results."""
     if metrics.get("synthetic"):
         return "NOT COMPARABLE: this run is scored on synthetic phantoms, the published rows on CT-RATE's patients."
     if metrics.get("protocol") not in PROTOCOLS or metrics.get("not_scored"):

@@ -1,4 +1,4 @@
-"""What a report decoder has to beat: the nearest training report, and the one report that is said most often."""
+"""Baselines of a report decoder: the nearest and the most frequent training report."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SENTENCE = re.compile(r"(?<=[.?!])\s+")
 
 
 def nearest_reports(queries: Floats, keys: Floats, reports: Sequence[str]) -> list[str]:
-    """The report of the training study whose image embedding is closest to each query's, by cosine; the first of ties.
+    """Return the report of the training study with the most similar image embedding (cosine); the first of ties.
 
     Collective: the ranks of a run share the queries.
 
@@ -36,13 +36,13 @@ def nearest_reports(queries: Floats, keys: Floats, reports: Sequence[str]) -> li
 
 
 def most_frequent_report(reports: Sequence[str]) -> str:
-    """The report that most training studies have, blanks and case aside.
+    """Return the report that most training studies have, ignoring white space and case.
 
-    Where several are as frequent (free reports seldom repeat), the one whose sentences stand in most reports on average;
-    then the first.
+    Ties are frequent, since free-text reports seldom repeat. They are broken by the mean number of reports that contain
+    each sentence, then by position.
 
     Args:
-        reports: of training, at least one.
+        reports: training reports, at least one.
     """
     plain = [" ".join(report.split()).casefold() for report in reports]
     whole = Counter(plain)
@@ -61,20 +61,20 @@ def beside_baselines(
     seed: int = 0,
     n: int = 1000,
 ) -> dict[str, Any]:
-    """The scores of generated reports, of the baselines, how they differ, and what follows in plain words.
+    """Return the scores of generated reports and of the baselines, their differences, and a verdict in words.
 
     Args:
         references: N true reports.
         hypotheses: N generated reports.
         baselines: name of `BASELINES` -> its N reports.
         patients: N patient ids, the unit of resampling.
-        vocabulary: for the findings.
-        seed: of the bootstrap.
-        n: replicates.
+        vocabulary: vocabulary of the findings.
+        seed: seed of the bootstrap.
+        n: number of replicates.
 
     Returns:
-        The keys of `generation.generation_report`; `baselines.<name>.<key>`, the same of each baseline;
-        `against.<name>.<headline>`, decoder less baseline with the interval of the paired difference; `verdict`.
+        The keys of `generation.generation_report`; `baselines.<name>.<key>`, the same for each baseline;
+        `against.<name>.<headline>`, decoder minus baseline with the interval of the paired difference; `verdict`.
     """
     own, drawn = generation_report(references, hypotheses, patients, vocabulary, seed, n)
     scores: dict[str, Any] = {}
@@ -90,10 +90,10 @@ def beside_baselines(
 
 
 def verdict(against: Mapping[str, Mapping[str, Mapping[str, float | None]]]) -> str:
-    """Whether the decoder beats its baselines, in words; it beats one in a score where the whole interval is above 0.
+    """Return in words whether the decoder beats its baselines: in a score, if the whole interval is above 0.
 
     Args:
-        against: name of a baseline -> score -> decoder less baseline, {value, low, high}.
+        against: name of a baseline -> score -> decoder minus baseline, {value, low, high}.
     """
     beaten, sentences = True, []
     for name, differences in against.items():

@@ -1,6 +1,6 @@
 """Scores of reports that need more than Python: METEOR (Java), RadGraph, CheXbert and GREEN (weights, through RadEval).
 
-Each is left out unless it is asked for; what cannot be had is null, with the reason beside it in `absent`.
+Each is computed on request only. A score that cannot be computed is null, and `absent` has the reason.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from ctx_distill.metrics.captions import ABSENT, caption_input
 Extra = Literal["meteor", "radgraph", "chexbert", "green"]
 EXTRAS: tuple[Extra, ...] = ("meteor", "radgraph", "chexbert", "green")
 RADEVAL = {"radgraph": "radgraph", "chexbert": "f1chexbert", "green": "green"}
-"""What RadEval calls them, since its version 2."""
-NOT_ASKED = "not asked for; add it to model.init_args.extras"
+"""Their names in RadEval 2."""
+NOT_ASKED = "not requested; add it to model.init_args.extras"
 
 
 def extra_scores(references: Sequence[str], hypotheses: Sequence[str], asked: Sequence[str] = ()) -> dict[str, Any]:
-    """METEOR and RadEval's scores of generated reports.
+    """Return METEOR and RadEval's scores of generated reports.
 
     Args:
         references: N true reports.
         hypotheses: N generated reports.
-        asked: of `EXTRAS`; all others are not computed.
+        asked: the scores of `EXTRAS` to compute.
 
     Returns:
         `meteor` (METEOR 1.5 of Denkowski and Lavie, the Java program in pycocoevalcap, `-l en -norm`), `radgraph`,

@@ -1,8 +1,10 @@
 """Report to volume and volume to report: recall@k and median rank over the studies of a split.
 
-One row a study: reconstructions of a study have been averaged and its report counts once. Studies whose reports are the same
-words (case and white space aside; normal studies, mostly) cannot be told apart by text: each is a right answer for the
-others, and they do not push each other down. `strict_*` counts the own study alone, and ties against it.
+There is one row per study: its reconstructions are averaged and its report counts once. Studies with the same report text
+(ignoring case and white space; mostly normal studies) cannot be distinguished by text. Each is a right answer for the others
+and does not lower their rank. `strict_*` accepts the query's own study only, and ties count against it.
+
+The ranks are ours: torchmetrics' retrieval metrics hold every pair of query and candidate, and order ties arbitrarily.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ctx_distill.metrics.bootstrap import Groups, bootstrap, bootstrap_mean
+from ctx_distill.metrics.retrieval import random_hit
 from ctx_distill.metrics.score_blocks import Candidates, Floats, ScoreBlock
 
 RANKS = (1, 5, 10, 50, 100)
@@ -24,17 +27,17 @@ DIRECTIONS = ("report_to_volume", "volume_to_report")
 def report_retrieval(
     image: ArrayLike, text: ArrayLike, reports: Sequence[str], patients: Groups, seed: int = 0, n: int = 1000
 ) -> tuple[dict[str, Any], dict[str, dict[str, Floats]]]:
-    """Both directions, with intervals over patients (the queries are resampled, the pool stays as it is).
+    """Return the quality of both directions, with intervals over patients (queries are resampled, the pool is fixed).
 
-    Collective: the ranks of a run share the queries. Similarities are held a block at a time (`metrics/score_blocks.py`).
+    Collective: the ranks of a run share the queries. Similarities are computed in blocks (`metrics/score_blocks.py`).
 
     Args:
-        image: (S, D) unit rows, one a study.
+        image: (S, D) unit rows, one per study.
         text: (S, D) unit rows.
         reports: S texts, none empty.
         patients: S patient ids.
-        seed: of the bootstrap.
-        n: replicates.
+        seed: seed of the bootstrap.
+        n: number of replicates.
 
     Returns:
         (`studies`, `identical_reports` (studies that share theirs with another), and by direction `recall_at_k`,
@@ -59,7 +62,7 @@ def report_retrieval(
                 enough = k <= len(x)
                 told[f"{prefix}recall_at_{k}"] = bootstrap_mean(hits, patients, n, seed).as_json() if enough else None
                 if not prefix:
-                    told[f"recall_at_{k}_random"] = _chance(alike, len(x), k) if enough else None
+                    told[f"recall_at_{k}_random"] = float(random_hit(alike, len(x), k).mean()) if enough else None
             median = functools.partial(_median, rank)
             told[f"{prefix}median_rank"] = bootstrap(median, patients, n, seed).as_json()
         metrics[direction] = told
@@ -67,7 +70,7 @@ def report_retrieval(
 
 
 def _block_ranks(block: ScoreBlock, group: NDArray[np.intp]) -> dict[str, Floats]:
-    """`rank`, `strict_rank` and `nearest` (n,) of a block of studies whose reports have groups (S,)."""
+    """Return `rank`, `strict_rank` and `nearest` (n,) of a block of studies whose reports have groups (S,)."""
     studies = np.arange(len(group))
     return {
         "rank": block.ranks(group[block.rows, None] == group),
@@ -78,11 +81,3 @@ def _block_ranks(block: ScoreBlock, group: NDArray[np.intp]) -> dict[str, Floats
 
 def _median(rank: Floats, rows: NDArray[np.intp]) -> float:
     return float(np.median(rank[rows]))
-
-
-def _chance(alike: Floats, pool: int, k: int) -> float:
-    """Mean chance that k of the pool, drawn without replacement, hold one of a query's right answers."""
-    missed = np.ones(len(alike))
-    for i in range(k):
-        missed *= np.clip(pool - alike - i, 0, None) / (pool - i)
-    return float((1 - missed).mean())

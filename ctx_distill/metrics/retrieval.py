@@ -1,4 +1,4 @@
-"""How good a retrieval is: findings Jaccard, same-set recall, and recall and rank of image-text retrieval."""
+"""Quality of a retrieval: findings Jaccard, same-set recall, and recall and rank of image-text retrieval."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ctx_distill.metrics.score_blocks import CELLS, Candidates, Floats
 def common_labels(
     names_a: Sequence[str], labels_a: ArrayLike, names_b: Sequence[str], labels_b: ArrayLike
 ) -> tuple[list[str], Floats, Floats]:
-    """The label columns that two manifests share (without regard to case), in the order of the first.
+    """Return the label columns that two manifests share (ignoring case), in the order of the first.
 
     Args:
         names_a: F_a findings of `labels_a`.
@@ -24,7 +24,7 @@ def common_labels(
         labels_b: (M, F_b).
 
     Returns:
-        (F common names as the first spells them, (N, F), (M, F)); F may be 0.
+        F common names in the spelling of the first, and labels (N, F) and (M, F); F may be 0.
     """
     a, b = np.asarray(labels_a, dtype=np.float64), np.asarray(labels_b, dtype=np.float64)
     where = {name.strip().lower(): i for i, name in enumerate(names_b)}
@@ -35,7 +35,7 @@ def common_labels(
 def _present(labels: ArrayLike) -> Floats:
     array = np.asarray(labels, dtype=np.float64)
     if array.ndim != 2:
-        raise ValueError(f"labels have shape {array.shape}, expected (N, F).")
+        raise ValueError(f"labels have shape {array.shape}; expected (N, F).")
     present: Floats = (array == 1).astype(np.float64)  # -1 and NaN are not 1
     return present
 
@@ -48,14 +48,14 @@ def _jaccard(a: Floats, b: Floats) -> Floats:
 
 
 def findings_jaccard(a: ArrayLike, b: ArrayLike) -> Floats:
-    """|A n B| / |A u B| of the sets of present findings of every pair: (N, M) in [0, 1]; two empty sets give 1.
+    """Return |A n B| / |A u B| of the sets of present findings of every pair, (N, M); 1 for two empty sets.
 
     Args:
         a: (N, F) of 1, 0, -1 or NaN; only 1 is present.
         b: (M, F), the same findings in the same order (see `common_labels`).
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes do not match.
     """
     x, y = _present(a), _present(b)
     if x.shape[1] != y.shape[1]:
@@ -63,8 +63,8 @@ def findings_jaccard(a: ArrayLike, b: ArrayLike) -> Floats:
     return _jaccard(x, y)
 
 
-def _random_hit(same: Floats, pool: int, k: int) -> Floats:
-    """1 - C(M-m, k) / C(M, k): the chance that k of M drawn without replacement hold one of the m alike."""
+def random_hit(same: Floats, pool: int, k: int) -> Floats:
+    """Return 1 - C(M-m, k) / C(M, k), the chance that k of M drawn without replacement contain one of m right answers."""
     missed = np.ones(len(same))
     for i in range(min(k, pool)):
         missed *= np.clip(pool - same - i, 0, None) / (pool - i)
@@ -82,31 +82,31 @@ def retrieval_quality(
     ks: Sequence[int] = (1, 5, 10),
     others: Mapping[str, ArrayLike] | None = None,
 ) -> dict[str, Any]:
-    """Whether the retrieved items show what the queries show, beside what chance and an oracle give.
+    """Return whether retrieved items show the findings of the queries, with the levels of chance and of an oracle.
 
-    The oracle reads the labels: for each query it takes the pool's item of the largest Jaccard, an upper bound of any
-    retrieval from this pool.
+    The oracle reads the labels: for each query it takes the item of the pool with the largest Jaccard, an upper bound for
+    any retrieval from this pool.
 
     Args:
         query_labels: (N, F) labels of the queries (CT val and test studies).
         pool_labels: (M, F) labels of the index, the same findings.
         nearest: (N, k) rows of the pool, best first; -1 (FAISS: no such neighbour) only behind the first column.
         patients: N patient ids of the queries.
-        seed: of the bootstrap.
-        n: replicates.
+        seed: seed of the bootstrap.
+        n: number of replicates.
         ks: ranks for the recall.
-        others: more retrievals by name, each as `nearest`, to stand beside it ("tfidf").
+        others: further retrievals by name, each like `nearest` ("tfidf").
 
     Returns:
         `jaccard_at_1` (mean findings Jaccard of query and first neighbour; value, low, high), `jaccard_random` (the
         exact mean over all N x M pairs), `jaccard_oracle` and `jaccard_<other>`, all also `_without_normals` (queries
-        without a present finding left out); `recall_at_k`, `recall_at_k_random`, `recall_at_k_oracle` and
+        without a present finding excluded); `recall_at_k`, `recall_at_k_random`, `recall_at_k_oracle` and
         `recall_at_k_<other>` for k in `ks` (share of queries with an item of exactly their set of findings among the
         first k; None where fewer than k neighbours were retrieved), `same_set_in_pool` (share of queries for which
         there is such an item at all), `queries`, `queries_without_normals`, `pool`.
 
     Raises:
-        ValueError: shapes that do not fit, an empty pool, or a neighbour outside the pool.
+        ValueError: shapes do not match, the pool is empty, or a neighbour is outside the pool.
     """
     queries, pool = _present(query_labels), _present(pool_labels)
     count = len(queries)
@@ -145,7 +145,7 @@ def retrieval_quality(
             enough = hit.shape[1] >= min(k, len(pool))
             told = _mean(np.any(hit[:, :k], axis=1).astype(np.float64)) if enough else None
             result[f"recall_at_{k}{'_' if name else ''}{name}"] = told
-        result[f"recall_at_{k}_random"] = _mean(_random_hit(same, len(pool), k))
+        result[f"recall_at_{k}_random"] = _mean(random_hit(same, len(pool), k))
         result[f"recall_at_{k}_oracle"] = _mean(found)
     result["same_set_in_pool"] = _mean(found)
     return {**result, "queries": count, "queries_without_normals": int(abnormal.sum()), "pool": len(pool)}
@@ -157,7 +157,7 @@ def _checked(name: str, nearest: ArrayLike, count: int, pool: int) -> NDArray[np
     if neighbours.ndim != 2 or len(neighbours) != count or neighbours.shape[1] < 1:
         raise ValueError(f"{what} is {neighbours.shape}; expected ({count}, k) with k of 1 or more.")
     if count and (neighbours.max() >= pool or neighbours.min() < -1 or neighbours[:, 0].min() < 0):
-        raise ValueError(f"{what}: a neighbour lies outside the pool of {pool} rows.")
+        raise ValueError(f"{what}: a neighbour is outside the pool of {pool} rows.")
     return neighbours
 
 
@@ -182,7 +182,7 @@ def best_ranks(
         cells: of the N x M similarities, held at once.
 
     Raises:
-        ValueError: shapes that do not fit, or features that are not finite.
+        ValueError: shapes do not match, or a feature is not finite.
     """
     x, y = np.asarray(queries, dtype=np.float64), np.asarray(candidates, dtype=np.float64)
     ids = np.asarray(query_studies), np.asarray(candidate_studies)

@@ -1,8 +1,8 @@
-"""Scores of every query with every candidate, a block of queries at a time; no block size changes what they are compared to.
+"""Scores of every query with every candidate, in blocks of queries; the result does not depend on the block size.
 
-A matrix product rounds differently with its shape, so equal scores (of two candidates with the same features) may come out
-a bit apart, and another block size would change a tie. Here the product decides only what its rounding error leaves certain.
-Scores that lie closer together are computed again, one pair at a time, by a sum whose order depends on the pair alone.
+The rounding of a matrix product depends on its shape. Equal scores (of two candidates with the same features) may differ in
+the last bit, and another block size would change a tie. So the product decides only where its rounding error leaves no doubt.
+Closer scores are computed again, one pair at a time, by a sum whose order depends on the pair alone.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _MANY = 64
 
 
 class Candidates:
-    """What queries are compared with, by inner product.
+    """The candidates that queries are compared with, by inner product.
 
     Args:
         features: (M, D).

@@ -1,4 +1,4 @@
-"""TF-IDF retrieval of reports: what words alone give, the baseline that an embedding has to beat."""
+"""TF-IDF retrieval of reports, the word-based baseline for an embedding."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 LARGEST_VOCABULARY = 200_000
-"""Words and pairs of words that are kept, the most frequent: a pool of 10^5 reports has millions of pairs."""
+"""Most frequent words and pairs of words to use: a pool of 10^5 reports has millions of pairs."""
 _BLOCK = 4_000_000
-"""Cells of the query-by-pool matrix that are held at once."""
+"""Cells of the query-by-pool matrix in memory at once."""
 
 
 def tfidf_nearest(queries: Sequence[str], pool: Sequence[str], k: int) -> NDArray[np.int64]:
-    """The k pool texts of the largest TF-IDF cosine: words and pairs of words, weights fitted on the pool.
+    """Return the k pool texts with the largest TF-IDF cosine, over words and pairs of words, with weights fitted on the pool.
 
     Args:
         queries: N texts.
-        pool: M texts; "" is alike to nothing.
-        k: neighbours, at most M.
+        pool: M texts; "" is similar to nothing.
+        k: number of neighbours, at most M.
 
     Returns:
-        (N, k) positions in the pool, best first; among equals the earlier one.
+        Positions in the pool (N, k), best first; of equal ones the earlier.
 
     Raises:
         ValueError: no text of the pool has a word, or k is not between 1 and M.
@@ -33,7 +33,7 @@ def tfidf_nearest(queries: Sequence[str], pool: Sequence[str], k: int) -> NDArra
     if not any(re.search(r"\w", text) for text in pool):
         raise ValueError(f"tfidf_nearest: none of {len(pool)} pool texts has a word.")
     if not 1 <= k <= len(pool):
-        raise ValueError(f"tfidf_nearest: {k} neighbours of a pool of {len(pool)}.")
+        raise ValueError(f"tfidf_nearest: k is {k}; expected 1 to {len(pool)}, the size of the pool.")
     vectorizer = TfidfVectorizer(
         ngram_range=(1, 2), token_pattern=r"\b\w+\b", max_features=LARGEST_VOCABULARY, dtype=np.float32
     )

@@ -1,4 +1,4 @@
-"""The tables of zero-shot: findings, retrieval, and both beside published rows."""
+"""The tables of zero-shot: findings, retrieval, and published results."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Lines = list[tuple[str, ...]]
 
 
 def zero_shot_tables(metrics: dict[str, Any]) -> list[tuple[str, Lines]]:
-    """Title and lines, the header first, of each table: findings, retrieval, published rows."""
+    """Return title and lines (the header first) of each table: findings, retrieval, published results."""
     tables: list[tuple[str, Lines]] = []
     macro = metrics.get("macro")
     if macro:
@@ -71,10 +71,10 @@ def _retrieval_words(metrics: dict[str, Any], found: dict[str, Any]) -> str:
 
 
 def zero_shot_notes(metrics: dict[str, Any]) -> list[str]:
-    """What is to be said beneath the tables, a sentence each."""
+    """Return the notes below the tables, one sentence each."""
     told = []
     if not metrics.get("macro"):
-        told.append("No label column of what was asked: predictions and retrieval only, no scores.")
+        told.append("No queried finding has a label column: predictions and retrieval only, no scores.")
     elif metrics["not_scored"]:
         told.append(f"No label column, so not scored: {', '.join(metrics['not_scored'])}.")
     told += [f"{name}: no threshold, {own['threshold_reason']}." for name, own in metrics.get("findings", {}).items()
@@ -82,7 +82,7 @@ def zero_shot_notes(metrics: dict[str, Any]) -> list[str]:
     if metrics.get("macro"):
         told.append(f"Threshold: {metrics['threshold_rule']}.")
     if metrics.get("macro_auroc_by_reconstruction") is not None:
-        told.append(f"Macro AUROC with a row a reconstruction: {show(metrics['macro_auroc_by_reconstruction'])}.")
+        told.append(f"Macro AUROC with one row per reconstruction: {show(metrics['macro_auroc_by_reconstruction'])}.")
     if metrics.get("retrieval"):
         told.append(f"Retrieval: {metrics['retrieval']['rule']}.")
     told.append("A research tool, not a medical device.")
@@ -90,7 +90,7 @@ def zero_shot_notes(metrics: dict[str, Any]) -> list[str]:
 
 
 def zero_shot_markdown(metrics: dict[str, Any]) -> str:
-    """All tables and notes as Markdown, for `table.md`."""
+    """Return all tables and notes as Markdown, for `table.md`."""
     parts = ["# Zero-shot"]
     for title, lines in zero_shot_tables(metrics):
         rows = [f"| {' | '.join(line)} |" for line in lines]

@@ -1,4 +1,4 @@
-"""Curves of a linear probe over few training labels: k examples a finding, or a share of the training patients."""
+"""Curves of a linear probe over few training labels: k examples per finding, or a share of the training patients."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ Rows = list[NDArray[np.intp]]
 
 @dataclass(frozen=True, order=True)
 class Shots:
-    """How much is trained on.
+    """The amount of training data.
 
     Attributes:
-        share: whether `amount` is percent of the training patients, else k positives and k negatives a finding.
-        amount: above 0.
+        share: whether `amount` is a percentage of the training patients; else k positives and k negatives per finding.
+        amount: a number above 0.
     """
 
     share: bool
@@ -47,7 +47,7 @@ EVERYBODY = Shots(share=True, amount=100.0)
 
 
 def read_shots(text: str) -> Shots:
-    """`5` or `10%`.
+    """Read `5` or `10%`.
 
     Raises:
         InputError: neither a whole number from 1 nor a percentage above 0 and up to 100.
@@ -56,14 +56,14 @@ def read_shots(text: str) -> Shots:
     shots = Shots(found[2] is not None, float(found[1] or found[2])) if found else None
     if shots is None or not 0 < shots.amount <= (100 if shots.share else np.inf):
         raise InputError(
-            f"probe: --shots {text}, expected whole numbers from 1 (examples of each class a finding) or percentages of the"
+            f"probe: --shots {text}, expected whole numbers from 1 (examples of each class per finding) or percentages of the"
             " training patients: 1 5 10 10% 50% 100%."
         )
     return shots
 
 
 def draw_patients(patients: Sequence[str], percent: float, seed: int) -> NDArray[np.intp]:
-    """The rows of a share of the patients, drawn without replacement, at least one patient.
+    """Return the rows of a share of the patients, drawn without replacement; at least one patient.
 
     Args:
         patients: N ids.
@@ -80,19 +80,19 @@ def draw_patients(patients: Sequence[str], percent: float, seed: int) -> NDArray
 def few_shot_curve(
     data: dict[str, Data], train: Manifest, test: Manifest, asked: Sequence[Shots], seeds: int
 ) -> pd.DataFrame:
-    """A row an amount: the mean over seeds of the test macro AUROC.
+    """Return one row per amount: the test macro AUROC, averaged over seeds.
 
-    `low` and `high`: its 95 % interval over patients, the mean of all seeds taken within each bootstrap replicate.
-    `seeds_low` and `seeds_high`: the 95 % interval of the mean over seeds (Student's t), of two seeds or more. `patients`: in
-    training, the mean over seeds. A finding that some seed cannot be fitted on (of k, fewer than k of a class; of a share,
-    one class only) is left out at that amount; `findings` counts the others. C is chosen on the whole `val`.
+    `low` and `high` are its 95 % interval over patients; the mean over seeds is taken within each bootstrap replicate.
+    `seeds_low` and `seeds_high` are the 95 % interval of the mean over seeds (Student's t), for two seeds or more. `patients`
+    is the mean number of training patients. A finding that cannot be fitted for some seed (fewer than k of a class, or one
+    class only in a share) is excluded at that amount; `findings` counts the others. C is chosen on the complete `val`.
 
     Args:
         data: features (N, D) and labels (N, F) of `train`, `val` and `test`.
         train: the rows of `data["train"]`.
         test: the rows of `data["test"]`.
         asked: amounts.
-        seeds: draws of each.
+        seeds: number of draws of each.
     """
     ids = np.asarray(train.frame["patient_id"].tolist(), dtype=np.str_)
     table = []
@@ -122,7 +122,7 @@ def _draw(shots: Shots, labels: Floats, patients: NDArray[np.str_], seed: int) -
 
 
 def _scored(data: dict[str, Data], test: Manifest, drawn: list[Rows]) -> tuple[list[float], list[Floats], int] | None:
-    """A seed's macro AUROC and replicates each, and of how many findings; None where there are none."""
+    """Return macro AUROC and replicates per seed, and the number of findings; None if there are none."""
     fits: list[Fit] = []
     for rows in drawn:
         try:
@@ -152,6 +152,6 @@ def write_curve(table: pd.DataFrame, out: Path) -> None:
 
 
 def curve_picture(table: pd.DataFrame) -> str:
-    """A stand-alone SVG of `page.few_shot.curve_plot`."""
+    """Return a stand-alone SVG of `few_shot_section.curve_plot`."""
     style = f"<style><![CDATA[{(TEMPLATES / 'style.css').read_text(encoding='utf-8')}]]></style>"
     return curve_plot(table, style).replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1) + "\n"

@@ -1,4 +1,4 @@
-"""`ctx-distill probe`: a linear probe on features computed once, and its curve over few examples."""
+"""`ctx-distill probe`: a linear probe on features that are computed once, and its curve over few examples."""
 
 from __future__ import annotations
 
@@ -32,25 +32,28 @@ def probe(
 ) -> str:
     """Fit and score a linear probe of the CT encoder's pooled features, and few-shot curves.
 
-    OUT holds `features.safetensors` (pooled (N, D_c) of the manifest's rows, used again; not where the classifier stage of a
-    run has them), `metrics.json`
-    (`classification_report` of `test`, `strength`, `val_macro_auroc`, `left_out`), `predictions.csv`,
-    `unreadable.csv`, with a dual encoder `artefact` (a classifier: `ctx_distill.load` opens it in RUN/probe), and
-    with `shots` `few_shot.csv` and `few_shot.svg`.
+    Writes to OUT:
+
+    - `features.safetensors`: pooled features (N, D_c) of the manifest's rows, for later runs; omitted if the classifier
+      stage of the run has them
+    - `metrics.json`: `classification_report` of `test`, `strength`, `val_macro_auroc`, `left_out`
+    - `predictions.csv` and `unreadable.csv`
+    - `artefact`, with a dual encoder: a classifier that `ctx_distill.load` opens in RUN/probe
+    - `few_shot.csv` and `few_shot.svg`, with `shots`
 
     Args:
         checkpoint: run folder or artefact.
-        manifest_path: with label columns.
-        out: folder to write.
-        shots: `5` for five positives and five negatives a finding, `10%` for that share of the training patients.
-        seeds: draws of them.
-        device: to compute features on.
+        manifest_path: manifest with label columns.
+        out: folder to write to.
+        shots: `5` for five positives and five negatives per finding, `10%` for that share of the training patients.
+        seeds: number of draws of each.
+        device: device on which features are computed.
 
     Returns:
-        What to print.
+        The summary to print.
 
     Raises:
-        InputError: no labels, nothing to fit, or an empty split.
+        InputError: there are no labels, nothing to fit, or a split is empty.
     """
     manifest = read_manifest(manifest_path, check_images=False)
     if not manifest.finding_names:
@@ -64,7 +67,7 @@ def probe(
     parts = {name: readable.split(name) for name in ("train", "val", "test")}
     empty = [name for name, part in parts.items() if not len(part)]
     if empty:
-        raise InputError(f"{manifest_path}: no readable studies in {empty[0]}; a probe is fitted, chosen and scored.")
+        raise InputError(f"{manifest_path}: no readable studies in `{empty[0]}`; a probe needs train, val and test.")
     data = {name: (features[part.frame.index], part.labels().astype(np.float64)) for name, part in parts.items()}
     fit = fit_probes(data["train"], data["val"])
     metrics = _score(fit, parts["test"], data["test"], out)
@@ -82,9 +85,9 @@ def probe(
 
 
 def _features(model: CTModel, manifest: Manifest, out: Path) -> tuple[Floats, dict[int, str]]:
-    """(N, D_c) by manifest row, NaN where a scan cannot be read, and why.
+    """Return features (N, D_c) by manifest row, NaN for unreadable scans, and the reasons.
 
-    Those that stand in OUT are taken, or those that the classifier stage of the run computed.
+    Features in OUT or of the run's classifier stage are reused.
     """
     key = features_key(model.encoder_fingerprint, manifest.fingerprint)
     for folder in (out, model.parts.source / "classifier"):
@@ -103,7 +106,7 @@ def _features(model: CTModel, manifest: Manifest, out: Path) -> tuple[Floats, di
     features = np.full((len(manifest), len(next(iter(rows.values())))), np.nan, dtype=np.float32)
     for row, value in rows.items():
         features[row] = value
-    if not unreadable:  # a scan that is mended meanwhile is to be read
+    if not unreadable:  # a scan that is repaired later must be read
         write_features(out, key, features)
     return features.astype(np.float64), unreadable
 
@@ -119,7 +122,7 @@ def _score(fit: Fit, test: Manifest, data: tuple[Floats, Floats], out: Path) -> 
 
 
 def _write_head(model: CTModel, fit: Fit, names: Sequence[str], out: Path) -> None:
-    """The probe as a classifier artefact; standardisation is in the weights."""
+    """Write the probe as a classifier artefact; its weights include the standardisation."""
     parts = model.parts
     if parts.dual is None or parts.dual_artefact is None:
         return

@@ -1,4 +1,4 @@
-"""Logistic regression on frozen features, a finding at a time, its regularisation chosen on `val`."""
+"""Logistic regression per finding on frozen features, with its regularisation chosen on `val`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ctx_distill.metrics.classification import macro_auroc
 Floats = NDArray[np.float64]
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
-"""scikit-learn's C that are tried: the loss is C * sum of cross-entropies + |w|^2 / 2, on standardised features."""
+"""Values of scikit-learn's C to try: the loss is C * sum of cross-entropies + |w|^2 / 2, on standardised features."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Fit:
     Attributes:
         weight: (F, D); NaN in the row of a finding that could not be fitted.
         bias: (F,), likewise.
-        strength: the C that was chosen.
-        val_macro_auroc: with it.
+        strength: the chosen C.
+        val_macro_auroc: macro AUROC on `val` with that C.
     """
 
     weight: Floats
@@ -35,13 +35,13 @@ class Fit:
     val_macro_auroc: float
 
     def probabilities(self, features: Floats) -> Floats:
-        """(N, D) features to (N, F); NaN for findings that could not be fitted."""
+        """Return probabilities (N, F) for features (N, D); NaN for findings that could not be fitted."""
         found: Floats = 1 / (1 + np.exp(-(features @ self.weight.T + self.bias)))
         return found
 
     @property
     def fitted(self) -> NDArray[np.bool_]:
-        """(F,): the findings that have a probe."""
+        """Whether each finding has a probe, (F,)."""
         return ~np.isnan(self.bias)
 
 
@@ -85,15 +85,15 @@ def fit_probes(
     strengths: tuple[float, ...] = STRENGTHS,
     rows: list[NDArray[np.intp]] | None = None,
 ) -> Fit:
-    """Fit every finding for each C, and keep the C of the highest macro AUROC on `val`, the smaller of equal ones.
+    """Fit every finding for each C, and return the fit with the highest macro AUROC on `val`; of equal ones the smaller C.
 
-    Features are standardised by the mean and deviation of `train`. Labels other than 1 and 0 are left out.
+    Features are standardised by the mean and deviation of `train`. Labels other than 1 and 0 are excluded.
 
     Args:
         train: (N, D) features and (N, F) labels.
-        val: the same; it chooses, and is not trained on.
-        strengths: the C to try, growing.
-        rows: for each finding the rows to train on; None for all.
+        val: the same; chooses C and is not trained on.
+        strengths: values of C in ascending order.
+        rows: training rows per finding; None for all.
 
     Raises:
         InputError: no finding has both classes in `train` and in `val`.
@@ -115,19 +115,19 @@ def fit_probes(
             best = Fit(weight, bias, strength, reached)
     if best is None:
         raise InputError(
-            "probe: no finding has both a positive and a negative in `train` and in `val`, so there is nothing to fit or to"
-            " choose by. Give a manifest with more labelled studies in both splits."
+            "probe: no finding has both a positive and a negative in `train` and in `val`. Give a manifest with more"
+            " labelled studies in both splits."
         )
     return best
 
 
 def draw_shots(labels: Floats, shots: int, seed: int) -> list[NDArray[np.intp]]:
-    """For each finding `shots` positives and as many negatives, drawn without replacement; none where there are fewer.
+    """Draw `shots` positives and as many negatives per finding without replacement; none if there are fewer.
 
     Args:
         labels: (N, F).
         shots: k.
-        seed: draws of one seed are nested: those of a smaller k are among those of a larger.
+        seed: seed; the draws of one seed are nested, a smaller k in a larger one.
     """
     order = np.random.default_rng(seed).permutation(len(labels))
     drawn = []

@@ -1,4 +1,4 @@
-"""The curve over few labels that a run's page shows, in `RUN/probe/`; of features that the classifier stage computed."""
+"""The curve over few labels on a run's page, in `RUN/probe/`, from features of the classifier stage."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from ctx_distill.runs.run_reader import gather
 SHOTS = ("1", "5", "20", "10%", "50%", "100%")
 SEEDS = 5
 MOST_STUDIES = 5000
-"""Of more training studies the fits would take longer than a stage; then the command is for whoever wants it."""
+"""With more training studies the fits take longer than a stage; `ctx-distill probe` makes the curve then."""
 RECORD = "few_labels.json"
 
 
 def write_few_labels(run: Path) -> bool:
-    """Fit the probes and write their curve, where the run has features of labelled studies and no curve of them yet.
+    """Fit the probes and write their curve, if the run has features of labelled studies and no curve for them yet.
 
     Returns:
-        Whether it was made now.
+        Whether the curve was written.
     """
     from ctx_distill.checkpoint import read_artefact
     from ctx_distill.training.pooled_features import FEATURES, features_key, read_features
@@ -43,7 +43,7 @@ def write_few_labels(run: Path) -> bool:
         from ctx_distill.probing.linear_probe import probe
 
         probe(run, ct.path, out, SHOTS, SEEDS)
-    except InputError as error:  # a page without the curve is worth more than none
+    except InputError as error:  # a page without the curve is better than none
         print(f"few labels: no curve: {error}")
         return False
     write_json(out / RECORD, {"asked": asked})

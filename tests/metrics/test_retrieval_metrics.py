@@ -108,7 +108,7 @@ def test_edges_and_refusals() -> None:
         retrieval_quality([[1.0]], [[1.0]], [[-1]], ["p"])
     with pytest.raises(ValueError, match="expected"):
         retrieval_quality([[1.0]], [[1.0]], [[0]], ["p", "q"])
-    with pytest.raises(ValueError, match="nearest of tfidf: a neighbour lies outside"):
+    with pytest.raises(ValueError, match="nearest of tfidf: a neighbour is outside"):
         retrieval_quality([[1.0]], [[1.0]], [[0]], ["p"], others={"tfidf": [[2]]})
 
 

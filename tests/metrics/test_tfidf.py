@@ -62,5 +62,5 @@ def test_among_equals_the_earlier_comes_first() -> None:
 def test_refusals() -> None:
     with pytest.raises(ValueError, match="none of 2 pool texts has a word"):
         tfidf_nearest(["x"], ["", "."], 1)
-    with pytest.raises(ValueError, match="3 neighbours of a pool of 2"):
+    with pytest.raises(ValueError, match="k is 3; expected 1 to 2"):
         tfidf_nearest(["x"], ["a", "b"], 3)
