@@ -76,8 +76,9 @@ def all_listed(folder: Path, roots: Sequence[str], image_paths: Sequence[str]) -
             names_by_folder.setdefault((root, parent), set()).add(name)
     try:
         return all(
-            names <= set(os.listdir(folder / root / parent)) for (root, parent), names in names_by_folder.items()
-        )  # noqa: PTH208
+            names <= set(os.listdir(folder / root / parent))  # noqa: PTH208
+            for (root, parent), names in names_by_folder.items()
+        )
     except OSError:
         return False
 
