@@ -264,15 +264,15 @@ def test_a_header_that_claims_too_much(tmp_path: Path) -> None:
     for name in ("a.nii", "a.nii.gz"):
         path = tmp_path / name
         nifti(path, hu(), dim=[3, 32000, 32000, 32000, 1, 1, 1, 1])
-        refused(path, "claims", "32000 x 32000 x 32000")
+        refused(path, "declares", "32000 x 32000 x 32000")
         nifti(path, hu(), dim=[3, 1200, 1200, 1200, 1, 1, 1, 1])
-        refused(path, "claims", "bytes")
+        refused(path, "declares", "bytes")
     path = itk(tmp_path / "a.mha", hu())
     path.write_bytes(path.read_bytes().replace(b"DimSize = 14 12 9", b"DimSize = 30000 30000 9"))
-    refused(path, "claims")
+    refused(path, "declares")
     path = itk(tmp_path / "a.nrrd", hu())
     path.write_bytes(path.read_bytes().replace(b"sizes: 14 12 9", b"sizes: 30000 30000 9"))
-    refused(path, "claims")
+    refused(path, "declares")
 
 
 def test_a_stream_longer_than_its_header_says_is_no_volume(tmp_path: Path) -> None:
