@@ -1,4 +1,4 @@
-"""How a CT encoder is computed in training: none of it changes what the weights mean, so none is in an artefact."""
+"""Settings of how a CT encoder is computed in training; they do not affect the weights and are not in artefacts."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from ctx_distill.errors import InputError
 
 @dataclass(frozen=True)
 class ComputeSettings:
-    """Memory and speed of the CT encoder in training.
+    """Memory and speed settings of the CT encoder in training.
 
     Attributes:
-        checkpointing: compute each block again in backward and keep only its input (Chen et al. 2016, arXiv 1604.06174):
-            about a third more time, for the activations of one block in place of all.
-        compile: compile the encoder in training (torch.compile); evaluation, whose batches differ in size, runs as
-            written. On a CPU it needs a C++ compiler.
-        channels_last: voxels outside, channels inside, in memory, as tensor cores want convolutions. None: for a
-            convolutional encoder that is compiled on a GPU (torch's own group norm would copy back and forth).
+        checkpointing: recompute each block in the backward pass and keep only its input (Chen et al. 2016, arXiv
+            1604.06174). Takes about a third more time, and stores the activations of one block instead of all.
+        compile: compile the encoder in training (torch.compile). Evaluation, with varying batch sizes, is not compiled.
+            Needs a C++ compiler on a CPU.
+        channels_last: use the channels-last memory format, which tensor cores prefer for convolutions. None enables it
+            for convolutional encoders that are compiled on a GPU (torch's group norm would otherwise copy).
     """
 
     checkpointing: bool = False
@@ -30,10 +30,10 @@ class ComputeSettings:
 
 
 def check_compiler(settings: ComputeSettings, device: torch.device) -> None:
-    """Check that there is what torch.compile needs on a CPU.
+    """Check the requirements of torch.compile on a CPU.
 
     Raises:
-        InputError: no C++ compiler is found.
+        InputError: no C++ compiler.
     """
     compiler = os.environ.get("CXX", "g++")
     if settings.compile and device.type == "cpu" and shutil.which(compiler) is None:

@@ -1,4 +1,4 @@
-"""CT encoders out of MONAI: a pooled vector and a grid of tokens of each volume, without batch norm."""
+"""CT encoders based on MONAI that return a pooled vector and a token grid per volume, without batch norm."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from ctx_distill.types import EncoderOutput, InputError
 
 @dataclass(frozen=True)
 class TokenGrid:
-    """How the tokens of a volume lie in it: token (i, j, k) is centred on voxel offset + step * (i, j, k).
+    """The positions of tokens in a volume: token (i, j, k) is centred on voxel offset + step * (i, j, k).
 
     Attributes:
         shape: tokens along D, H, W.
-        step: voxels between neighbours.
-        offset: voxel of the first.
+        step: voxels between neighbouring tokens.
+        offset: voxel of the first token.
     """
 
     shape: tuple[int, int, int]
@@ -35,15 +35,15 @@ class TokenGrid:
 
 
 class CTEncoder(nn.Module, ABC):
-    """f in h = f(V): (B, 1, D, H, W) to a pooled embedding (B, D_c) and tokens (B, T, D_c).
+    """Base class of f in h = f(V): (B, 1, D, H, W) to a pooled embedding (B, D_c) and tokens (B, T, D_c).
 
-    A subclass stores its arguments under `init_args` (plain JSON values), which is all that is needed to build it again.
-    How it is computed (`compute_with`) is no part of that.
+    Subclasses store their constructor arguments as JSON values in `init_args`, from which the encoder can be built. Compute
+    settings (`compute_with`) are not included.
 
     Attributes:
         embed_dim: D_c.
         init_args: arguments of the constructor.
-        convolutional: whether `channels_last` serves it.
+        convolutional: whether it benefits from `channels_last`.
     """
 
     embed_dim: int
@@ -54,14 +54,14 @@ class CTEncoder(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, volume: Tensor) -> EncoderOutput:
-        """Encode volumes (B, 1, D, H, W) scaled as the volume spec says; tokens in D, H, W order."""
+        """Encode volumes (B, 1, D, H, W) scaled according to the volume spec; tokens in D, H, W order."""
 
     def compute_with(self, settings: ComputeSettings, device: torch.device) -> None:
-        """Set how it is computed in training; names and values of its weights stay as they are.
+        """Apply compute settings for training, without changing names or values of weights.
 
         Args:
             settings: see `ComputeSettings`.
-            device: that it will be on.
+            device: device of the encoder in training.
         """
         self._checkpointing = settings.checkpointing
         chosen = settings.channels_last
@@ -74,40 +74,40 @@ class CTEncoder(nn.Module, ABC):
             self.compile()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """In training as `compute_with` said; in evaluation never compiled."""
+        """Run the encoder as set by `compute_with` in training, and never compiled in evaluation."""
         call: Any = super().__call__ if self.training else self._call_impl
         return call(*args, **kwargs)
 
     def _through(self, block: nn.Module, x: Tensor) -> Tensor:
-        """The block's output, its activations kept or, with checkpointing, computed again in backward."""
+        """Return the output of a block, with activation checkpointing if enabled."""
         if self._checkpointing and self.training and torch.is_grad_enabled():
-            again: Tensor = checkpoint(block, x, use_reentrant=False)
-            return again
+            recomputed: Tensor = checkpoint(block, x, use_reentrant=False)
+            return recomputed
         out: Tensor = block(x)
         return out
 
     def layers(self) -> list[list[nn.Module]]:
-        """The modules by depth, the input's first: what layer-wise learning-rate decay goes by."""
+        """Return the modules by depth from the input, for layer-wise learning-rate decay."""
         return [[self]]
 
     def token_grid(self, shape: tuple[int, int, int]) -> TokenGrid | None:
-        """Where the tokens of a volume of (D, H, W) voxels lie; None where the pooled feature is not their mean."""
+        """Return token positions in a volume of (D, H, W) voxels, or None if the pooled feature is not their mean."""
         del shape
         return None
 
     def config(self) -> dict[str, Any]:
-        """`class_path` and `init_args` as plain JSON values, for `build_ct_encoder`."""
+        """Return `class_path` and `init_args` as JSON values for `build_ct_encoder`."""
         return {"class_path": f"{type(self).__module__}.{type(self).__qualname__}", "init_args": dict(self.init_args)}
 
 
 def build_ct_encoder(config: Mapping[str, Any]) -> CTEncoder:
     """Build an encoder with random weights from `CTEncoder.config()`.
 
-    Only a subclass of `CTEncoder` is built, and only modules of this package or already imported ones are looked in, so
-    an artefact's configuration cannot import anything else.
+    Only subclasses of `CTEncoder` from this package or from already imported modules are built, so the configuration of an
+    artefact cannot import other code.
 
     Raises:
-        InputError: the class is not found, is no `CTEncoder`, or refuses the arguments.
+        InputError: the class does not exist, is not a `CTEncoder`, or does not accept the arguments.
     """
     path = str(config.get("class_path", ""))
     module_name, _, name = path.rpartition(".")
@@ -116,14 +116,16 @@ def build_ct_encoder(config: Mapping[str, Any]) -> CTEncoder:
             importlib.import_module(module_name)
         except ModuleNotFoundError as error:
             raise InputError(f"CT encoder {path!r}: no module {module_name}.") from error
-    found = getattr(sys.modules.get(module_name), name, None)
-    if not (isinstance(found, type) and issubclass(found, CTEncoder)) or inspect.isabstract(found):
+    encoder_class = getattr(sys.modules.get(module_name), name, None)
+    if not (isinstance(encoder_class, type) and issubclass(encoder_class, CTEncoder)) or inspect.isabstract(
+        encoder_class
+    ):
         raise InputError(
             f"CT encoder {path!r}: not a CTEncoder. Expected ctx_distill.models.ct_encoder.ResNet3D or ViT3D, or a"
-            " subclass of CTEncoder whose module is imported before."
+            " subclass of CTEncoder in an imported module."
         )
     try:
-        return found(**dict(config.get("init_args", {})))
+        return encoder_class(**dict(config.get("init_args", {})))
     except TypeError as error:
         raise InputError(f"CT encoder {path}: arguments do not fit ({error}).") from error
 
@@ -134,7 +136,7 @@ def _check_volume(volume: Tensor, name: str) -> None:
 
 
 def _group_norm(module: nn.Module, groups: int) -> None:
-    """Put group norm in place of every batch norm: MONAI's ResNet hands its `norm` to the stem alone."""
+    """Replace every batch norm by group norm, because MONAI's ResNet applies its `norm` only to the stem."""
     for name, child in module.named_children():
         if isinstance(child, nn.modules.batchnorm._BatchNorm):
             setattr(module, name, nn.GroupNorm(groups, child.num_features))
@@ -152,8 +154,11 @@ _RESNETS: dict[str, tuple[str, list[int], int]] = {
 
 
 SHALLOW = 7
-"""Slices below which a ResNet's block runs in float32 on a CPU: oneDNN's bf16 gradient of a 3D convolution's weights is made of
-unset memory where the volume has fewer slices than the kernel (torch 2.11 to 2.15 on processors with AVX-512 BF16)."""
+"""Number of slices below which blocks of a ResNet run in float32 on a CPU.
+
+If a volume has fewer slices than the kernel, oneDNN's bf16 weight gradient of a 3D convolution contains uninitialised memory
+(torch 2.11 to 2.15 on processors with AVX-512 BF16).
+"""
 
 
 class ResNet3D(CTEncoder):

@@ -1,4 +1,4 @@
-"""Where report decoders come from: a small one from scratch, or any Hugging Face causal language model."""
+"""Create report decoders: a small one from scratch, or from any Hugging Face causal language model."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ def small_decoder(
     max_length: int = 128,
     dropout: float = 0.1,
 ) -> ReportDecoder:
-    """A small GPT-2 with random weights over a WordPiece vocabulary trained on reports.
+    """Return a small GPT-2 with random weights and a WordPiece tokenizer trained on reports.
 
     Args:
         texts: reports of the train split.
-        folder: where the tokenizer is written.
+        folder: folder for the tokenizer.
         token_dim: D_c.
         num_tokens: T.
-        vocab_size: of the tokenizer.
+        vocab_size: max vocabulary size of the tokenizer.
         width: hidden size, a multiple of 32.
-        layers: number of them.
-        max_length: longest report in tokens.
-        dropout: rate.
+        layers: number of layers.
+        max_length: max length of a report in tokens.
+        dropout: dropout rate.
     """
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -58,18 +58,18 @@ def pretrained_decoder(
     max_length: int = 256,
     lora: LoraSettings | None = None,
 ) -> ReportDecoder:
-    """Open a language model from a folder or a pinned hub repository; cross-attention, where it knows it, is new.
+    """Open a language model from a folder or a pinned hub repository, with new cross-attention if supported.
 
     Args:
         source: folder, or `hf-hub:organisation/name`.
         token_dim: D_c.
         num_tokens: T.
-        revision: full commit of a hub repository.
-        max_length: longest report in tokens.
-        lora: train adapters alone.
+        revision: full commit hash of a hub repository.
+        max_length: max length of a report in tokens.
+        lora: train only adapters with these settings.
 
     Raises:
-        InputError: it cannot be had, needs remote code, or its weights are not all there.
+        InputError: the model is not available, needs remote code, or lacks weights.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -87,16 +87,16 @@ def pretrained_decoder(
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError, TypeError) as error:
         raise InputError(
-            f"{folder}: not a causal language model ({str(error)[:300]}). Looked for"
+            f"{folder}: not a causal language model ({str(error)[:300]}). Expected"
             " config.json, model.safetensors and tokenizer.json."
         ) from error
     missing = sorted(key for key in info["missing_keys"] if not CROSS_ATTENTION.search(key))
     if missing:
         raise InputError(
-            f"{folder}: its weights lack {len(missing)} tensors of {type(model).__name__} ({', '.join(missing[:3])})."
-            " Use the config.json that they were saved with."
+            f"{folder}: {len(missing)} tensors of {type(model).__name__} are missing in the weights ({', '.join(missing[:3])})."
+            " Use the config.json that belongs to the weights."
         )
-    needed = lora is not None or source.startswith(HUB)  # to open the artefact; else it only says what it was made of
+    needed = lora is not None or source.startswith(HUB)  # to open the artefact; otherwise only recorded for provenance
     base = {
         "source": source if needed else Path(source).name,
         "revision": revision,

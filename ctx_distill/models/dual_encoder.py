@@ -23,9 +23,10 @@ PRIOR_FOLDER = "prior_expert"
 
 
 class DualEncoder(nn.Module):
-    """CT and report in one space: image_features = norm(P_a f(V)), text_features = norm(P_t E(r)).
+    """Embed CT and report in one space: image_features = norm(P_a f(V)), text_features = norm(P_t E(r)).
 
-    With a prior (**ours**), image_features = norm(norm(P_a f(V)) + w u'), u' the expert's feature of the CT's projection.
+    With a projection prior (**ours**), image_features = norm(norm(P_a f(V)) + w u'), where u' is the expert's feature of
+    the CT's frontal projection.
 
     Attributes:
         ct_encoder: f.
@@ -34,7 +35,7 @@ class DualEncoder(nn.Module):
         text_projection: P_t, D_t -> D, or the identity.
         logit_scale: log of 1 / temperature, learnt (Radford et al. 2021).
         embed_dim: D.
-        prior_weight: w; 0 without a prior.
+        prior_weight: w; 0 without a projection prior.
     """
 
     def __init__(
@@ -46,19 +47,19 @@ class DualEncoder(nn.Module):
         init_logit_scale: float = 1 / 0.07,
         prior_weight: float = 0.0,
     ) -> None:
-        """Join two encoders.
+        """Combine two encoders.
 
         Args:
             ct_encoder: f.
             text_encoder: E.
-            projection_dim: D; None keeps the text's own space (D = D_t, no text projection), which is what a frozen
-                text tower of the expert needs.
-            image_projection: P_a to start from (P_d of stage 2, say); None for a new linear one.
-            init_logit_scale: 1 / temperature at the start.
+            projection_dim: D; None uses the text space (D = D_t, no text projection), as needed for a frozen text tower of
+                the expert.
+            image_projection: initial P_a (such as P_d of stage 2); None for a new linear projection.
+            init_logit_scale: initial 1 / temperature.
             prior_weight: w.
 
         Raises:
-            InputError: image_projection does not lead from D_c to D.
+            InputError: image_projection does not map D_c to D.
         """
         super().__init__()
         self.embed_dim = projection_dim or text_encoder.embed_dim
@@ -68,8 +69,8 @@ class DualEncoder(nn.Module):
         shape = (self.image_projection.config["in_dim"], self.image_projection.config["out_dim"])
         if shape != (ct_encoder.embed_dim, self.embed_dim):
             raise InputError(
-                f"dual encoder: projection of the image from {shape[0]} to {shape[1]}, needed from"
-                f" {ct_encoder.embed_dim} to {self.embed_dim}. Start with a new projection, or set projection_dim"
+                f"dual encoder: the image projection maps {shape[0]} to {shape[1]}; expected"
+                f" {ct_encoder.embed_dim} to {self.embed_dim}. Use a new projection, or set projection_dim"
                 f" to {shape[1]}."
             )
         self.prior_weight = prior_weight
@@ -79,36 +80,36 @@ class DualEncoder(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(math.log(init_logit_scale)))
 
     def encode_volume(self, volume: Tensor, prior: Tensor | None = None) -> tuple[Tensor, EncoderOutput]:
-        """Image features (B, D), L2-normalised, and the encoder's own output.
+        """Return L2-normalised image features (B, D) and the output of the CT encoder.
 
         Args:
             volume: (B, 1, D, H, W).
-            prior: (B, D) unit rows, where the model has a prior.
+            prior: (B, D) unit rows, if the model has a projection prior.
 
         Raises:
-            InputError: the model has a prior and none is given.
+            InputError: the model has a projection prior, but `prior` is None.
         """
-        own, output = self.encode_alone(volume)
-        return self.join_prior(own, prior), output
+        features, output = self.encode_alone(volume)
+        return self.join_prior(features, prior), output
 
     def encode_alone(self, volume: Tensor) -> tuple[Tensor, EncoderOutput]:
-        """norm(P_a f(V)) (B, D), the image features without a prior, and the encoder's own output."""
+        """Return norm(P_a f(V)) (B, D), the image features without prior, and the output of the CT encoder."""
         output = self.ct_encoder(volume)
         return F.normalize(self.image_projection(output.pooled), dim=-1), output
 
-    def join_prior(self, own: Tensor, prior: Tensor | None) -> Tensor:
-        """Image features (B, D), unit rows, of `encode_alone`'s (B, D) and the prior's (B, D)."""
+    def join_prior(self, features: Tensor, prior: Tensor | None) -> Tensor:
+        """Combine the features of `encode_alone` (B, D) and the prior (B, D) into unit rows (B, D)."""
         if not self.prior_weight:
-            return own
+            return features
         if prior is None:
             raise InputError(
-                "this model adds to what the X-ray expert says of the CT's own projection, and got no projections."
+                "this model has a projection prior, but the batch has no projections."
                 " Set data.init_args.projection=true."
             )
-        return F.normalize(own + self.prior_weight * prior.to(own), dim=-1)
+        return F.normalize(features + self.prior_weight * prior.to(features), dim=-1)
 
     def encode_text(self, texts: Sequence[str]) -> Tensor:
-        """Text features (B, D), L2-normalised."""
+        """Return L2-normalised text features (B, D)."""
         return F.normalize(self.text_projection(self.text_encoder(texts)), dim=-1)
 
     def save(
@@ -118,13 +119,13 @@ class DualEncoder(nn.Module):
         volume_spec: Mapping[str, Any],
         prior_expert: Path | None = None,
     ) -> Artefact:
-        """Write the artefact `dual-encoder`; it needs no other folder to be loaded.
+        """Write the self-contained artefact `dual-encoder`.
 
         Args:
-            folder: where.
-            upstream: fingerprints of what it was made from.
-            volume_spec: the volume spec's configuration, so that others prepare volumes alike.
-            prior_expert: folder of the expert whose features are the prior; it is copied into the artefact.
+            folder: artefact folder.
+            upstream: fingerprints of the inputs.
+            volume_spec: configuration of the volume spec, to prepare volumes in the same way.
+            prior_expert: folder of the expert for the projection prior, copied into the artefact.
         """
         config = {
             "ct_encoder": self.ct_encoder.config(),
@@ -145,10 +146,10 @@ class DualEncoder(nn.Module):
 
     @staticmethod
     def load(folder: Path) -> tuple[DualEncoder, Artefact]:
-        """Read a `dual-encoder` artefact, in eval mode.
+        """Load a `dual-encoder` artefact in eval mode.
 
         Raises:
-            InputError: it is missing, of another kind, or its weights do not fit.
+            InputError: the artefact is missing, of another kind, or its weights do not fit.
         """
         artefact = read_artefact(folder, "dual-encoder")
         config = artefact.config
@@ -173,11 +174,11 @@ def save_ct_encoder(
     """Write the artefact `ct-encoder` of stage 2: the encoder and P_d.
 
     Args:
-        folder: where.
+        folder: artefact folder.
         encoder: f.
         projection: P_d, D_c -> D_e.
-        upstream: fingerprints of what it was made from.
-        volume_spec: the volume spec's configuration.
+        upstream: fingerprints of the inputs.
+        volume_spec: configuration of the volume spec.
     """
     config = {
         "ct_encoder": encoder.config(),
@@ -190,10 +191,10 @@ def save_ct_encoder(
 
 
 def load_ct_encoder(folder: Path) -> tuple[CTEncoder, ProjectionHead, Artefact]:
-    """Read a `ct-encoder` artefact: the encoder and P_d, in eval mode.
+    """Load a `ct-encoder` artefact (encoder and P_d) in eval mode.
 
     Raises:
-        InputError: it is missing, of another kind, or its weights do not fit.
+        InputError: the artefact is missing, of another kind, or its weights do not fit.
     """
     artefact = read_artefact(folder, "ct-encoder")
     encoder = build_ct_encoder(artefact.config["ct_encoder"])

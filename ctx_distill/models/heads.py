@@ -1,4 +1,4 @@
-"""Heads on a CT encoder: projections into an embedding space, and findings."""
+"""Heads of a CT encoder: projection into an embedding space, and findings."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from torch import Tensor, nn
 
 
 class ProjectionHead(nn.Module):
-    """P_d and P_a: (B, D_in) to (B, D_out), one linear layer or two with GELU between; not normalised.
+    """P_d and P_a: (B, D_in) to (B, D_out), one linear layer, or two with GELU in between; not normalised.
 
     Attributes:
-        config: plain JSON values to build it again.
+        config: JSON values from which the head is built.
     """
 
     def __init__(
         self, in_dim: int, out_dim: int, kind: Literal["linear", "mlp"] = "linear", hidden_dim: int = 0
     ) -> None:
-        """Build it.
+        """Build the head.
 
         Args:
             in_dim: D_in.
             out_dim: D_out.
-            kind: linear, or mlp with layer norm in front.
-            hidden_dim: of the mlp; 0 for the larger of both dimensions.
+            kind: linear, or mlp preceded by layer norm.
+            hidden_dim: width of the mlp; 0 for the max of both dimensions.
         """
         super().__init__()
         hidden_dim = hidden_dim or max(in_dim, out_dim)
@@ -38,21 +38,21 @@ class ProjectionHead(nn.Module):
             )
 
     def forward(self, features: Tensor) -> Tensor:
-        """(B, D_in) to (B, D_out)."""
+        """Project (B, D_in) to (B, D_out)."""
         out: Tensor = self.net(features)
         return out
 
 
 class FindingsHead(nn.Module):
-    """Layer norm and one linear layer to a logit a finding: the linear probe and the head of fine-tuning."""
+    """Layer norm and a linear layer to one logit per finding, for linear probes and fine-tuning."""
 
     def __init__(self, in_dim: int, num_findings: int, norm: bool = True) -> None:
-        """Build it.
+        """Build the head.
 
         Args:
             in_dim: D_c.
             num_findings: F.
-            norm: whether there is a layer norm; a logistic regression has none.
+            norm: whether to use layer norm; a logistic regression has none.
         """
         super().__init__()
         self.norm: nn.Module = nn.LayerNorm(in_dim) if norm else nn.Identity()
@@ -61,7 +61,7 @@ class FindingsHead(nn.Module):
         nn.init.normal_(self.linear.weight, std=0.01)
 
     def forward(self, pooled: Tensor) -> Tensor:
-        """(B, D_c) to logits (B, F), in the weights' own type also under autocast: in bf16 the scores of studies tie."""
+        """Return logits (B, F) of (B, D_c), in the weights' dtype even under autocast, since bf16 causes tied scores."""
         device = pooled.device.type
         if torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):

@@ -1,4 +1,4 @@
-"""LoRA of a report decoder (Hu et al., arXiv 2106.09685) through peft: low-rank adapters learn, the model stays as it is."""
+"""Add LoRA adapters (Hu et al., arXiv 2106.09685) to a report decoder with peft; the base model stays frozen."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any
 from torch import nn
 
 CROSS_ATTENTION = re.compile(r"cross_?att|encoder_attn")
-"""Names of the parts that attend to the CT tokens: in a pretrained model they are new, and learn whole."""
+"""Names of modules that attend to the CT tokens; new in a pretrained model, and fully trained."""
 
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """How large decoders are adapted.
+    """Settings of the adapters.
 
     Attributes:
-        rank: of the adapters.
-        alpha: their output counts alpha / rank times.
-        dropout: rate of the adapters' input.
-        targets: names of the linear layers that get one, or `all-linear`: all but the output head.
+        rank: rank of the adapters.
+        alpha: the adapters' output is scaled by alpha / rank.
+        dropout: dropout rate of the adapters' input.
+        targets: names of the adapted linear layers, or `all-linear` for all except the output head.
     """
 
     rank: int = 16
@@ -29,23 +29,23 @@ class LoraSettings:
     targets: str | tuple[str, ...] = "all-linear"
 
     def as_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Return the settings as JSON values."""
         values = asdict(self)
         return values | {"targets": self.targets if isinstance(self.targets, str) else list(self.targets)}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> LoraSettings:
-        """The settings that `as_json` gave."""
+        """Create settings from the values of `as_json`."""
         targets = values["targets"]
         return cls(**(values | {"targets": targets if isinstance(targets, str) else tuple(targets)}))
 
 
 def add_lora(decoder: nn.Module, settings: LoraSettings) -> None:
-    """Put adapters into a decoder, in place; all but them and its cross-attention is frozen.
+    """Add adapters to a decoder in place, and freeze everything except them and the cross-attention.
 
     Args:
         decoder: a transformers model.
-        settings: see there.
+        settings: settings of the adapters.
     """
     from peft import LoraConfig, inject_adapter_in_model
 

@@ -1,4 +1,4 @@
-"""The head of masked language modelling with the CT's tokens in view: cross-attention, then the vocabulary."""
+"""Head for masked language modelling conditioned on CT tokens: cross-attention, then the vocabulary."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class _CrossAttention(nn.Module):
 
 
 class MaskedLanguageHead(nn.Module):
-    """Token states of a masked text and tokens of its CT to logits over the vocabulary.
+    """Map token states of a masked text and the tokens of its CT to logits over the vocabulary.
 
-    No self-attention (**ours**): what the other words say must come from the text tower, which is what is trained.
-    Training alone needs the head: it stays in the checkpoint and out of the artefact.
+    There is no self-attention (**ours**), so that the context of other words must come from the text tower, which is being
+    trained. The head is only needed in training; it is in the checkpoint but not in the artefact.
     """
 
     def __init__(
@@ -40,18 +40,18 @@ class MaskedLanguageHead(nn.Module):
         layers: int = 1,
         heads: int = 4,
     ) -> None:
-        """Build it.
+        """Build the head.
 
         Args:
-            width: W, of the text's states.
+            width: W, width of the text states.
             vocab_size: V.
             token_dim: D_c.
-            num_tokens: T, for learnt places of the CT's tokens ("left" and "upper lobe" are places); None for none.
-            layers: of cross-attention.
-            heads: of each; a divisor of W.
+            num_tokens: T, for learnt position embeddings of the CT tokens; None for none.
+            layers: number of cross-attention layers.
+            heads: attention heads per layer; a divisor of W.
 
         Raises:
-            InputError: no layer, or heads that do not divide W.
+            InputError: no layer, or the number of heads does not divide W.
         """
         super().__init__()
         if layers < 1 or heads < 1 or width % heads:
@@ -67,15 +67,15 @@ class MaskedLanguageHead(nn.Module):
         )
 
     def forward(self, states: Tensor, tokens: Tensor, chosen: Tensor | None = None) -> Tensor:
-        """Logits of the words.
+        """Return the logits of the tokens.
 
         Args:
-            states: (B, L, W) of the masked text, as its tower gives them.
-            tokens: (B, T, D_c) of the CT.
-            chosen: (B, L) bool, the N positions that are asked for; None for all.
+            states: (B, L, W) text tower states of the masked text.
+            tokens: (B, T, D_c) tokens of the CT.
+            chosen: (B, L) bool, the N positions to predict; None for all.
 
         Returns:
-            (N, V) in row order, or (B, L, V). Only what is asked for meets the vocabulary, which is the costly part.
+            (N, V) in row order, or (B, L, V). Only selected positions are projected to the vocabulary, the costly part.
         """
         memory = self.projection(tokens)
         memory = memory if self.places is None else memory + self.places

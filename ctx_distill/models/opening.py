@@ -1,4 +1,4 @@
-"""Open an X-ray expert or a text tower of any kind from its folder. The only module that knows all kinds."""
+"""Open an X-ray expert or a text tower of any supported library from its folder."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def _open_folder(folder: Path) -> XrayExpert:
         from ctx_distill.models.experts.transformers_expert import TransformersExpert
 
         return TransformersExpert(folder)
-    found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+    files = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
     raise InputError(
-        f"{folder}: no X-ray expert here. Looked for open_clip_config.json (open_clip), xrv_config.json"
-        f" (torchxrayvision, converted) and config.json (transformers); found {found}. Fetch one with"
+        f"{folder}: no X-ray expert. Expected open_clip_config.json (open_clip), xrv_config.json"
+        f" (torchxrayvision, converted) or config.json (transformers); found {files}. Fetch one with"
         " `ctx-distill weights fetch`, convert one with `ctx-distill weights convert-torchxrayvision`, or train one with"
         " `ctx-distill expert`."
     )
@@ -42,16 +42,19 @@ def open_expert(source: str, revision: str | None = None) -> XrayExpert:
     """Open a frozen X-ray expert from a folder or from the hub.
 
     Args:
-        source: a folder (its kind is told by its files: `open_clip_config.json`, `xrv_config.json`, or the
-            `config.json` of transformers), or `hf-hub:organisation/name`.
-        revision: full commit hash; needed for the hub, and checked against what a folder says of itself.
+        source: a folder (with `open_clip_config.json`, `xrv_config.json`, or the `config.json` of transformers), or
+            `hf-hub:organisation/name`.
+        revision: full commit hash; required for the hub, and compared with the revision recorded in a folder.
+
+    Returns:
+        The expert, frozen and in eval mode.
 
     Raises:
-        InputError: nothing usable is there; the message says what was looked for and how to place it.
+        InputError: no expert; the message lists the expected files and how to obtain them.
     """
     folder = resolve_source(source, revision)
     refuse_remote_code(folder)
-    with torch.random.fork_rng(devices=[]):  # building a model draws weights; the caller's random state must not move
+    with torch.random.fork_rng(devices=[]):  # building a model draws random weights; preserve the caller's random state
         expert = _open_folder(folder)
     expert.freeze()
     logger.info("X-ray expert %s (%s), licence %s, revision %s", expert.name, expert.kind, expert.license,
@@ -60,15 +63,15 @@ def open_expert(source: str, revision: str | None = None) -> XrayExpert:
 
 
 def load_text_tower(folder: Path) -> TextTower:
-    """Build a tower from what `save_files` wrote; its weights are random until they are loaded.
+    """Build a tower from the files of `save_files`, with random weights.
 
     Raises:
-        InputError: the folder holds no tower.
+        InputError: the folder has no text tower.
     """
     path = folder / TOWER_FILE
     if not path.is_file():
         raise InputError(
-            f"{path}: not found, expected the text tower of an artefact. Run the stage that makes it again."
+            f"{path}: no such file; expected the text tower of an artefact. Rerun the stage that creates it."
         )
     config = json.loads(path.read_text())
     if config["kind"] == "open_clip":

@@ -1,4 +1,4 @@
-"""What embeds reports for the keys and the queries of the X-ray index: the expert, or a frozen encoder of its own."""
+"""Embed reports for keys and queries of the X-ray index, with the expert or a separate frozen encoder."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ from ctx_distill.models.weights import hash_weights, read_provenance, resolve_so
 
 
 class ReportEncoder(Protocol):
-    """A frozen encoder of reports; every `XrayExpert` with a text tower is one."""
+    """A frozen report encoder, such as an `XrayExpert` with a text tower."""
 
     @property
     def name(self) -> str:
-        """The folder's or repository's name."""
+        """The name of the folder or repository."""
         ...
 
     @property
     def text_dim(self) -> int | None:
-        """D_t, width of the embedding; None where there is no text tower."""
+        """D_t, the width of the embedding, or None without a text tower."""
         ...
 
     def encode_text(self, texts: Sequence[str], batch_size: int = 256) -> Tensor:
-        """(B, D_t), L2-normalised, of texts of any length."""
+        """Return L2-normalised embeddings (B, D_t) of texts of any length."""
         ...
 
     def fingerprint(self) -> str:
-        """SHA-256 (hex); equal wherever the files lie."""
+        """Return a SHA-256 (hex) that is independent of location."""
         ...
 
     def to(self, device: torch.device) -> Any:
-        """Itself, moved to a device."""
+        """Move the encoder to a device and return it."""
         ...
 
 
@@ -56,9 +56,9 @@ class FrozenReportEncoder(nn.Module):
         """Freeze an encoder.
 
         Args:
-            encoder: what embeds; a text longer than its context goes through it in chunks of sentences.
+            encoder: text encoder; texts longer than its context are embedded in chunks of sentences.
             name: the folder's or repository's name.
-            fingerprint: of configuration, weights and tokenizer.
+            fingerprint: fingerprint of configuration, weights and tokenizer.
         """
         super().__init__()
         self.encoder = encoder.requires_grad_(False).eval()
@@ -66,34 +66,34 @@ class FrozenReportEncoder(nn.Module):
         self.text_dim: int | None = encoder.embed_dim
 
     def train(self, mode: bool = True) -> FrozenReportEncoder:
-        """Stay in eval mode, whatever is asked."""
+        """Stay in eval mode regardless of `mode`."""
         del mode
         super().train(False)
         return self
 
     @torch.no_grad()
     def encode_text(self, texts: Sequence[str], batch_size: int = 256) -> Tensor:
-        """(B, D_t), L2-normalised. A text longer than the context is split between sentences and averaged."""
+        """Return L2-normalised embeddings (B, D_t); longer texts are split by sentences and averaged."""
         if not texts:
             return torch.zeros(0, self.encoder.embed_dim, device=next(self.encoder.parameters()).device)
         parts = [self.encoder(texts[start : start + batch_size]) for start in range(0, len(texts), batch_size)]
         return F.normalize(torch.cat(parts).float(), dim=-1)
 
     def fingerprint(self) -> str:
-        """SHA-256 (hex) over configuration, weights and tokenizer; equal wherever the files lie."""
+        """Return the SHA-256 (hex) over configuration, weights and tokenizer, independent of location."""
         return self._fingerprint
 
 
 def open_report_encoder(source: str, revision: str | None = None) -> FrozenReportEncoder:
-    """Open a frozen encoder of reports.
+    """Open a frozen report encoder.
 
     Args:
-        source: a folder, or `hf-hub:organisation/name`. An X-ray expert with a text tower gives that tower; anything
-            else is opened as a BERT-like encoder of transformers (mean of its token states).
-        revision: full commit hash; needed for the hub.
+        source: a folder, or `hf-hub:organisation/name`. For an X-ray expert, its text tower is used; anything else
+            is opened as a BERT-like encoder of transformers (mean of its token states).
+        revision: full commit hash; required for the hub.
 
     Raises:
-        InputError: it cannot be had, is an expert without a text tower, or no text encoder.
+        InputError: the source is not available, is an expert without a text tower, or is not a text encoder.
     """
     from ctx_distill.models.experts.transformers_expert import IMAGE_ONLY, TWO_TOWERS
 
@@ -117,5 +117,5 @@ def _model_type(folder: Path) -> str | None:
     try:
         kind: str | None = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
     except (OSError, ValueError, AttributeError):
-        return None  # `BertTextEncoder.from_pretrained` says what is wrong
+        return None  # `BertTextEncoder.from_pretrained` reports the problem
     return kind

@@ -1,4 +1,4 @@
-"""Text towers of X-ray experts: token ids to an embedding, and long reports in chunks that fit the context."""
+"""Text towers of X-ray experts: embed token ids, and long reports in chunks that fit the context."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ TOWER_FILE = "text_tower.json"
 
 @dataclass
 class TokenizedText:
-    """Texts as tokens.
+    """Tokenized texts.
 
     Attributes:
         input_ids: (B, L) int64, padded.
-        attention_mask: (B, L) bool, true at tokens that are not padding.
-        special_mask: (B, L) bool, true at padding and at the tokenizer's own marks ([CLS], [SEP]).
-        offsets: (B, L, 2) int64, first and one past the last character of each token in its text; 0, 0 at marks.
+        attention_mask: (B, L) bool, false at padding.
+        special_mask: (B, L) bool, true at padding and special tokens ([CLS], [SEP]).
+        offsets: (B, L, 2) int64, first and one past the last character of each token; 0, 0 for special tokens.
     """
 
     input_ids: Tensor
@@ -37,7 +37,7 @@ class TokenizedText:
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """SHA-256 of what a tokenizer does, whatever folder it came from (padding and truncation state left out)."""
+    """Return a SHA-256 of a tokenizer's behaviour, independent of its folder and of padding and truncation state."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         vocabulary = getattr(tokenizer, "encoder", None) or tokenizer.get_vocab()
@@ -49,7 +49,7 @@ def tokenizer_hash(tokenizer: Any) -> str:
 
 
 def tokenize_with_offsets(tokenizer: Any, texts: Sequence[str], length: int, device: torch.device) -> TokenizedText:
-    """Tokens with their places in the texts, padded to the longest text and cut at `length`."""
+    """Tokenize texts with character offsets, padded to the longest text and truncated to `length`."""
     out = tokenizer(
         list(texts), max_length=length, padding="longest", truncation=True, return_tensors="pt",
         return_attention_mask=True, return_offsets_mapping=True, return_special_tokens_mask=True,
@@ -63,17 +63,17 @@ def tokenize_with_offsets(tokenizer: Any, texts: Sequence[str], length: int, dev
 
 
 class TextTower(nn.Module, ABC):
-    """A text encoder with its tokenizer, cut out of an expert; trainable or frozen is the owner's choice.
+    """The text encoder of an expert with its tokenizer; the caller decides whether it is trainable.
 
     Attributes:
         output_dim: D_t, width of the embedding.
         hidden_dim: W, width of the token states.
-        context_length: longest text in tokens, marks included.
+        context_length: max length of a text in tokens, including special tokens.
         vocab_size: number of token ids.
-        bidirectional: whether a token sees the tokens after it (what masked language modelling needs).
+        bidirectional: whether tokens attend to later tokens, as masked language modelling requires.
         pad_id: id of the padding token.
-        mask_id: id of the mask token; None where the vocabulary has none.
-        tokenizer: a Hugging Face tokenizer, or open_clip's own.
+        mask_id: id of the mask token, or None.
+        tokenizer: a tokenizer of Hugging Face or open_clip.
     """
 
     output_dim: int
@@ -87,31 +87,31 @@ class TextTower(nn.Module, ABC):
 
     @abstractmethod
     def tokenize(self, texts: Sequence[str]) -> Tensor:
-        """Token ids (B, L), cut at the context length, padded as the tower was trained."""
+        """Return token ids (B, L), truncated to the context length and padded as in the tower's training."""
 
     @abstractmethod
     def hidden(self, input_ids: Tensor) -> Tensor:
-        """Token states (B, L, W) of token ids (B, L)."""
+        """Return token states (B, L, W) of token ids (B, L)."""
 
     @abstractmethod
     def forward(self, input_ids: Tensor) -> Tensor:
-        """Embeddings (B, D_t), not normalised, of token ids (B, L)."""
+        """Return unnormalised embeddings (B, D_t) of token ids (B, L)."""
 
     @abstractmethod
     def save_files(self, folder: Path) -> None:
-        """Write what `load_text_tower` needs besides the weights: configuration and tokenizer."""
+        """Write configuration and tokenizer for `load_text_tower`."""
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """The device of the parameters."""
         return next(self.parameters()).device
 
     def count(self, text: str) -> int:
-        """Number of tokens of a text, marks included, without truncation."""
+        """Return the number of tokens of a text including special tokens, without truncation."""
         return len(self.tokenizer(text, truncation=False, padding=False)["input_ids"])
 
     def chunks(self, text: str) -> list[str]:
-        """A report in as few runs of sentences as fit the context; a text that fits stays one chunk."""
+        """Split a report into few runs of sentences that fit the context; a text that fits is one chunk."""
 
         def fits(part: str) -> bool:
             return self.count(part) <= self.context_length
@@ -119,11 +119,11 @@ class TextTower(nn.Module, ABC):
         return [text] if not text.strip() or fits(text) else pack_chunks(split_sentences(text), fits) or [text]
 
     def encode_reports(self, texts: Sequence[str], batch_size: int = 256) -> Tensor:
-        """Embed texts of any length: chunks that fit the context, each normalised, averaged over the text.
+        """Embed texts of any length as the mean of the normalised embeddings of their chunks.
 
         Args:
             texts: B texts; "" is embedded as the empty string.
-            batch_size: chunks that go through the tower at once.
+            batch_size: number of chunks per batch.
 
         Returns:
             (B, D_t), not normalised.
@@ -145,5 +145,5 @@ class TextTower(nn.Module, ABC):
 
 
 def write_tower_config(folder: Path, config: dict[str, Any]) -> None:
-    """Write a tower's configuration where `load_text_tower` reads it."""
+    """Write a tower's configuration for `load_text_tower`."""
     write_json(folder / TOWER_FILE, config)

@@ -1,4 +1,4 @@
-"""The frozen X-ray expert: an image tower, a text tower where it has one, and how its input is made."""
+"""The frozen X-ray expert: an image tower, an optional text tower, and its preprocessing."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ if TYPE_CHECKING:
 
 
 class XrayExpert(nn.Module, ABC):
-    """A pretrained radiograph model that teaches: no gradient reaches its weights and it stays in eval mode.
+    """A pretrained radiograph model used as a teacher, always frozen and in eval mode.
 
     Attributes:
-        name: the folder's or repository's name.
-        kind: library that it comes from: open_clip, torchxrayvision or transformers.
+        name: name of the folder or repository.
+        kind: library of the model: open_clip, torchxrayvision or transformers.
         embed_dim: D_e, width of the image embedding.
         text_dim: D_t, width of the text embedding; None without a text tower.
-        logit_scale: the expert's own 1 / temperature; None where it was not trained contrastively.
-        license: as its model card says, or "unknown".
-        revision: commit of the repository that it came from, where known.
-        source: where it was opened from.
-        preprocessing: how a radiograph becomes its input.
-        text_tower: its text tower, or None.
+        logit_scale: the expert's 1 / temperature; None if it was not trained contrastively.
+        license: license according to its model card, or "unknown".
+        revision: commit of its repository, if known.
+        source: folder or repository from which it was opened.
+        preprocessing: preprocessing of radiographs.
+        text_tower: the text tower, or None.
         weights_sha256: SHA-256 over its weight files.
     """
 
@@ -53,15 +53,15 @@ class XrayExpert(nn.Module, ABC):
         text_tower: TextTower | None = None,
         logit_scale: float | None = None,
     ) -> None:
-        """Keep what every expert declares.
+        """Initialise the common attributes.
 
         Args:
-            folder: where its files lie.
+            folder: folder of its files.
             embed_dim: D_e.
-            preprocessing: how a radiograph becomes its input.
-            config: architecture, as plain JSON; goes into the fingerprint and must not name places on disk.
+            preprocessing: preprocessing of radiographs.
+            config: architecture as JSON values; part of the fingerprint, so it must not contain paths.
             weights_sha256: SHA-256 over the weight files.
-            text_tower: its text tower.
+            text_tower: the text tower, or None.
             logit_scale: exponentiated.
         """
         super().__init__()
@@ -86,61 +86,61 @@ class XrayExpert(nn.Module, ABC):
 
     @property
     def has_joint_space(self) -> bool:
-        """Whether its texts lie in the space of its images: towers of one width, trained against each other."""
+        """Whether texts and images share an embedding space: contrastively trained towers of equal width."""
         return self.text_dim == self.embed_dim and self.logit_scale is not None
 
     def freeze(self) -> None:
-        """Take all parameters out of training and go to eval mode."""
+        """Freeze all parameters and switch to eval mode."""
         self.requires_grad_(False)
         self.eval()
 
     def train(self, mode: bool = True) -> XrayExpert:
-        """Stay in eval mode, whatever is asked."""
+        """Stay in eval mode regardless of `mode`."""
         del mode
         super().train(False)
         return self
 
     @abstractmethod
     def image_features(self, pixels: Tensor) -> Tensor:
-        """(B, D_e) of preprocessed radiographs (B, C, h, w), not normalised."""
+        """Return unnormalised features (B, D_e) of preprocessed radiographs (B, C, h, w)."""
 
     def preprocess(self, image: NDArray[np.float32]) -> Tensor:
-        """One radiograph (H, W) in [0, 1], bone bright, to the tower's input (C, h, w)."""
+        """Convert a radiograph (H, W) in [0, 1], bone bright, to the tower's input (C, h, w)."""
         return self.preprocessing.apply(torch.as_tensor(image, dtype=torch.float32)[None])[0]
 
     def preprocess_batch(self, images: Tensor) -> Tensor:
-        """Radiographs of one size (B, H, W) in [0, 1] on any device to (B, C, h, w)."""
+        """Convert radiographs of equal size (B, H, W) in [0, 1] on any device to (B, C, h, w)."""
         return self.preprocessing.apply(images)
 
     @torch.no_grad()
     def encode_image(self, pixels: Tensor) -> Tensor:
-        """(B, D_e), L2-normalised, of preprocessed radiographs (B, C, h, w)."""
+        """Return L2-normalised features (B, D_e) of preprocessed radiographs (B, C, h, w)."""
         expected = (self.preprocessing.channels, *self.preprocessing.size)
         if tuple(pixels.shape[1:]) != expected:
             raise InputError(
-                f"expert {self.name}: radiographs of shape {tuple(pixels.shape[1:])}, expected {expected}."
+                f"expert {self.name}: radiographs of shape {tuple(pixels.shape[1:])}; expected {expected}."
                 " Prepare them with this expert's preprocess()."
             )
-        # the frozen expert keeps its type, whatever precision a stage trains in
+        # the frozen expert keeps its dtype regardless of the training precision
         pixels = pixels.to(next(self.parameters()).dtype)
         return F.normalize(self.image_features(pixels).float(), dim=-1)
 
     @torch.no_grad()
     def encode_text(self, texts: Sequence[str], batch_size: int = 256) -> Tensor:
-        """(B, D_t), L2-normalised. A text longer than the context is split between sentences and averaged.
+        """Return L2-normalised features (B, D_t); texts longer than the context are split by sentences and averaged.
 
         Raises:
             InputError: the expert has no text tower.
         """
         if self.text_tower is None:
             raise InputError(
-                f"expert {self.name} ({self.kind}) has no text tower, so texts cannot be embedded with it. Choose an"
-                " expert with one (open_clip, SigLIP), or give a separate report encoder for the keys of the index."
+                f"expert {self.name} ({self.kind}) has no text tower to embed texts. Choose an"
+                " expert with one (open_clip, SigLIP), or set a separate report encoder for the keys of the index."
             )
         return F.normalize(self.text_tower.encode_reports(texts, batch_size), dim=-1)
 
     def fingerprint(self) -> str:
-        """SHA-256 (hex) over architecture, weights, preprocessing and tokenizer; equal wherever the files lie."""
+        """Return the SHA-256 (hex) over architecture, weights, preprocessing and tokenizer, independent of location."""
         return hash_json(
             {
                 "kind": self.kind,
@@ -152,7 +152,7 @@ class XrayExpert(nn.Module, ABC):
         )
 
     def describe(self) -> dict[str, Any]:
-        """What is worth writing down, as plain JSON values."""
+        """Return facts about the expert as JSON values."""
         return {
             "name": self.name,
             "kind": self.kind,

@@ -1,1 +1,1 @@
-"""Builders of manifests: one module a public data set, and one for a hospital's DICOM."""
+"""Build manifests: one module per public data set, and one for DICOM folders of a hospital."""

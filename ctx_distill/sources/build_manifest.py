@@ -1,4 +1,4 @@
-"""`ctx-distill manifest`: the builder of a named source, and the file it writes."""
+"""Implement `ctx-distill manifest`: run the builder of a source and write the manifest."""
 
 from __future__ import annotations
 
@@ -24,15 +24,17 @@ DEFAULT_KEY = Path("~/.config/ctx-distill/key")
 
 
 def build_manifest(source: str, root: Path, out: Path, options: SourceOptions) -> str:
-    """Write the manifest OUT of a data set in ROOT; the counts, as lines to print.
+    """Write the manifest OUT of the data set in ROOT, and return a summary to print.
 
     Raises:
-        InputError: ROOT is not the data set, or nothing of it is left.
+        InputError: ROOT is not the data set, or no row remains.
     """
     if not root.is_dir():
-        raise InputError(f"{root}: no such folder; expected the data set {source} there")
+        raise InputError(f"{root}: no such folder; expected the data set {source}")
     if not (0 <= options.val < 1 and 0 <= options.test < 1 and options.val + options.test < 1):
-        raise InputError(f"--val {options.val} --test {options.test}: expected shares from 0 that leave some for train")
+        raise InputError(
+            f"--val {options.val} --test {options.test}: expected non-negative shares whose sum is below 1"
+        )
     if source == "dicom":
         key = None
         if not options.keep_ids:
@@ -41,7 +43,9 @@ def build_manifest(source: str, root: Path, out: Path, options: SourceOptions) -
             key = read_or_make_key(place, out)
         built = dicom.build(root, options, key)
         if key is not None:
-            made = "made" if new else "read"
-            built.notes.append(f"ids are hashed with the key {made} at {place}; keep it apart from the manifest")
+            action = "created" if new else "read"
+            built.notes.append(
+                f"ids are hashed with the key {action} at {place}; store it separately from the manifest"
+            )
         return write_manifest(built, out)
     return write_manifest(BUILDERS[source](root, options), out)

@@ -1,4 +1,4 @@
-"""CheXpert Plus (Chambon et al., arXiv 2405.19538): films of CheXpert with their reports in one table."""
+"""Build a manifest of CheXpert Plus (Chambon et al., arXiv 2405.19538): CheXpert's films with reports in one table."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ctx_distill.errors import InputError
 from ctx_distill.sources.options import SourceOptions
-from ctx_distill.sources.rows import Built, ManifestRow, hashed_split, one_split_a_patient, table
+from ctx_distill.sources.rows import Built, ManifestRow, hashed_split, one_split_per_patient, table
 from ctx_distill.text.sections import cut_report, without_marks
 
 TABLE = "df_chexpert_plus_240401.csv"
@@ -16,13 +16,13 @@ _SECTIONS = ("section_findings", "section_impression")
 
 
 def build(root: Path, options: SourceOptions) -> Built:
-    """Rows of every film on the disk: the JPEG or PNG of `path_to_image`, else the DICOM of `path_to_dcm`.
+    """Return the rows of all existing films: the JPEG or PNG of `path_to_image`, or else the DICOM of `path_to_dcm`.
 
-    The set's `valid` is test; 5 % of its `train` patients, by a hash, are val. Findings and impression are the set's own
-    sections where they are filled, else cut from the report.
+    The published `valid` split is test; a hash assigns 5 % of the `train` patients to val. Findings and impression are the
+    section columns if not empty, or else cut from the report.
 
     Raises:
-        InputError: the table is missing or not the set's.
+        InputError: the table is missing or is not that of CheXpert Plus.
     """
     built = Built("chexpert-plus", root)
     read = table(root / TABLE, *_COLUMNS, *_SECTIONS, "split")
@@ -30,10 +30,10 @@ def build(root: Path, options: SourceOptions) -> Built:
     for place, image in enumerate(columns["path_to_image"]):
         path = _on_disk(root, image, columns["path_to_dcm"][place])
         if path is None:
-            built.left_out["image is not on the disk"] += 1
+            built.left_out["image file does not exist"] += 1
             continue
         patient = columns["deid_patient_id"][place]
-        # .../patient00001/study1/view1_frontal.jpg: the study's number is its own within a patient alone.
+        # .../patient00001/study1/view1_frontal.jpg: study numbers are unique only within a patient.
         parts = Path(image).parts
         if len(parts) < 3:
             raise InputError(
@@ -44,12 +44,14 @@ def build(root: Path, options: SourceOptions) -> Built:
         if not (findings and impression):
             cut_findings, cut_impression = cut_report(columns["report"][place])
             findings, impression = findings or cut_findings, impression or cut_impression
-        own = columns["split"][place].strip().lower()
-        split = "test" if own in ("valid", "val", "test") else hashed_split("chexpert-plus", patient, VAL_SHARE)
+        published_split = columns["split"][place].strip().lower()
+        split = (
+            "test" if published_split in ("valid", "val", "test") else hashed_split("chexpert-plus", patient, VAL_SHARE)
+        )
         image_id = f"{study}_{Path(image).stem}"
         view = _view(columns["frontal_lateral"][place], columns["ap_pa"][place])
         built.rows.append(ManifestRow(study, patient, split, path, image_id, findings, impression, view))
-    one_split_a_patient(built)
+    one_split_per_patient(built)
     return built
 
 

@@ -1,6 +1,7 @@
-"""CT-RATE: reports, labels and metadata in CSVs beside volumes; the first release, and the `_fixed` one in HU.
+"""Build a manifest of CT-RATE: volumes with reports, labels and metadata in CSV files.
 
-Hamamci et al., arXiv 2403.17834. A volume's name is split_patient_study_reconstruction.
+Supports the first release and the `_fixed` release in HU (Hamamci et al., arXiv 2403.17834). Volumes are named
+split_patient_study_reconstruction.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ LABELS = (
     "Lung opacity", "Pulmonary fibrotic sequela", "Pleural effusion", "Mosaic attenuation pattern",
     "Peribronchial thickening", "Consolidation", "Bronchiectasis", "Interlobular septal thickening",
 )  # fmt: skip
-"""In the order of the data set's own tables."""
+"""Labels in the order of the data set's tables."""
 
 UNREADABLE = frozenset({"train_1267_a_4", "train_11755_a_3", "train_11755_a_4"})
 """Volumes that HLIP's authors list as invalid in their loader."""
@@ -32,15 +33,15 @@ _LONG = {"train": "train", "valid": "validation"}
 
 
 def build(root: Path, options: SourceOptions) -> Built:
-    """Rows of a whole or partial download.
+    """Return the rows of a complete or partial download.
 
-    ROOT holds `train*`/`valid*` and the tables, or a folder `dataset` that does. `train` patients are split by a hash of
-    their id, 5 % to val; `valid`, on which the field reports, is test. Of several reconstructions of a study the thinnest
-    (ZSpacing) is taken, then the one with the most slices, then the lowest number, of those on the disk;
-    `--reconstructions all` takes every one.
+    ROOT, or its folder `dataset`, contains `train*`/`valid*` and the tables. A hash of the id assigns 5 % of the `train`
+    patients to val; `valid`, on which published results are reported, is test. Of the existing reconstructions of a study,
+    the thinnest (ZSpacing) is selected, then the one with most slices, then the lowest number; `--reconstructions all`
+    selects all.
 
     Raises:
-        InputError: a layout or a table that is not CT-RATE's.
+        InputError: the layout or a table is not that of CT-RATE.
     """
     base = root / "dataset" if (root / "dataset").is_dir() else root
     release = options.release or ("fixed" if any((base / f"{name}_fixed").is_dir() for name in _LONG) else "first")
@@ -48,12 +49,12 @@ def build(root: Path, options: SourceOptions) -> Built:
     for name, long in _LONG.items():
         folder = base / (f"{name}_fixed" if release == "fixed" else name)
         if not folder.is_dir():
-            built.notes.append(f"{folder.name} is not there; its volumes are not in the manifest")
+            built.notes.append(f"{folder.name} does not exist; its volumes are not in the manifest")
             continue
         _add_split(built, name, long, folder, release, options)
     if not built.rows and not built.left_out:
         raise InputError(
-            f"{base}: no folder train, valid, train_fixed or valid_fixed; expected CT-RATE's `dataset` folder"
+            f"{base}: no folder train, valid, train_fixed or valid_fixed; expected the `dataset` folder of CT-RATE"
         )
     return built
 
@@ -87,7 +88,7 @@ def _add_split(built: Built, name: str, long: str, folder: Path, release: str, o
         if image_id in UNREADABLE:
             built.left_out["known to be unreadable"] += 1
         elif {volume, image_id, study, patient} & outside:
-            built.left_out[f"no chest (the set's {no_chest.name})"] += 1
+            built.left_out[f"no chest (listed in {no_chest.name})"] += 1
         elif not present(built, [row]):
             pass
         elif release == "first" and not _raw_facts(facts):
@@ -97,10 +98,10 @@ def _add_split(built: Built, name: str, long: str, folder: Path, release: str, o
             studies[study].append((row, facts))
     for several in studies.values():
         several.sort(key=lambda item: _thinnest_first(*item))
-        taken = several if options.reconstructions == "all" else several[:1]
-        built.rows += [row for row, _ in taken]
-        if len(several) > len(taken):
-            built.left_out["another reconstruction of the study is taken"] += len(several) - len(taken)
+        selected = several if options.reconstructions == "all" else several[:1]
+        built.rows += [row for row, _ in selected]
+        if len(several) > len(selected):
+            built.left_out["another reconstruction of the study was selected"] += len(several) - len(selected)
 
 
 def _by_volume(path: Path, *columns: str, required: bool = False) -> dict[str, dict[str, str]]:
@@ -129,15 +130,15 @@ def _thinnest_first(row: ManifestRow, facts: dict[str, str]) -> tuple[float, flo
 
 
 def _raw_facts(row: dict[str, str]) -> dict[str, float]:
-    """The columns that take raw values to HU and to their place; empty where one of them is missing."""
+    """Return slope, intercept and spacing of raw values; empty if one of them is missing."""
     try:
         plane = ast.literal_eval(row.get("XYSpacing", ""))
         x, y = float(plane[0]), float(plane[1])
     except (ValueError, SyntaxError, TypeError, IndexError):
         return {}
     named = {"slope": "RescaleSlope", "intercept": "RescaleIntercept", "spacing_z": "ZSpacing"}
-    found = {name: _number(row.get(column, "")) for name, column in named.items()}
-    numbers = {name: value for name, value in found.items() if value is not None}
+    values = {name: _number(row.get(column, "")) for name, column in named.items()}
+    numbers = {name: value for name, value in values.items() if value is not None}
     return {"spacing_x": x, "spacing_y": y, **numbers} if len(numbers) == len(named) else {}
 
 

@@ -1,4 +1,4 @@
-"""What a hospital's folder tree holds: the CT series of each study, out of every file's header."""
+"""Find the CT series of each study in a folder tree from the headers of all files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ENHANCED_CT = "1.2.840.10008.5.1.4.1.1.2.1"
 SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 LOCALIZER = "localizer"
 MIN_SLICES = 10
-# A head tilted by a gantry of up to 30 degrees is still axial: the normal's largest part is along the patient.
+# Slices with a gantry tilt of up to 30 degrees still count as axial.
 _AXIAL = 0.8
 
 _TAGS = [
@@ -35,15 +35,15 @@ class Series:
     """The slices of one series in one folder.
 
     Attributes:
-        folder: under the root.
+        folder: path relative to the root.
         patient: PatientID.
-        secrets: other words of the header that name the patient: parts of the name, the birth date.
+        secrets: other identifying words of the header: parts of the name, the birth date.
         study: StudyInstanceUID.
         accession: AccessionNumber.
         day: StudyDate.
         uid: SeriesInstanceUID.
-        number: SeriesNumber; 0 where there is none.
-        reason: why it is no axial CT; "" where it is one.
+        number: SeriesNumber; 0 if missing.
+        reason: why it is not an axial CT; "" if it is one.
         along: positions of the slices along their normal, mm.
     """
 
@@ -60,21 +60,21 @@ class Series:
 
     @property
     def thickness(self) -> float:
-        """Median distance between slices in mm; infinite for a single one."""
+        """The median distance between slices in mm; infinite for a single slice."""
         gaps = np.diff(np.unique(np.round(self.along, 3)))
         return float(np.median(gaps)) if len(gaps) else float("inf")
 
 
 def find_series(root: Path, workers: int | None) -> tuple[list[Series], Counter[str]]:
-    """All series under a folder, links not followed, and how many files were passed over by reason."""
+    """Return all series under a folder, without following links, and the number of skipped files by reason."""
     folders = [folder for folder, _, files in _walk(root) if files]
-    found: list[Series] = []
-    passed: Counter[str] = Counter()
+    all_series: list[Series] = []
+    skipped: Counter[str] = Counter()
     items = [(root, folder) for folder in folders]
     for _, (series, reasons) in in_processes("reading headers", _series_of_folder, items, len(items), workers):
-        found += series
-        passed += reasons
-    return sorted(found, key=lambda s: (s.study, s.number, s.uid, str(s.folder))), passed
+        all_series += series
+        skipped += reasons
+    return sorted(all_series, key=lambda s: (s.study, s.number, s.uid, str(s.folder))), skipped
 
 
 def _walk(root: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
@@ -85,40 +85,40 @@ def _walk(root: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
 
 def _series_of_folder(item: tuple[Path, Path]) -> tuple[list[Series], Counter[str]]:
     root, folder = item
-    found: dict[str, Series] = {}
-    passed: Counter[str] = Counter()
+    series_by_uid: dict[str, Series] = {}
+    skipped: Counter[str] = Counter()
     for path in sorted(folder.iterdir()):
         if path.is_symlink():
-            passed["symbolic link, which is not followed"] += 1
+            skipped["symbolic link (not followed)"] += 1
             continue
         if not path.is_file() or path.name.upper() == "DICOMDIR":
             continue
         try:
             header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_TAGS)
-        except Exception:  # pydicom ends in any of a dozen types on files of other kinds
-            passed["file that is not DICOM"] += 1
+        except Exception:  # pydicom raises a dozen exception types on other files
+            skipped["file that is not DICOM"] += 1
             continue
         try:
-            reason = _add(found, header, folder.relative_to(root))
-        except Exception:  # likewise where a value is asked for
+            reason = _add(series_by_uid, header, folder.relative_to(root))
+        except Exception:  # likewise when a value is parsed
             reason = "DICOM file with a damaged header"
         if reason:
-            passed[reason] += 1
-    for series in found.values():
-        # a localizer inside an axial series is passed over by the reader too
+            skipped[reason] += 1
+    for series in series_by_uid.values():
+        # the reader skips localizers in an axial series too
         if not series.along and not series.reason:
             series.reason = LOCALIZER
-    return list(found.values()), passed
+    return list(series_by_uid.values()), skipped
 
 
-def _add(found: dict[str, Series], header: Any, folder: Path) -> str:
-    """Count one file to its series; why it is passed over, where it has none."""
+def _add(series_by_uid: dict[str, Series], header: Any, folder: Path) -> str:
+    """Add one file to its series; return the reason if it is skipped, else ""."""
     uid = str(header.get("SeriesInstanceUID") or "")
     if not uid or header.get("Rows") is None:
         return "DICOM file without an image"
     fault, along = _fault(header), _along(header)
-    series = found[uid] if uid in found else _new(header, uid, folder)
-    found[uid] = series
+    series = series_by_uid[uid] if uid in series_by_uid else _new(header, uid, folder)
+    series_by_uid[uid] = series
     if fault == LOCALIZER:
         return ""
     series.reason = series.reason or fault
@@ -145,16 +145,16 @@ def _date(text: str) -> date | None:
 
 
 def _fault(header: Any) -> str:
-    """Why a file's series is no axial CT; "" where it may be one."""
+    """Return why a file's series is not an axial CT, or "" if it may be one."""
     kinds = [str(kind).upper() for kind in header.get("ImageType") or []]
     sop = str(header.get("SOPClassUID") or "")
-    # DERIVED\SECONDARY is also what many archives call reformatted axial slices, so that word alone says nothing.
+    # Many archives mark reformatted axial slices as DERIVED\SECONDARY, so this is not a criterion.
     if sop.startswith(SECONDARY_CAPTURE) or "SCREEN SAVE" in kinds:
         return "secondary capture"
     if "LOCALIZER" in kinds or "SCOUT" in kinds:
         return LOCALIZER
     if sop == ENHANCED_CT:
-        return "enhanced multi-frame (convert it to one slice a file)"
+        return "enhanced multi-frame (convert it to one slice per file)"
     if str(header.get("Modality") or "") != "CT" or (sop and sop != CT_STORAGE):
         return "not a CT"
     normal = _normal(header)
@@ -178,7 +178,7 @@ def _along(header: Any) -> float | None:
 
 
 def by_study(series: list[Series]) -> dict[str, list[Series]]:
-    """Series of each study, in order."""
+    """Return the series of each study, in order."""
     studies: dict[str, list[Series]] = defaultdict(list)
     for one in series:
         studies[one.study].append(one)

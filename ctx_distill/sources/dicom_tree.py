@@ -1,4 +1,4 @@
-"""Any folder tree of DICOM: a row a study, the series chosen by a stated rule, ids hashed with a key, dates made relative."""
+"""Build a manifest of a DICOM folder tree: one row per study, with hashed ids and relative dates."""
 
 from __future__ import annotations
 
@@ -19,52 +19,52 @@ from ctx_distill.text.sections import cut_report, without_marks
 
 
 def build(root: Path, options: SourceOptions, key: bytes | None) -> Built:
-    """Rows of the studies under ROOT.
+    """Return the rows of the studies under ROOT.
 
-    Of a study's axial CT series of ten slices or more the thinnest is taken (median distance of its slices); of equal ones
-    the one with more slices, then the lower series number. Localizers, secondary captures, other modalities and other
-    orientations are left out and counted. `--reconstructions all` takes every such series.
+    Of a study's axial CT series with at least ten slices, the thinnest is selected (median distance between slices); ties
+    go to more slices, then to the lower series number. Localizers, secondary captures, other modalities and other
+    orientations are excluded and counted. `--reconstructions all` selects all these series.
 
-    Ids are HMAC-SHA256 under `key`, dates become `study_day`, days since the patient's first study. Paths are those of the
-    disk: where one holds an id, a name or a date of the patient's the builder stops, unless `--convert FOLDER` writes the chosen
-    series there as NIfTI under hashed names, or `--keep-paths` is given. Reports come from `--reports`, a CSV with
-    `study` (StudyInstanceUID or AccessionNumber) and `report`, or `findings` and `impression`.
+    Ids become HMAC-SHA256 with `key`, and dates become `study_day`, the days since the patient's first study. If a path
+    contains an id, name or date of the patient, the builder stops, unless `--convert FOLDER` writes the selected series as
+    NIfTI with hashed names, or `--keep-paths` is set. Reports come from `--reports`, a CSV with `study` (StudyInstanceUID
+    or AccessionNumber) and `report`, or `findings` and `impression`.
 
     Raises:
-        InputError: no series, paths that name patients, a report table of another form.
+        InputError: no series, paths that identify patients, or an invalid report table.
     """
-    found, passed = find_series(root, options.workers)
-    if not found:
-        told = ", ".join(f"{count} {reason}" for reason, count in passed.items()) or "no file at all"
-        raise InputError(f"{root}: no DICOM series ({told}); expected a folder tree of DICOM files")
+    series, skipped = find_series(root, options.workers)
+    if not series:
+        files = ", ".join(f"{count} {reason}" for reason, count in skipped.items()) or "no files"
+        raise InputError(f"{root}: no DICOM series ({files}); expected a folder tree of DICOM files")
     names = Pseudonyms(key)
     built = Built("dicom", options.convert or root)
-    for reason, count in passed.items():
+    for reason, count in skipped.items():
         built.left_out[reason] = count
     reports = _reports(options.reports)
-    first_day = _first_days(found)
-    scattered = {uid for uid, count in Counter(one.uid for one in found).items() if count > 1}
+    first_day = _first_days(series)
+    scattered = {uid for uid, count in Counter(one.uid for one in series).items() if count > 1}
     chosen: list[tuple[ManifestRow, Series]] = []
-    for study, several in by_study(found).items():
+    for study, several in by_study(series).items():
         usable = _usable(several, scattered, options.convert is not None, built)
         taken = usable if options.reconstructions == "all" else usable[:1]
         if len(usable) > len(taken):
-            built.left_out["another series of the study is taken"] += len(usable) - len(taken)
+            built.left_out["another series of the study was selected"] += len(usable) - len(taken)
         for one in taken:
             chosen.append((_row(one, study, names, options, reports, first_day.get(one.patient)), one))
     if not options.keep_ids and not options.keep_paths and options.convert is None:
-        _refuse_named_paths(root, [one for _, one in chosen])
+        _reject_identifying_paths(root, [one for _, one in chosen])
     if options.convert is not None:
         chosen = _converted(root, options.convert, chosen, built, options.workers)
     built.rows = [row for row, _ in chosen]
     if reports is not None:
-        given = sum(bool(row.findings or row.impression) for row in built.rows)
-        built.notes.append(f"{given:,} of {len(built.rows):,} series found a report in {options.reports}")
+        with_report = sum(bool(row.findings or row.impression) for row in built.rows)
+        built.notes.append(f"{with_report:,} of {len(built.rows):,} series have a report in {options.reports}")
     return built
 
 
 def _usable(several: list[Series], scattered: set[str], convert: bool, built: Built) -> list[Series]:
-    """Axial CT series of a study, the thinnest first; the others are counted."""
+    """Return the axial CT series of a study, the thinnest first; count the others as excluded."""
     usable = []
     for one in several:
         shares = not convert and any(
@@ -79,11 +79,11 @@ def _usable(several: list[Series], scattered: set[str], convert: bool, built: Bu
         elif len(one.along) < MIN_SLICES:
             built.left_out[f"fewer than {MIN_SLICES} slices"] += 1
         elif one.uid in scattered:
-            built.left_out["series spread over several folders"] += 1
+            built.left_out["series in several folders"] += 1
         elif not one.patient or not one.study:
             built.left_out["no PatientID or StudyInstanceUID"] += 1
         elif shares:
-            built.left_out["shares its folder with a larger series (--convert takes it apart)"] += 1
+            built.left_out["in the same folder as a larger series (use --convert)"] += 1
         else:
             usable.append(one)
     return sorted(usable, key=lambda one: (round(one.thickness, 2), -len(one.along), one.number, one.uid))
@@ -127,21 +127,21 @@ def _reports(path: Path | None) -> dict[str, tuple[str, str]] | None:
             for a, b in zip(columns["findings"], columns["impression"], strict=True)
         ]
     else:
-        raise InputError(f"{path}: no column report, nor findings and impression; found {', '.join(columns)}")
+        raise InputError(f"{path}: expected column report, or findings and impression; found {', '.join(columns)}")
     return dict(zip((value.strip() for value in columns["study"]), texts, strict=True))
 
 
-def _refuse_named_paths(root: Path, chosen: list[Series]) -> None:
-    telling = sum(_tells(one) for one in chosen)
-    if telling:
+def _reject_identifying_paths(root: Path, chosen: list[Series]) -> None:
+    identifying = sum(_identifies_patient(one) for one in chosen)
+    if identifying:
         raise InputError(
-            f"{root}: the paths of {telling} of {len(chosen)} series hold an id, a name or a date of the patient's, and a"
-            " manifest holds paths; give --convert FOLDER to write the scans there under hashed names, or --keep-paths"
+            f"{root}: the paths of {identifying} of {len(chosen)} series contain an id, a name or a date of the patient, and"
+            " would be written to the manifest; use --convert FOLDER to write the scans with hashed names, or --keep-paths"
         )
 
 
-def _tells(one: Series) -> bool:
-    """Whether a series' path holds an id or date of its header, however it is punctuated, or a part of the name."""
+def _identifies_patient(one: Series) -> bool:
+    """Return whether a path contains an id or date of its header, with any punctuation, or a part of the name."""
     words = {word for word in re.split(r"[^a-z0-9]+", str(one.folder).lower()) if word}
     parts = [re.sub(r"[^a-z0-9]+", "", part.lower()) for part in one.folder.parts]
     ids = {one.patient, one.study, one.uid, one.accession}
@@ -154,7 +154,7 @@ def _tells(one: Series) -> bool:
 def _converted(
     root: Path, folder: Path, chosen: list[tuple[ManifestRow, Series]], built: Built, workers: int | None
 ) -> list[tuple[ManifestRow, Series]]:
-    """The rows whose scan stands as NIfTI now; one that stands already is not made again."""
+    """Convert scans to NIfTI unless they exist, and return the rows of converted scans."""
     folder.mkdir(parents=True, exist_ok=True)
     items = [(root / one.folder, one.uid, folder / f"{row.image_id}.nii.gz") for row, one in chosen]
     faults = {item[2]: fault for item, fault in in_processes("converting", _convert, items, len(items), workers, _died)}
@@ -182,4 +182,4 @@ def _convert(item: tuple[Path, str, Path]) -> str:
 
 
 def _died(item: tuple[Path, str, Path]) -> str:
-    return f"{item[0]}: the process that read it {DIED}"
+    return f"{item[0]}: the process for this scan {DIED}"

@@ -1,4 +1,4 @@
-"""`ctx-distill merge`: several manifests as one, for training on several data sets at once."""
+"""Implement `ctx-distill merge`: combine manifests to train on several data sets."""
 
 from __future__ import annotations
 
@@ -17,18 +17,17 @@ _TEXT = ("split", "image_path", "findings", "impression", "view", "language", "p
 
 
 def merge_manifests(paths: Sequence[Path], out: Path) -> str:
-    """Write one manifest of the rows of several, in their order; the counts, to print.
+    """Write the rows of several manifests, in order, as one manifest, and return the counts as text.
 
-    Each row gets its `source` (its own, else the name of the manifest's file), ids with that in front (`ct-rate/train_1`), and
-    the `root` that its path is relative to. Patients of one source stay the same persons. Label columns are put together;
-    where a manifest has not a label it is blank.
+    Each row gets a `source` (from its manifest, or else the manifest's file name), ids with the source as prefix
+    (`ct-rate/train_1`), and the `root` that its path is relative to. Patients of the same source are identified by id. The
+    manifest has the union of the label columns; missing labels are blank.
 
     Raises:
-        InputError: fewer than two manifests, one that is refused, or what does not fit together (an image twice, a patient in
-            two splits).
+        InputError: fewer than two manifests, an invalid one, or a conflict (a duplicate image, a patient in two splits).
     """
     if len(paths) < 2:
-        raise InputError(f"{len(paths)} manifest; expected two or more to merge")
+        raise InputError(f"merge needs at least two manifests; got {len(paths)}")
     manifests = [read_manifest(path, check_images=False) for path in paths]
     findings = list(dict.fromkeys(name for manifest in manifests for name in manifest.finding_names))
     numbers = [name for name in NUMBERS if any(name in manifest.frame.columns for manifest in manifests)]

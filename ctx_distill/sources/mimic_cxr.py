@@ -1,6 +1,6 @@
-"""MIMIC-CXR-JPG with the reports of MIMIC-CXR (Johnson et al. 2019): films, views, the set's own split, labels 1/0/-1.
+"""Build a manifest of MIMIC-CXR-JPG with the reports of MIMIC-CXR (Johnson et al. 2019).
 
-The JPEGs are made bright where the film is bright by the set's authors, MONOCHROME1 turned.
+It has views, the published split, and labels of 1, 0 or -1. The authors of the JPEGs have inverted MONOCHROME1.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from ctx_distill.data.manifests.tables import Table, parse_csv
 from ctx_distill.errors import InputError
 from ctx_distill.sources.options import SourceOptions
-from ctx_distill.sources.rows import Built, ManifestRow, label_value, one_split_a_patient, present
+from ctx_distill.sources.rows import Built, ManifestRow, label_value, one_split_per_patient, present
 from ctx_distill.text.sections import cut_report
 
 _SPLITS = {"train": "train", "validate": "val", "test": "test"}
@@ -21,12 +21,12 @@ _KEYS = ("subject_id", "study_id")
 
 
 def build(root: Path, options: SourceOptions) -> Built:
-    """Rows of every film on the disk; reports from `files/p10/p10000032/s50414267.txt`, where they are.
+    """Return the rows of all existing films, with reports from `files/p10/p10000032/s50414267.txt` if available.
 
-    `--reports FOLDER` names another folder that holds `files/` with the reports, since they are a download of their own.
+    `--reports FOLDER` names another folder that contains `files/` with the reports, which are a separate download.
 
     Raises:
-        InputError: a table that is missing or not the set's.
+        InputError: a table is missing or is not that of MIMIC-CXR-JPG.
     """
     built = Built("mimic-cxr", root)
     metadata = _gz(root, "metadata", "dicom_id", "subject_id", "study_id", "ViewPosition")
@@ -43,7 +43,7 @@ def build(root: Path, options: SourceOptions) -> Built:
         patient, study = (metadata.columns[name][place] for name in _KEYS)
         folder = Path("files") / f"p{patient[:2]}" / f"p{patient}" / f"s{study}"
         if split_of.get(dicom) not in _SPLITS:
-            built.left_out["not in the set's split table"] += 1
+            built.left_out["not in the split table"] += 1
             continue
         row = ManifestRow(
             f"s{study}", f"p{patient}", _SPLITS[split_of[dicom]], folder / f"{dicom}.jpg", dicom,
@@ -55,7 +55,7 @@ def build(root: Path, options: SourceOptions) -> Built:
             texts[study] = _report((options.reports or root) / folder.with_suffix(".txt"))
         row.findings, row.impression = texts[study]
         built.rows.append(row)
-    one_split_a_patient(built)
+    one_split_per_patient(built)
     return built
 
 
@@ -64,7 +64,7 @@ def _report(path: Path) -> tuple[str, str]:
 
 
 def _view(position: str) -> str:
-    """PA and AP as they are; LATERAL and LL are lateral; the rest (obliques, unknown) is `other` and never frontal."""
+    """Return PA, AP, `lateral` (LATERAL and LL) or `other` (oblique, unknown), which never counts as frontal."""
     name = position.strip().upper()
     return name if name in ("PA", "AP") else "lateral" if name in ("LATERAL", "LL") else "other"
 
@@ -74,11 +74,11 @@ def _gz(root: Path, name: str, *columns: str) -> Table:
         try:
             packed = path.read_bytes()
             text = (gzip.decompress(packed) if path.suffix == ".gz" else packed).decode("utf-8-sig")
-            read = parse_csv(path, io.StringIO(text, newline=""))
+            contents = parse_csv(path, io.StringIO(text, newline=""))
         except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-            raise InputError(f"{path}: cannot be read ({error}); download it again") from error
-        missing = [column for column in columns if column not in read.columns]
+            raise InputError(f"{path}: cannot read the file ({error}); download it again") from error
+        missing = [column for column in columns if column not in contents.columns]
         if missing:
-            raise InputError(f"{path}: no column {', '.join(missing)}; expected the table of MIMIC-CXR-JPG")
-        return read
+            raise InputError(f"{path}: missing column {', '.join(missing)}; expected the table of MIMIC-CXR-JPG")
+        return contents
     raise InputError(f"{root}: no mimic-cxr-2.0.0-{name}.csv.gz; expected the root of MIMIC-CXR-JPG")

@@ -1,4 +1,7 @@
-"""Open-I, the Indiana University collection (Demner-Fushman et al. 2016): one XML a report, in a tgz that is read in place."""
+"""Build a manifest of Open-I, the Indiana University collection (Demner-Fushman et al. 2016).
+
+The reports are XML files in a tgz archive, which is read without unpacking.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +26,12 @@ class OpenIReport:
     """One report.
 
     Attributes:
-        uid: such as CXR1.
-        findings: without marks; "" where the section is empty.
+        uid: identifier, such as CXR1.
+        findings: text without de-identification marks; "" if the section is empty.
         impression: likewise.
-        images: names of its films, without a suffix, in the report's order.
-        mesh: the terms of MeSH/major, as published ("Cardiomegaly/mild", "normal").
-        automatic: those of MeSH/automatic.
+        images: names of its films without suffix, in the report's order.
+        mesh: published terms of MeSH/major ("Cardiomegaly/mild", "normal").
+        automatic: published terms of MeSH/automatic.
     """
 
     uid: str
@@ -40,14 +43,14 @@ class OpenIReport:
 
 
 def read_reports(path: Path) -> Iterator[OpenIReport]:
-    """The reports of the published archive, or of a folder that it was unpacked to, by uid.
+    """Yield the reports of the published archive, or of its unpacked folder, ordered by uid.
 
     Raises:
-        InputError: neither, a damaged archive, an XML that is none of its reports.
+        InputError: no report, a damaged archive, or an XML file that is not a report.
     """
     reports = sorted((parse_report(name, text) for name, text in _documents(path)), key=lambda r: (len(r.uid), r.uid))
     if not reports:
-        raise InputError(f"{path}: holds no XML report; expected {ARCHIVE} of Open-I, or its folder ecgen-radiology")
+        raise InputError(f"{path}: no XML report; expected {ARCHIVE} of Open-I, or its folder ecgen-radiology")
     yield from reports
 
 
@@ -65,17 +68,17 @@ def _documents(path: Path) -> Iterator[tuple[str, bytes]]:
                     yield f"{path}: {member.name}", handle.read()
     except (OSError, tarfile.TarError, EOFError) as error:
         raise InputError(
-            f"{path}: cannot be read ({error}); expected {ARCHIVE} of Open-I, download it again"
+            f"{path}: cannot read the archive ({error}); expected {ARCHIVE} of Open-I, download it again"
         ) from error
 
 
 def parse_report(name: str, text: bytes) -> OpenIReport:
-    """One XML document; `name` is for messages.
+    """Parse one XML report; `name` is for messages.
 
     Raises:
-        InputError: not well-formed, declares entities, no uId.
+        InputError: the XML is not well-formed, declares entities, or has no uId.
     """
-    # Entities are how an XML of a kilobyte becomes gigabytes; these reports have none.
+    # Entities can expand 1 kB of XML to gigabytes; these reports have none.
     if b"<!ENTITY" in text or b"<!DOCTYPE" in text:
         raise InputError(f"{name}: declares a document type or entities; expected a plain report of Open-I")
     try:
@@ -97,18 +100,18 @@ def parse_report(name: str, text: bytes) -> OpenIReport:
 
 
 def build(root: Path, options: SourceOptions) -> Built:
-    """Rows of every film on the disk: the archive (or its folder) and the PNGs in ROOT, NLMCXR_png or images.
+    """Return the rows of all existing films, from the archive (or its folder) and the PNGs in ROOT, NLMCXR_png or images.
 
-    Neither XML nor PNG says which film is frontal. `indiana_projections.csv` (filename, projection) is used where it lies in
-    ROOT; `--first-is-frontal` takes a report's first film as frontal and the others as lateral, which is a guess; else the
-    view is `unknown`, and the index leaves such films out. The collection holds one report a patient, so that a report
-    is a patient here; splits are by a hash of its uid (`--val`, `--test`).
+    Neither XML nor PNG defines which film is frontal. `indiana_projections.csv` (filename, projection) is used if it is in
+    ROOT. `--first-is-frontal` assumes that the first film of a report is frontal and the others are lateral. Otherwise the
+    view is `unknown`, and the index excludes the film. The collection has one report per patient, so the report's uid
+    serves as patient id; its hash determines the split (`--val`, `--test`).
 
     Raises:
-        InputError: no reports there, or damaged ones.
+        InputError: no reports, or damaged reports.
     """
     built = Built("open-i", root)
-    # The archive is often kept under a name with the set's in front.
+    # The archive is often stored with the name of the data set as prefix.
     source = next(
         (path for name in (ARCHIVE, "ecgen-radiology", f"*{ARCHIVE}") for path in sorted(root.glob(name))), root
     )
@@ -118,7 +121,7 @@ def build(root: Path, options: SourceOptions) -> Built:
         for place, image in enumerate(report.images):
             path = folder / f"{image}.png"
             if not (root / path).is_file():
-                built.left_out["image is not on the disk"] += 1
+                built.left_out["image file does not exist"] += 1
                 continue
             guess = ("frontal" if place == 0 else "lateral") if options.first_is_frontal else "unknown"
             built.rows.append(
@@ -132,8 +135,8 @@ def build(root: Path, options: SourceOptions) -> Built:
     unknown = sum(row.view == "unknown" for row in built.rows)
     if unknown:
         built.notes.append(
-            f"the view of {unknown:,} films is unknown, and the index leaves them out: put indiana_projections.csv into ROOT,"
-            " or give --first-is-frontal"
+            f"the view of {unknown:,} films is unknown, and the index excludes them; add indiana_projections.csv to ROOT,"
+            " or use --first-is-frontal"
         )
     return built
 
@@ -145,7 +148,7 @@ def _projections(root: Path) -> dict[str, str]:
     read = table(path, "uid", "filename", "projection")
     views: dict[str, str] = {}
     for uid, name, projection in zip(*(read.columns[c] for c in ("uid", "filename", "projection")), strict=True):
-        # Its 2_IM-0652-1001.dcm.png is the archive's CXR2_IM-0652-1001, its 1_IM-0001-3001.dcm.png CXR1_1_IM-0001-3001.
+        # 2_IM-0652-1001.dcm.png is CXR2_IM-0652-1001 in the archive, and 1_IM-0001-3001.dcm.png is CXR1_1_IM-0001-3001.
         stem = name.split(".")[0]
         views |= dict.fromkeys((f"CXR{stem}", f"CXR{uid.strip()}_{stem}"), projection.strip().lower())
     return views

@@ -12,16 +12,16 @@ class SourceOptions:
     """Options of `ctx-distill manifest`.
 
     Attributes:
-        release: ct-rate: which release. Default: the one that is there.
+        release: ct-rate: which release. Default: the one that exists.
         reconstructions: ct-rate, dicom: one reconstruction per study, or all.
         labels: rad-chestct: map of its labels.
-        english_from_labels: padchest: English sentences made from its labels, instead of the Spanish reports.
-        first_is_frontal: open-i: take the first image of a report as frontal and the others as lateral.
+        english_from_labels: padchest: English sentences generated from its labels, instead of the Spanish reports.
+        first_is_frontal: open-i: treat the first image of a report as frontal and the others as lateral.
         reports: dicom: CSV of reports; mimic-cxr: folder of reports.
         key: dicom: file of the secret that ids are hashed with. Default: `~/.config/ctx-distill/key`.
-        keep_ids: dicom: keep ids and dates of the headers.
-        convert: dicom: folder to write the chosen series to, as NIfTI with hashed names.
-        keep_paths: dicom: write paths into the manifest even if they hold a name or id.
+        keep_ids: dicom: keep the ids and dates of the headers.
+        convert: dicom: folder for the selected series as NIfTI with hashed names.
+        keep_paths: dicom: write paths to the manifest even if they contain a name or id.
         val: Share of patients for val, if the data set has no split.
         test: Share of patients for test, if the data set has no split.
         workers: Processes. Default: one per core.

@@ -1,5 +1,8 @@
-"""PadChest (Bustos et al. 2020): 16-bit films, Spanish reports without stop words and endings, labels by physicians and a
-network. The PNGs hold the detector's values: films that DICOM called MONOCHROME1 are stored with white low."""
+"""Build a manifest of PadChest (Bustos et al. 2020).
+
+PadChest has 16-bit films, stemmed Spanish reports without stop words, and labels by physicians and a network. The PNGs
+store detector values, so low values of films that were MONOCHROME1 in DICOM are white.
+"""
 
 from __future__ import annotations
 
@@ -25,20 +28,20 @@ _SHARED: Mapping[str, tuple[str, ...]] = {
     "pleural effusion": ("pleural effusion", "loculated pleural effusion", "hydropneumothorax"),
     "fracture": ("fracture", "vertebral fracture", "clavicle fracture", "humeral fracture", "rib fracture", "callus rib fracture"),
 }  # fmt: skip
-"""CheXpert's findings out of PadChest's terms."""
+"""Map from CheXpert's findings to PadChest's terms."""
 
 
 def build(root: Path, options: SourceOptions) -> Built:
-    """Rows of every film on the disk, split by a hash of the patient's id (`--val`, `--test`).
+    """Return the rows of all existing films, split by a hash of the patient id (`--val`, `--test`).
 
-    Without a column StudyID a study is a patient's films of one StudyDate_DICOM; without PhotometricInterpretation_DICOM the films
-    are taken as bright where the film is bright, and the counts say so.
+    Without column StudyID, a study consists of a patient's films of one StudyDate_DICOM. Without
+    PhotometricInterpretation_DICOM, films are assumed not to be inverted, which is noted in the summary.
 
-    The reports are Spanish (`language` es), so the index takes them with a multilingual tower alone;
-    `--english-from-labels` writes English sentences made from the labels instead. Those are ours, not a radiologist's.
+    The reports are Spanish (`language` es), so the index needs a multilingual text tower. `--english-from-labels` writes
+    English sentences generated from the labels instead (ours, not by a radiologist).
 
     Raises:
-        InputError: the table is missing or not the set's.
+        InputError: the table is missing or is not that of PadChest.
     """
     built = Built("padchest", root)
     names = ("ImageID", "ImageDir", "PatientID", "Projection", "Labels", "Report")
@@ -47,16 +50,16 @@ def build(root: Path, options: SourceOptions) -> Built:
     photometric = columns.get("PhotometricInterpretation_DICOM")
     if photometric is None:
         built.notes.append(
-            "no column PhotometricInterpretation_DICOM: films of MONOCHROME1 are not told, and not turned"
+            "no column PhotometricInterpretation_DICOM: films of MONOCHROME1 are not recognised and not inverted"
         )
     for place, image_id in enumerate(columns["ImageID"]):
         value = {name: columns[name][place].strip() for name in names}
         terms = _terms(value["Labels"])
         path = next((p for p in (Path(value["ImageDir"]) / image_id, Path(image_id)) if (root / p).is_file()), None)
         if path is None:
-            built.left_out["image is not on the disk"] += 1
+            built.left_out["image file does not exist"] += 1
         elif "exclude" in terms:
-            built.left_out["labelled exclude by the set"] += 1
+            built.left_out["labelled exclude by the data set"] += 1
         elif not value["PatientID"] or not studies[place]:
             built.left_out["no patient or study id"] += 1
         else:
@@ -74,16 +77,18 @@ def build(root: Path, options: SourceOptions) -> Built:
                 )
             )  # fmt: skip
     if options.english_from_labels:
-        built.notes.append("findings are English sentences made from the labels by ctx-distill, not reports")
+        built.notes.append("findings are English sentences generated from the labels by ctx-distill, not reports")
     return built
 
 
 def _studies(path: Path, columns: Mapping[str, list[str]]) -> list[str]:
-    """Each film's study: StudyID, else the patient and the number of the day among the patient's in the table's order."""
+    """Return the study of each film: StudyID, or else the patient and a number per study date."""
     if "StudyID" in columns:
         return [value.strip() for value in columns["StudyID"]]
     if "StudyDate_DICOM" not in columns:
-        raise InputError(f"{path}: neither column StudyID nor StudyDate_DICOM; is it this data set's table?")
+        raise InputError(
+            f"{path}: neither column StudyID nor StudyDate_DICOM; check that it is the table of this data set"
+        )
     days: dict[str, dict[str, int]] = {}
     studies = []
     for patient, day in zip(columns["PatientID"], columns["StudyDate_DICOM"], strict=True):
@@ -93,21 +98,21 @@ def _studies(path: Path, columns: Mapping[str, list[str]]) -> list[str]:
 
 
 def _terms(text: str) -> list[str]:
-    """A list as Python prints it, evaluated as a literal alone; damaged ones are no terms."""
+    """Parse a Python list literal; return an empty list if it is invalid."""
     try:
-        found = ast.literal_eval(text)
+        value = ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return []
-    return [str(term).strip().lower() for term in found] if isinstance(found, (list, tuple)) else []
+    return [str(term).strip().lower() for term in value] if isinstance(value, (list, tuple)) else []
 
 
 def english_from_labels(terms: Sequence[str]) -> str:
-    """One sentence a term; a study without findings says so.
+    """Return one sentence per term, or a sentence for a normal study.
 
     Args:
         terms: PadChest's labels of one film.
     """
-    told = [term for term in dict.fromkeys(terms) if term not in _NO_FINDINGS]
-    if not told:
+    findings = [term for term in dict.fromkeys(terms) if term not in _NO_FINDINGS]
+    if not findings:
         return "No acute cardiopulmonary finding." if "normal" in terms else ""
-    return " ".join(f"{term[0].upper()}{term[1:]}." for term in told)
+    return " ".join(f"{term[0].upper()}{term[1:]}." for term in findings)

@@ -1,7 +1,7 @@
-"""Keyed hashes in place of ids, and days in place of dates: what a manifest may show of a hospital's patients.
+"""Replace ids by keyed hashes and dates by relative days, to pseudonymise hospital data.
 
-An unkeyed hash of a patient number is undone by trying all numbers. The key is a file of its own, outside of what is
-given away; with it the same patient gets the same name in every manifest, without it nobody gets back.
+An unkeyed hash of a patient number can be reversed by trying all numbers. The key is stored in a separate file that is
+not shared: with it a patient has the same pseudonym in every manifest, without it pseudonyms cannot be reversed.
 """
 
 from __future__ import annotations
@@ -19,32 +19,32 @@ KEY_BYTES = 32
 
 
 class Pseudonyms:
-    """Names made from ids with a secret key.
+    """Create pseudonyms from ids with a secret key.
 
     Args:
-        key: the secret; None keeps ids as they are.
+        key: the secret; None keeps the ids.
     """
 
     def __init__(self, key: bytes | None) -> None:
         self.key = key
 
     def name(self, kind: str, value: str) -> str:
-        """A name for an id: `kind` (such as `p`) and 16 hex digits of HMAC-SHA256; the id itself without a key."""
+        """Return `kind` (such as `p`) and 16 hex digits of HMAC-SHA256, or the id without a key."""
         if self.key is None:
             return value
         return kind + hmac.new(self.key, f"{kind}/{value}".encode(), hashlib.sha256).hexdigest()[:16]
 
 
 def read_or_make_key(path: Path, output: Path) -> bytes:
-    """The secret in a file, made at random where there is none, readable by its owner alone.
+    """Read the secret from a file, or create a random one that only its owner can read.
 
     Raises:
-        InputError: it lies in the output's folder, or is not such a secret.
+        InputError: the file is in the output's folder, or does not contain a key.
     """
     folder, key = output.resolve().parent, path.resolve()
     if folder == key.parent or folder in key.parents:
         raise InputError(
-            f"{path}: the key lies in the folder of {output}, and would be given away with it; put it elsewhere, such as"
+            f"{path}: the key is in the folder of {output} and would be shared with it; store it elsewhere, such as"
             " ~/.config/ctx-distill/key"
         )
     if not key.exists():
@@ -56,13 +56,15 @@ def read_or_make_key(path: Path, output: Path) -> bytes:
         secret = bytes.fromhex(key.read_text().strip())
     except (OSError, ValueError) as error:
         raise InputError(
-            f"{path}: not a key ({error}); expected {2 * KEY_BYTES} hex digits, or no file to make one"
+            f"{path}: not a key ({error}); expected {2 * KEY_BYTES} hex digits; remove the file to create a new key"
         ) from error
     if len(secret) < KEY_BYTES:
-        raise InputError(f"{path}: a key of {len(secret)} bytes; expected {KEY_BYTES} or more, remove it to make one")
+        raise InputError(
+            f"{path}: key of {len(secret)} bytes; expected at least {KEY_BYTES}, remove the file to create a new key"
+        )
     return secret
 
 
 def days_since(first: date | None, this: date | None) -> int | None:
-    """Whole days from a patient's first examination; None where a date is missing."""
+    """Return the days since a patient's first examination, or None if a date is missing."""
     return (this - first).days if first is not None and this is not None else None

@@ -1,4 +1,4 @@
-"""Rad-ChestCT (Draelos et al. 2021): npz volumes of 0.8 mm, labels of abnormality and location, no reports."""
+"""Build a manifest of Rad-ChestCT (Draelos et al. 2021): npz volumes of 0.8 mm with labels, without reports."""
 
 from __future__ import annotations
 
@@ -44,56 +44,58 @@ MAPS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "pulmonary fibrotic sequela": ("scarring",),
     },
 }  # fmt: skip
-"""CT-RATE's labels out of Rad-ChestCT's, as two papers' code does it: HLIP's 15, RadFinder's 17. A label is present where
-one of the abnormalities is, at any location."""
+"""Maps from Rad-ChestCT's to CT-RATE's labels in the code of two papers: HLIP (15 labels) and RadFinder (17).
+
+A label is present if one of its abnormalities is present at any location.
+"""
 
 
 def build(root: Path, options: SourceOptions) -> Built:
-    """Rows of the volumes on the disk, in ROOT or ROOT/npz, under the set's own split.
+    """Return the rows of the existing volumes in ROOT or ROOT/npz, with the published split.
 
-    `--labels hlip` or `radfinder` gives CT-RATE's labels by that paper's map, `own` the set's abnormalities. The set names no
-    patients, and its authors split by patient: each volume counts as a patient of its own here.
+    `--labels hlip` or `radfinder` maps to CT-RATE's labels as in that paper; `own` keeps the published abnormalities. The
+    data set has no patient ids but is split by patient, so each volume counts as a separate patient.
 
     Raises:
-        InputError: an unknown map, no label table.
+        InputError: an unknown map, or no label table.
     """
     if options.labels not in (*MAPS, "own"):
-        raise InputError(f"--labels {options.labels}: no such map; expected {', '.join(MAPS)} or own")
+        raise InputError(f"unknown --labels {options.labels}; choose from: {', '.join(MAPS)}, own")
     built = Built("rad-chestct", root)
     folder = Path("npz") if (root / "npz").is_dir() else Path()
-    found = False
+    any_table = False
     for split, (prefix, name) in _TABLES.items():
         path = root / f"{name}_Abnormality_and_Location_Labels.csv"
         if not path.is_file():
-            built.notes.append(f"{path.name} is not there; its volumes are not in the manifest")
+            built.notes.append(f"{path.name} does not exist; its volumes are not in the manifest")
             continue
-        found = True
+        any_table = True
         read = table(path)
-        named = ID if ID in read.columns else next(iter(read.columns))
+        id_column = ID if ID in read.columns else next(iter(read.columns))
         labels, left_blank = _labels(read.columns, options.labels, path)
         if left_blank:
             built.notes.append(
-                f"{path.name} lacks abnormalities of the map {options.labels}: no label {', '.join(left_blank)}"
+                f"{path.name} lacks abnormalities of map {options.labels}; without label: {', '.join(left_blank)}"
             )
-        for place, cell in enumerate(read.columns[named]):
+        for place, cell in enumerate(read.columns[id_column]):
             image_id = cell.strip().removesuffix(".npz")
             if not image_id.startswith(prefix):
                 raise InputError(
-                    f"{path}: row {read.rows[place]}: {named} {image_id!r}; expected {prefix} and a number"
+                    f"{path}: row {read.rows[place]}: {id_column} {image_id!r}; expected {prefix} and a number"
                 )
             row = ManifestRow(image_id, image_id, split, folder / f"{image_id}.npz", image_id)
             row.labels = {finding: float(values[place]) for finding, values in labels.items()}
             built.rows += present(built, [row])
-    if not found:
+    if not any_table:
         raise InputError(
-            f"{root}: none of {', '.join(f'{n}_Abnormality_and_Location_Labels.csv' for _, n in _TABLES.values())}"
+            f"{root}: expected at least one of {', '.join(f'{n}_Abnormality_and_Location_Labels.csv' for _, n in _TABLES.values())}"
         )
-    built.notes.append("no reports in this set: for evaluation and stage 4, not for stages 1 to 3")
+    built.notes.append("this data set has no reports; use it for evaluation and stage 4, not for stages 1 to 3")
     return built
 
 
 def _labels(columns: Mapping[str, list[str]], name: str, path: Path) -> tuple[dict[str, NDArray[np.int64]], list[str]]:
-    """Each finding's (N,) 0 and 1, and the findings that the table has not every abnormality for."""
+    """Return labels (N,) of 0 and 1 by finding, and the findings whose abnormalities are not all in the table."""
     of: dict[str, list[str]] = defaultdict(list)
     for column in columns:
         abnormality, star, _ = column.partition("*")
@@ -101,7 +103,7 @@ def _labels(columns: Mapping[str, list[str]], name: str, path: Path) -> tuple[di
             of[abnormality.strip()].append(column)
     wanted = MAPS[name] if name in MAPS else {key.replace("_", " "): (key,) for key in of}
     if not of:
-        raise InputError(f"{path}: no column abnormality*location; is it this data set's table?")
+        raise InputError(f"{path}: no column abnormality*location; check that it is a table of this data set")
     lacking = [finding for finding, keys in wanted.items() if not set(keys) <= set(of)]
     wanted = {finding: keys for finding, keys in wanted.items() if finding not in lacking}
     present_at = {

@@ -1,4 +1,4 @@
-"""What a builder gives: rows of a manifest, and what it left out and why. Writing them is the same for every source."""
+"""The result of a manifest builder (rows, and excluded images by reason), and writing it as a manifest."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ctx_distill.files import write_text
 
 @dataclass
 class ManifestRow:
-    """One image; the fields are the columns of a manifest, `image` is its place under the source's root."""
+    """One image; the fields are the columns of a manifest, and `image` is its path relative to the source's root."""
 
     study_id: str
     patient_id: str
@@ -35,14 +35,14 @@ class ManifestRow:
 
 @dataclass
 class Built:
-    """Rows with the counts of what is not among them.
+    """The rows of a manifest and the number of excluded images.
 
     Attributes:
         source: name of the data set.
-        root: the folder that images lie in.
-        rows: in the order of the manifest.
-        left_out: images by reason, in words to print.
-        notes: sentences to print.
+        root: folder of the images.
+        rows: rows in the order of the manifest.
+        left_out: number of excluded images by printable reason.
+        notes: messages to print.
     """
 
     source: str
@@ -53,14 +53,14 @@ class Built:
 
 
 def hashed_split(source: str, patient_id: str, val: float, test: float = 0.0) -> str:
-    """A split that depends on the patient alone: the same in every manifest, whatever else is in it."""
+    """Return a split that depends only on the patient, so that it is equal in every manifest."""
     digest = hashlib.sha256(f"{source}/{patient_id}".encode()).digest()
     place = int.from_bytes(digest[:8], "big") / 2**64
     return "test" if place < test else "val" if place < test + val else "train"
 
 
-def one_split_a_patient(built: Built) -> None:
-    """A patient whose images stand in several splits goes to test if any is there, else to val; counted in the notes."""
+def one_split_per_patient(built: Built) -> None:
+    """Move patients with several splits to the last one (test, then val, then train) and note their number."""
     order = {name: number for number, name in enumerate(SPLITS)}
     last: dict[str, str] = {}
     for row in built.rows:
@@ -70,13 +70,13 @@ def one_split_a_patient(built: Built) -> None:
         row.split = last[row.patient_id]
     if moved:
         built.notes.append(
-            f"{len({row.patient_id for row in moved})} patients stood in several splits; their {len(moved)} images of the"
-            " earlier ones went to the last (test before val before train)"
+            f"{len({row.patient_id for row in moved})} patients were in several splits; {len(moved)} of their images"
+            " were moved to one split (test before val before train)"
         )
 
 
-def present(built: Built, rows: Iterable[ManifestRow], reason: str = "image is not on the disk") -> list[ManifestRow]:
-    """The rows whose image lies under the root; the others are counted."""
+def present(built: Built, rows: Iterable[ManifestRow], reason: str = "image file does not exist") -> list[ManifestRow]:
+    """Return the rows whose image exists; count the others as excluded."""
     kept = []
     for row in rows:
         if (built.root / row.image).exists():
@@ -87,49 +87,47 @@ def present(built: Built, rows: Iterable[ManifestRow], reason: str = "image is n
 
 
 def table(path: Path, *columns: str) -> Table:
-    """A table of the data set with the columns that the builder needs.
+    """Read a table of the data set with the required columns.
 
     Raises:
-        InputError: missing, unreadable, or without one of the columns.
+        InputError: the table is missing, unreadable, or lacks a column.
     """
     if not path.is_file():
-        raise InputError(f"{path}: no such file; expected a table of the data set there, download it or correct ROOT")
-    read = read_table(path)
-    missing = [name for name in columns if name not in read.columns]
+        raise InputError(f"{path}: no such file; expected a table of the data set. Download it or correct ROOT")
+    contents = read_table(path)
+    missing = [name for name in columns if name not in contents.columns]
     if missing:
         raise InputError(
-            f"{path}: no column {', '.join(missing)}; found {', '.join(list(read.columns)[:12])}; is it this data set's table?"
+            f"{path}: missing column {', '.join(missing)}; found {', '.join(list(contents.columns)[:12])}. Check that it is a table of this data set"
         )
-    return read
+    return contents
 
 
 def label_value(path: Path, column: str, text: str) -> float | None:
-    """A cell of a label column as a number; None where it is blank.
+    """Return a cell of a label column as a number, or None if blank.
 
     Raises:
-        InputError: it is no number.
+        InputError: the cell is not a number.
     """
     try:
         return float(text) if text.strip() else None
     except ValueError as error:
-        raise InputError(
-            f"{path}: column {column!r}: found {text!r}; expected a label as a number, or blank"
-        ) from error
+        raise InputError(f"{path}: column {column!r}: found {text!r}; expected a number or blank") from error
 
 
 def write_manifest(built: Built, out: Path) -> str:
-    """Check the rows as every manifest is checked, write them, and say in numbers what came in and what did not.
+    """Check and write the rows, and return a summary of included and excluded images.
 
-    Paths are relative to OUT's folder where that holds the images; else a column `root` names the images' folder.
+    Paths are relative to the folder of OUT if it contains the images; otherwise a column `root` names their folder.
 
     Raises:
-        InputError: nothing is left; what `read_manifest` refuses.
+        InputError: no row remains, or `read_manifest` rejects the manifest.
     """
     if out.suffix.lower() != ".csv":
-        raise InputError(f"{out}: expected a manifest to write, such as {out.with_suffix('.csv')}")
-    reasons = "".join(f"\n  left out, {reason}: {count:,}" for reason, count in sorted(built.left_out.items()))
+        raise InputError(f"{out}: expected a .csv file for the manifest, such as {out.with_suffix('.csv')}")
+    reasons = "".join(f"\n  excluded, {reason}: {count:,}" for reason, count in sorted(built.left_out.items()))
     if not built.rows:
-        raise InputError(f"{built.root}: no image of {built.source} is left for a manifest{reasons}")
+        raise InputError(f"{built.root}: no image of {built.source} remains for the manifest{reasons}")
     root, folder = built.root.resolve(), out.parent.resolve()
     inside = root == folder or folder in root.parents
     findings = list(dict.fromkeys(name for row in built.rows for name in row.labels))
@@ -150,12 +148,12 @@ def write_manifest(built: Built, out: Path) -> str:
         )
     checked = write_checked(out, text.getvalue())
     texts = sum(bool(row.findings or row.impression) for row in built.rows)
-    told = f"{counts(out, built.source, checked)}; {texts:,} images with a report"
-    return told + reasons + "".join(f"\n  {note}" for note in built.notes)
+    summary = f"{counts(out, built.source, checked)}; {texts:,} images with a report"
+    return summary + reasons + "".join(f"\n  {note}" for note in built.notes)
 
 
 def write_checked(out: Path, text: str) -> Manifest:
-    """Write a manifest that is read and checked before it takes its name; nothing stays where it is refused."""
+    """Write a manifest under a temporary name, check it, and rename it; leave no file if it is rejected."""
     part = out.with_name(f".{out.stem}.part.csv")
     write_text(part, text)
     try:
@@ -167,7 +165,7 @@ def write_checked(out: Path, text: str) -> Manifest:
 
 
 def counts(out: Path, source: str, manifest: Manifest) -> str:
-    """Images, studies, patients, and images a split, in words."""
+    """Return a text with the numbers of images, studies and patients, and of images per split."""
     frame = manifest.frame
     splits = ", ".join(f"{name} {int((frame['split'] == name).sum()):,}" for name in SPLITS)
     return (
@@ -177,7 +175,7 @@ def counts(out: Path, source: str, manifest: Manifest) -> str:
 
 
 def cell(value: object) -> str:
-    """A number or text as a manifest holds it; None and NaN are blank."""
+    """Format a number or text for a manifest; None and NaN are blank."""
     if value is None or value != value:
         return ""
     return repr(float(value)) if isinstance(value, float) else str(value)

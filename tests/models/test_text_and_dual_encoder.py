@@ -136,7 +136,7 @@ def test_the_dual_encoder_comes_back_from_its_folder_alone(
 
 def test_projection_of_the_distillation_must_lead_into_the_same_space(build) -> None:
     encoder = ResNet3D("small", base_width=8)
-    with pytest.raises(InputError, match="projection of the image from 64 to 7, needed from 64 to 24"):
+    with pytest.raises(InputError, match="the image projection maps 64 to 7; expected 64 to 24"):
         DualEncoder(encoder, build("expert"), image_projection=ProjectionHead(64, 7))
 
 

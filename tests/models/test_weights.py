@@ -36,7 +36,7 @@ def test_an_unreachable_repository_says_how_to_place_it(tmp_path: Path, monkeypa
 
 def test_a_folder_without_an_expert(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("x")
-    with pytest.raises(InputError, match=r"Looked for open_clip_config\.json .*found notes\.txt"):
+    with pytest.raises(InputError, match=r"Expected open_clip_config\.json .*found notes\.txt"):
         open_expert(str(tmp_path))
     with pytest.raises(InputError, match="no such folder"):
         open_expert(str(tmp_path / "nowhere"))

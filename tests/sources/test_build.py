@@ -10,7 +10,7 @@ import pytest
 from ctx_distill.commands.main import main
 from ctx_distill.commands.manifest import Source
 from ctx_distill.sources.build_manifest import BUILDERS
-from ctx_distill.sources.rows import Built, ManifestRow, hashed_split, one_split_a_patient
+from ctx_distill.sources.rows import Built, ManifestRow, hashed_split, one_split_per_patient
 
 RECIPES = Path(__file__).parents[2] / "data_manifests"
 
@@ -39,16 +39,16 @@ def test_a_patient_of_several_splits_goes_to_the_last() -> None:
     built = Built("x", Path())
     for patient, split in (("a", "train"), ("a", "val"), ("b", "val"), ("b", "test"), ("b", "train"), ("c", "train")):
         built.rows.append(ManifestRow(f"s{len(built.rows)}", patient, split, Path("x"), f"i{len(built.rows)}"))
-    one_split_a_patient(built)
+    one_split_per_patient(built)
     assert [(row.patient_id, row.split) for row in built.rows] == [
         ("a", "val"), ("a", "val"), ("b", "test"), ("b", "test"), ("b", "test"), ("c", "train"),
     ]  # fmt: skip
-    assert built.notes[0].startswith("2 patients stood in several splits; their 3 images")
+    assert built.notes[0].startswith("2 patients were in several splits; 3 of their images")
 
 
 @pytest.mark.parametrize("shares", [["--val", "1"], ["--val", "0.6", "--test", "0.5"], ["--test", "-0.1"]])
 def test_shares_that_leave_no_train(tmp_path: Path, shares: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["manifest", "padchest", str(tmp_path), str(tmp_path / "x.csv"), *shares]) == 2
-    assert "expected shares" in capsys.readouterr().err
+    assert "expected non-negative shares" in capsys.readouterr().err
     assert main(["manifest", "padchest", str(tmp_path / "none"), str(tmp_path / "x.csv")]) == 2
     assert "no such folder" in capsys.readouterr().err

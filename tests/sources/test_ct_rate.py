@@ -90,8 +90,8 @@ def test_all_reconstructions_and_what_is_not_on_the_disk(tmp_path: Path, capsys:
     manifest = built(tmp_path, "--reconstructions", "all")
     assert manifest.frame["image_id"].tolist() == ["train_1_a_2", "train_1_a_1"]
     told = capsys.readouterr().out
-    assert "left out, image is not on the disk: 1" in told
-    assert "left out, no chest (the set's no_chest_valid.txt): 1" in told
+    assert "excluded, image file does not exist: 1" in told
+    assert "excluded, no chest (listed in no_chest_valid.txt): 1" in told
 
 
 def test_the_first_release_becomes_the_fixed_one(tmp_path: Path) -> None:

@@ -97,8 +97,8 @@ def test_the_thinnest_axial_series_under_hashed_ids(
     ]
     told = capsys.readouterr().out
     for reason in ("localizer: 1", "secondary capture: 1", "not axial: 1", "fewer than 10 slices: 1",
-                   "another series of the study is taken: 1", "file that is not DICOM: 1"):  # fmt: skip
-        assert f"left out, {reason}" in told
+                   "another series of the study was selected: 1", "file that is not DICOM: 1"):  # fmt: skip
+        assert f"excluded, {reason}" in told
     assert stat.S_IMODE(key.stat().st_mode) == 0o600
     again = built(root, root / "again.csv", "--key", str(key)).frame
     assert again["patient_id"].tolist() == frame["patient_id"].tolist()
@@ -121,7 +121,7 @@ def test_paths_that_tell_names_are_refused_and_converted(tmp_path: Path, capsys:
     series(root / "x/7002/ct", "7002", "1.2.2", 1)
     command = ["manifest", "dicom", str(root), str(tmp_path / "out/ct.csv"), "--key", str(key), "--workers", "1"]
     assert main(command) == 2
-    assert "the paths of 2 of 2 series hold an id, a name or a date of the patient's" in capsys.readouterr().err
+    assert "the paths of 2 of 2 series contain an id, a name or a date of the patient" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     manifest = built(root, tmp_path / "out/ct.csv", "--key", str(key), "--convert", str(tmp_path / "out/ct"))
     scan, source = manifest.scan_file(0).read(), read_volume(root / "DOE_JANE/ct")
@@ -150,7 +150,7 @@ def test_a_series_inside_anothers_folder(tmp_path: Path, capsys: pytest.CaptureF
     series(root / "one", "7001", "1.2.1", 1, slices=40, step=5.0)
     thin = series(root / "one", "7001", "1.2.1", 2, slices=20, step=1.0)
     frame = built(root, root / "ct.csv", "--key", str(key)).frame
-    assert "shares its folder with a larger series (--convert takes it apart): 1" in capsys.readouterr().out
+    assert "in the same folder as a larger series (use --convert): 1" in capsys.readouterr().out
     assert len(frame) == 1
     manifest = built(root, tmp_path / "out/ct.csv", "--key", str(key), "--convert", str(tmp_path / "out/ct"))
     assert manifest.scan_file(0).read().voxels.shape[0] == 20
@@ -163,7 +163,7 @@ def test_a_key_inside_the_output_or_damaged_is_refused(
     root, _ = tree
     command = ["manifest", "dicom", str(root), str(root / "ct.csv"), "--workers", "1", "--key"]
     assert main([*command, str(root / "a/key")]) == 2
-    assert "would be given away with it" in capsys.readouterr().err
+    assert "would be shared with it" in capsys.readouterr().err
     (tmp_path / "key").write_text("abc")
     assert main([*command, str(tmp_path / "key")]) == 2
     assert "not a key" in capsys.readouterr().err
@@ -207,5 +207,5 @@ def test_a_localizer_in_the_series_damaged_headers_and_links(
     assert frame["image_id"].tolist() == [uids["thin"], uids["later"]]
     assert read_volume(root / "a/2").voxels.shape == (40, 8, 8)
     told = capsys.readouterr().out
-    for reason in ("DICOM file with a damaged header: 1", "symbolic link, which is not followed: 1", "localizer: 1"):
-        assert f"left out, {reason}" in told
+    for reason in ("DICOM file with a damaged header: 1", "symbolic link (not followed): 1", "localizer: 1"):
+        assert f"excluded, {reason}" in told

@@ -67,7 +67,7 @@ def test_what_does_not_fit_together(cohort: Path, tmp_path: Path, capsys: pytest
     first, _ = two(cohort, tmp_path)
     out = str(tmp_path / "all.csv")
     assert main(["merge", out, str(first)]) == 2
-    assert "expected two or more" in capsys.readouterr().err
+    assert "merge needs at least two manifests" in capsys.readouterr().err
     assert main(["merge", out, str(first), str(first)]) == 2
     assert "again, as in row" in capsys.readouterr().err
     assert not (tmp_path / "all.csv").exists()

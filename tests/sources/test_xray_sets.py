@@ -73,8 +73,8 @@ def test_mimic(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert frame.loc["a2", "label:edema"] == -1
     assert np.isnan(frame.loc["b1", "label:atelectasis"])
     told = capsys.readouterr().out
-    assert "left out, image is not on the disk: 1" in told
-    assert "1 patients stood in several splits; their 1 images" in told
+    assert "excluded, image file does not exist: 1" in told
+    assert "1 patients were in several splits; 1 of their images" in told
     kept, _ = leave_out_for_index(manifest, manifest.split("test"))
     assert kept.frame["image_id"].tolist() == ["a1"]
 
@@ -161,7 +161,7 @@ def test_padchest_in_english_made_of_labels(tmp_path: Path, capsys: pytest.Captu
     assert frame.loc["1.png", "findings"] == "Pleural effusion. Cardiomegaly."
     assert frame.loc["3.png", "findings"] == "No acute cardiopulmonary finding."
     assert set(frame["language"]) == {"en"}
-    assert "made from the labels by ctx-distill, not reports" in capsys.readouterr().out
+    assert "generated from the labels by ctx-distill, not reports" in capsys.readouterr().out
     assert english_from_labels(["unchanged"]) == ""
 
 

@@ -87,7 +87,7 @@ def test_the_source_is_not_written_over(tmp_path: Path, capsys: pytest.CaptureFi
     source.write_text("report_text\nA nodule.\n")
     assert main(["findings", str(source), str(source)]) == 2
     assert main(["findings", str(source), str(tmp_path / "out.xlsx")]) == 2
-    assert "another file" in capsys.readouterr().err
+    assert "choose another output file" in capsys.readouterr().err
     assert source.read_text() == "report_text\nA nodule.\n"
 
 

@@ -189,5 +189,5 @@ def test_one_slice_truncated_or_alone(tmp_path: Path) -> None:
     folder = series(tmp_path / "a")
     path = positions(folder)[3]
     path.write_bytes(path.read_bytes()[:-100])
-    refused(folder, "decoded")
+    refused(folder, "cannot decode the pixels")
     refused(series(tmp_path / "b", n=1), "one slice")

@@ -182,7 +182,7 @@ def test_a_wrong_checksum_is_refused(tmp_path: Path) -> None:
     packed[-8] ^= 1
     path = tmp_path / "b.nii.gz"
     path.write_bytes(packed)
-    with pytest.raises(InputError, match=r"b\.nii\.gz: the gzip data are damaged"):
+    with pytest.raises(InputError, match=r"b\.nii\.gz: damaged gzip data"):
         read_volume(path)
 
 
@@ -224,10 +224,10 @@ def test_no_permission(unprivileged: tuple[Path, Callable[[], AbstractContextMan
     path.write_bytes(b"\x1f\x8b")
     path.chmod(0)
     with acting():
-        refused(path, "Permission denied", "rights")
+        refused(path, "Permission denied", "permissions")
     (folder / "closed").mkdir(mode=0)
     with acting():
-        refused(folder / "closed", "Permission denied", "rights")
+        refused(folder / "closed", "Permission denied", "permissions")
 
 
 @pytest.mark.parametrize("name", ["a.nii", "a.nii.gz", "a.nrrd", "a.mha", "z.nrrd", "z.mha"])
@@ -253,7 +253,7 @@ def test_damaged_gzip(tmp_path: Path) -> None:
     path = nifti(tmp_path / "a.nii.gz", hu())
     data = bytearray(path.read_bytes())
     path.write_bytes(data + b"garbage")
-    refused(path, "follow")
+    refused(path, "unexpected data after the end")
     flipped = bytearray(data)
     flipped[-6] ^= 1  # the checksum
     path.write_bytes(flipped)
@@ -264,20 +264,20 @@ def test_a_header_that_claims_too_much(tmp_path: Path) -> None:
     for name in ("a.nii", "a.nii.gz"):
         path = tmp_path / name
         nifti(path, hu(), dim=[3, 32000, 32000, 32000, 1, 1, 1, 1])
-        refused(path, "claims", "32000 x 32000 x 32000")
+        refused(path, "declares", "32000 x 32000 x 32000")
         nifti(path, hu(), dim=[3, 1200, 1200, 1200, 1, 1, 1, 1])
-        refused(path, "claims", "bytes")
+        refused(path, "declares", "bytes")
     path = itk(tmp_path / "a.mha", hu())
     path.write_bytes(path.read_bytes().replace(b"DimSize = 14 12 9", b"DimSize = 30000 30000 9"))
-    refused(path, "claims")
+    refused(path, "declares")
     path = itk(tmp_path / "a.nrrd", hu())
     path.write_bytes(path.read_bytes().replace(b"sizes: 14 12 9", b"sizes: 30000 30000 9"))
-    refused(path, "claims")
+    refused(path, "declares")
 
 
 def test_a_stream_longer_than_its_header_says_is_no_volume(tmp_path: Path) -> None:
     path = nifti(tmp_path / "a.nii.gz", np.zeros((90, 120, 140), np.int16), dim=[3, 140, 120, 9, 1, 1, 1, 1])
-    refused(path, "goes on")
+    refused(path, "continues after the voxels")
 
 
 @pytest.mark.parametrize("name", ["a.nii", "a.nrrd", "a.mha"])
@@ -299,7 +299,7 @@ def test_more_or_fewer_dimensions_and_colour(tmp_path: Path, name: str) -> None:
         nifti(path, np.zeros((1, 12, 14), np.int16))
     else:
         itk(path, np.zeros((1, 12, 14), np.int16))
-    refused(path, "two or more")
+    refused(path, "at least two voxels")
 
 
 def test_zero_slices(tmp_path: Path) -> None:

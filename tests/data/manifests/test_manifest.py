@@ -229,7 +229,7 @@ def test_images_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "x/1.png").write_bytes(b"")
     refused(path, "row 3", "empty file")
     (tmp_path / "x/1.png").write_bytes(b"version https://git-lfs.github.com/spec/v1")
-    refused(path, "row 3", "is no .png")
+    refused(path, "row 3", "is not a .png file")
     (tmp_path / "x/1.png").unlink()
     (tmp_path / "x/1.png").mkdir()
     refused(path, "row 3", "without files")
@@ -257,7 +257,7 @@ def test_files_that_are_no_manifest(tmp_path: Path) -> None:
     path.write_text("study_id;patient_id;split;image_path;findings;impression\n")
     refused(path, "commas")
     path.write_text("study_id,patient_id,split,image_path,findings,impression,findings\n")
-    refused(path, "twice")
+    refused(path, "more than once")
     head = "study_id,patient_id,split,image_path,findings,impression\n"
     path.write_bytes(head.encode() + "s,p,train,x,Aufnahme,über\n".encode("latin-1"))
     refused(path, "row 2", "UTF-8")

@@ -75,7 +75,7 @@ def test_the_series_itself_is_sound(tmp_path: Path) -> None:
 def test_enhanced_multi_frame(tmp_path: Path) -> None:
     folder = slices(tmp_path / "s", 1, SOPClassUID=EnhancedCTImageStorage, NumberOfFrames=5)
     refused(folder / "000.dcm", "single DICOM file")
-    with pytest.raises(InputError, match=r"multi-frame DICOM .5 frames.; expected one slice a file, convert it"):
+    with pytest.raises(InputError, match=r"multi-frame DICOM .5 frames.; expected one slice per file, convert it"):
         read_volume(folder)
 
 
@@ -132,10 +132,10 @@ def test_slices_that_claim_too_much(tmp_path: Path) -> None:
     folder = slices(tmp_path / "s")
     for number in range(12):
         change(folder / f"{number:03}.dcm", Rows=18_000, Columns=18_000)
-    refused(folder, "the header claims 12 x 18000 x 18000", "can hold at most")
+    refused(folder, "the header declares 12 x 18000 x 18000", "can hold at most")
     for number in range(12):
         change(folder / f"{number:03}.dcm", Rows=60_000, Columns=60_000)
-    refused(folder, "the header claims 12 x 60000 x 60000", "expected at most 4e+09")
+    refused(folder, "the header declares 12 x 60000 x 60000", "expected at most 4e+09")
 
 
 @pytest.mark.parametrize("missing", ["ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing"])
@@ -169,7 +169,7 @@ def test_a_slice_that_vanishes_between_header_and_pixels(tmp_path: Path, monkeyp
         check(*arguments, **named)
 
     monkeypatch.setattr(dicom, "check_size", vanish)
-    with pytest.raises(InputError, match="s: the pixels cannot be decoded"):
+    with pytest.raises(InputError, match="s: cannot decode the pixels"):
         read_volume(folder)
 
 
@@ -203,7 +203,7 @@ def test_links_in_a_manifest(tmp_path: Path, inside: bool) -> None:
     (tmp_path / "else/ct.csv").write_text(
         "study_id,patient_id,split,image_path,findings,impression,root\ns,p,train,a.nii.gz,,x,nowhere\n"
     )
-    with pytest.raises(InputError, match="'nowhere', which is no folder"):
+    with pytest.raises(InputError, match="'nowhere', which is not a folder"):
         read_manifest(tmp_path / "else/ct.csv")
 
 
