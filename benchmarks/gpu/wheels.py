@@ -25,8 +25,6 @@ FOLDER_BYTES = 54_000_000
 SETS = {"base": "gpu-wheels.txt", "faiss-gpu": "gpu-faiss.txt"}
 APART = {"simpleitk": ["simpleitk"]}
 """Wheels of the set `base` that travel in a folder of their own."""
-SOURCE_ONLY = ["rouge-score"]
-"""Packages without a wheel on the registry; theirs is built from the hashed source (pure Python)."""
 PLATFORMS = [
     *(f"manylinux_2_{minor}_x86_64" for minor in (39, 35, 34, 31, 28, 27, 24, 17)),
     "manylinux2014_x86_64", "manylinux2010_x86_64", "manylinux1_x86_64",
@@ -57,13 +55,9 @@ def download(folder: Path, sets: Iterable[str] = tuple(SETS)) -> None:
         whole = folder / "all" / name
         whole.mkdir(parents=True, exist_ok=True)
         entries = requirements_of((REQUIREMENTS / SETS[name]).read_text())
-        source = {key: entry for key, entry in entries.items() if key in SOURCE_ONLY}
-        binary = {key: entry for key, entry in entries.items() if key not in SOURCE_ONLY}
         platforms = [word for platform in PLATFORMS for word in ("--platform", platform)]
         _pip(["download", "--only-binary=:all:", "--python-version", "3.12", "--implementation", "cp", *platforms,
-              "--dest", str(whole)], binary, whole)  # fmt: skip
-        if source:
-            _pip(["wheel", "--wheel-dir", str(whole)], source, whole)
+              "--dest", str(whole)], entries, whole)  # fmt: skip
         _sort(name, whole, folder)
     for part in sorted(path for path in folder.iterdir() if path.is_dir() and path.name != "all"):
         total = sum(path.stat().st_size for path in part.iterdir())

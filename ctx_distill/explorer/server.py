@@ -33,6 +33,10 @@ class Address:
     port: int = 8787
     names: Sequence[str] = ()
 
+    def __post_init__(self) -> None:
+        if any("*" in name for name in self.names):
+            raise InputError("--allow-host *: a wildcard would switch the check of host names off; give each name")
+
 
 def serve(opener: Callable[[Any], Any], settings: Any, limits: Limits, address: Address) -> None:
     """Serve until SIGTERM or Ctrl-C, then delete all sessions.

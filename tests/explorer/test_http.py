@@ -302,3 +302,5 @@ def test_without_the_viewer_it_says_what_to_run(monkeypatch: pytest.MonkeyPatch,
         serve(open_fake, "", Limits(), Address(host="192.0.2.1", port=0))
     with pytest.raises(InputError, match="expected a number above 0"):
         Limits(max_files=0)
+    with pytest.raises(InputError, match="a wildcard would switch the check"):
+        Address(names=["*.example.org"])
