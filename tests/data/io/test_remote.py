@@ -40,7 +40,7 @@ def test_prepare_and_check(remote: Path, tmp_path: Path, tiny_preset: Path, caps
     command = ["prepare", str(remote), str(tmp_path / "out"), "--preset", str(tiny_preset), "--workers", "1"]
     count = len(read_manifest(remote))
     assert main(command) == 0
-    assert f"{count} prepared, 0 stood" in capsys.readouterr().out
+    assert f"{count} prepared, 0 already there" in capsys.readouterr().out
     assert main(command) == 0
     assert f"0 prepared, {count} stood" in capsys.readouterr().out
     assert main(["check", str(remote), "--out", str(tmp_path / "check"), "--workers", "1"]) == 0

@@ -128,7 +128,7 @@ def test_another_spec_source_or_image_and_damage_are_refused(tmp_path: Path, sca
             opening(tmp_path / "out", other, projection=False)
     with pytest.raises(InputError, match="projections of version None"):
         PreparedFolder.open(tmp_path / "out", SPEC, projection=True)
-    with pytest.raises(InputError, match=r"no prepared.json; prepare it first"):
+    with pytest.raises(InputError, match=r"no prepared.json; prepare the folder first"):
         PreparedFolder.open(tmp_path, SPEC, projection=False)
     fresh = PreparedFolder.open(tmp_path / "out", SPEC, projection=False)
     with pytest.raises(InputError, match="is not prepared"):
@@ -148,7 +148,7 @@ def test_another_spec_source_or_image_and_damage_are_refused(tmp_path: Path, sca
     with pytest.raises(InputError, match="checksum mismatch, the file is damaged"):
         fresh.read(name, path)
     stored.write_bytes(content[:1000])
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="cannot read the file"):
         fresh.read(name, path)
     assert not fresh.is_complete(name, path)
     fresh.write(name, path)
@@ -161,7 +161,7 @@ def test_a_pickle_in_place_of_a_volume_is_refused(tmp_path: Path, scans: list[tu
     folder.write(name, path)
     stored = next((tmp_path / "out" / "items").rglob("*.npy"))
     np.save(stored, np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="cannot read the file"):
         PreparedFolder.open(tmp_path / "out", SPEC, projection=False).read(name, path)
 
 
