@@ -139,7 +139,7 @@ def read_artefact(folder: Path, kind: Kind) -> Artefact:
         raise InputError(f"{path}: corrupt artefact record ({error}). Run the stage that creates it again.") from error
     if artefact.kind != kind:
         raise InputError(
-            f"{folder}: contains a {artefact.kind} artefact; expected a {kind}. Pass the folder of a {kind}."
+            f"{folder}: contains the artefact {artefact.kind}; expected {kind}. Pass the folder of an artefact {kind}."
         )
     return artefact
 

@@ -178,5 +178,5 @@ def test_refusals_say_what_is_missing(small_expert: Path, biomedclip_like: Path,
     torch.save(torch.nn.Linear(2, 2), folder / "open_clip_pytorch_model.bin")
     with pytest.raises(InputError, match="a pickle of more than tensors"):
         open_expert(str(folder))
-    with pytest.raises(InputError, match=r"shape \(1, 8, 8\), expected \(3, 32, 32\)"):
+    with pytest.raises(InputError, match=r"shape \(1, 8, 8\); expected \(3, 32, 32\)"):
         open_expert(str(small_expert)).encode_image(torch.zeros(1, 1, 8, 8))

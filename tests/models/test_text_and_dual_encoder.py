@@ -148,7 +148,7 @@ def test_the_ct_encoder_artefact(tmp_path: Path, kind: str) -> None:
     volume = torch.randn(1, 1, 16, 16, 16)
     assert torch.equal(head(again(volume).pooled), projection(encoder(volume).pooled))
     assert (artefact.fingerprint, artefact.config["volume_spec"]) == (saved.fingerprint, SPEC)
-    with pytest.raises(InputError, match="holds a ct-encoder artefact, but a dual-encoder is needed"):
+    with pytest.raises(InputError, match="contains the artefact ct-encoder; expected dual-encoder"):
         DualEncoder.load(tmp_path / "a")
 
 

@@ -215,7 +215,7 @@ def test_a_scan_that_ends_its_process_is_an_error_of_that_scan(data: Path, monke
     status, table, excluded, _ = check(data / "ct.csv")
     assert status == 1
     assert [row["image_id"] for row in excluded] == [table.index[1]]
-    assert "the process that read it was ended by the system" in table["errors"].iloc[1]
+    assert "the process that read it was killed" in table["errors"].iloc[1]
 
 
 def test_prepared_items_are_compared(

@@ -122,7 +122,7 @@ def test_a_wrong_question_of_one_rank_is_an_error_on_all(pool: Callable[[int], A
     for told in pool(2).run(__file__, "ranks_ask_wrongly", {"keys": table()}):
         assert "queries have 15 dimensions, the X-ray index 16" in told[0]
         assert "500 neighbours requested from an index of 203" in told[1]
-        assert "for [3, 4] neighbours" in told[2]
+        assert "request [3, 4] neighbours" in told[2]
         assert told[3] == "torch.Size([1, 1])"
 
 

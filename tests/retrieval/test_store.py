@@ -139,7 +139,7 @@ def _no_expert(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (_remove("artefact.json"), "no xray-index artefact here"),
+        (_remove("artefact.json"), "no xray-index artefact"),
         (_remove("items.csv"), r"items.csv: missing .* Run stage 1"),
         (_remove("index.faiss"), "index.faiss: missing"),
         (_remove("model.safetensors"), "model.safetensors: missing"),
@@ -171,7 +171,7 @@ def test_a_flipped_bit_is_found_when_asked(tmp_path: Path) -> None:
 
 def test_another_kind_and_other_tensors_are_refused(tmp_path: Path) -> None:
     write_artefact(tmp_path / "other", "ct-encoder", {}, {"x": torch.ones(1)})
-    with pytest.raises(InputError, match="holds a ct-encoder artefact"):
+    with pytest.raises(InputError, match="contains the artefact ct-encoder; expected xray-index"):
         XrayIndexArtefact.open(tmp_path / "other")
 
 

@@ -191,8 +191,8 @@ def test_bad_input_is_named(
         ([finished_run], "MANIFEST requires an argument"),
         ([finished_run, tmp_path / "none.csv"], "no such manifest"),
         ([finished_run, cohort / "ct.csv", "--out", finished_run / "zero_shot"], "is the folder of a stage"),
-        ([finished_run, cohort / "ct.csv", "--out", tmp_path, "--templates", "odd"], "templates is 'odd'"),
-        ([finished_run, cohort / "ct.csv", "--out", tmp_path, "--vocabulary", "odd"], "vocabulary 'odd'"),
+        ([finished_run, cohort / "ct.csv", "--out", tmp_path, "--templates", "odd"], "unknown templates 'odd'"),
+        ([finished_run, cohort / "ct.csv", "--out", tmp_path, "--vocabulary", "odd"], "unknown vocabulary 'odd'"),
     ):
         assert main(["evaluate", *map(str, arguments)]) == 2
         assert words in capsys.readouterr().err

@@ -169,7 +169,7 @@ def test_a_key_inside_the_output_or_damaged_is_refused(
     assert "not a key" in capsys.readouterr().err
     (tmp_path / "key").write_text("abcd")
     assert main([*command, str(tmp_path / "key")]) == 2
-    assert "a key of 2 bytes" in capsys.readouterr().err
+    assert "key: key of 2 bytes; expected at least 32" in capsys.readouterr().err
     empty = tmp_path / "empty"
     empty.mkdir()
     assert (
@@ -187,7 +187,7 @@ def test_a_key_inside_the_output_or_damaged_is_refused(
         )
         == 2
     )
-    assert "no DICOM series (no file at all)" in capsys.readouterr().err
+    assert "no DICOM series (no files)" in capsys.readouterr().err
 
 
 def test_a_localizer_in_the_series_damaged_headers_and_links(

@@ -124,7 +124,7 @@ def test_a_truncated_archive(tmp_path: Path, keep: float) -> None:
 def test_other_contents(tmp_path: Path) -> None:
     path = tmp_path / "trn1.npz"
     np.savez(path, image=voxels())
-    with pytest.raises(InputError, match=r"holds image.npy; expected the array 'ct'"):
+    with pytest.raises(InputError, match=r"contains image.npy; expected the array 'ct'"):
         read_volume(path)
     np.savez(path, ct=voxels().astype(np.complex64))
     with pytest.raises(InputError, match="voxels of type complex64"):
@@ -145,7 +145,7 @@ def test_a_table_with_other_columns(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert manifest.frame["image_id"].tolist() == ["trn00001", "val00001", "tst00001"]
     assert "pulmonary fibrotic sequela" not in manifest.finding_names
     assert len(manifest.finding_names) == 16
-    assert "no label pulmonary fibrotic sequela" in capsys.readouterr().out
+    assert "without label: pulmonary fibrotic sequela" in capsys.readouterr().out
     assert len(built(tmp_path, "hlip").finding_names) == 15
     frame[["volume"]].to_csv(path, index=False)
     assert main(["manifest", "rad-chestct", str(tmp_path), str(tmp_path / "ct.csv")]) == 2

@@ -211,7 +211,7 @@ def test_settings_out_of_range_are_refused(encoder: BertTextEncoder) -> None:
         masking(encoder, entity_rate=0.0, word_rate=0.0)
     with pytest.raises(InputError, match="weight of 0 or more"):
         EntityMasking(MaskingSettings(weight=-1.0), encoder, 8, 1)
-    with pytest.raises(InputError, match="vocabulary 'nonsense' is not known"):
+    with pytest.raises(InputError, match="unknown vocabulary 'nonsense'"):
         masking(encoder, vocabulary="nonsense")
 
 

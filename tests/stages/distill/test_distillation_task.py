@@ -208,7 +208,7 @@ def test_the_oracle_needs_labels_and_the_index_s_own_manifest(finished_run: Path
         fit(task_of(finished_run, neighbours=own), data(cohort), tmp_path)
     fit(task_of(finished_run, neighbours=own), data(cohort, with_labels=True), tmp_path)
     other = NeighbourSettings(control="oracle", oracle_manifest=str(cohort / "ct.csv"))
-    with pytest.raises(InputError, match=r"the manifest that the index .* was built from disagree"):
+    with pytest.raises(InputError, match=r"the manifest that the index .* was built from do not match"):
         fit(task_of(finished_run, neighbours=other), data(cohort, with_labels=True), tmp_path)
     with pytest.raises(InputError, match="oracle_manifest is not set"):
         NeighbourSettings(control="oracle")

@@ -69,7 +69,7 @@ def test_it_leaves_training_alone_and_is_added_to_the_image_feature(
     prior = open_prior(read, model.embed_dim)
     assert prior is not None
     with torch.no_grad():
-        alone = model.encode_volume(batch.volume, prior(batch))[0]
+        alone = model.encode_volume(batch.volume, prior.features(batch))[0]
     torch.testing.assert_close(alone, moved.predict_step(batch, 0)["image"])
     zero_shot = ZeroShotTask(str(away)).eval()
     torch.testing.assert_close(zero_shot.predict_step(batch, 0)["image"], alone)
