@@ -240,7 +240,7 @@ def rank_of_long_work(seconds: float, limit: float, ends: str) -> list[str]:
         ("", ["written", "None"]),
         ("InputError", ["InputError: no room"] * 2),
         ("StopRequested", ["StopRequested: no room"] * 2),
-        ("KeyError", ["KeyError: 'no room'", "RuntimeError: rank 0 ended with KeyError: 'no room'"]),
+        ("KeyError", ["KeyError: 'no room'", "RuntimeError: rank 0 failed with KeyError: 'no room'"]),
     ],
 )
 def test_work_of_rank_zero_may_take_longer_than_any_wait(

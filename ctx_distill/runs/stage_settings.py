@@ -176,6 +176,6 @@ defaults of another preset. All other arguments of Lightning's
 
 The defaults are those of the preset `demo`. A name in braces, such as `{ct}`, is replaced by a path of the run.
 
-This page is generated: `make settings` writes it again.
+This page is generated: `ctx-distill settings all` prints it.
 """
     return f"{head}\n{settings_markdown(list(STAGES.values()), 'demo')}"

@@ -24,7 +24,7 @@ def test_only_a_denied_one_and_an_asserted_zero_contradict() -> None:
 
 def test_cells_of_labels() -> None:
     assert [label_value("x", cell) for cell in ("1", "0.0", "-1", "", " nan ")] == [1, 0, -1, None, None]
-    with pytest.raises(InputError, match="'yes', expected a label"):
+    with pytest.raises(InputError, match="'yes'; expected a label"):
         label_value("in.csv, row 2", "yes")
 
 

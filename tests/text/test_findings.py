@@ -218,7 +218,7 @@ def test_missing_vocabulary_says_what_there_is(tmp_path: Path) -> None:
     for name in ("nothing", "cues", "../vocabularies/ct-rate"):
         with pytest.raises(InputError, match="ct-rate"):
             load_vocabulary(name)
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="cannot read the file"):
         load_vocabulary(tmp_path / "absent.yaml")
 
 

@@ -177,7 +177,7 @@ def test_a_stopped_command_goes_on_with_what_was_read(tmp_path: Path) -> None:
     os.killpg(process.pid, signal.SIGINT)
     _, told = process.communicate()
     assert process.returncode == 130, told
-    assert "the same command goes on" in told
+    assert "repeat the command to resume" in told
     assert "Traceback" not in told
     assert not out.exists()
     part = min(folder.glob("part-*.json"))
