@@ -42,7 +42,7 @@ def test_prepare_and_check(remote: Path, tmp_path: Path, tiny_preset: Path, caps
     assert main(command) == 0
     assert f"{count} prepared, 0 already there" in capsys.readouterr().out
     assert main(command) == 0
-    assert f"0 prepared, {count} stood" in capsys.readouterr().out
+    assert f"0 prepared, {count} already there" in capsys.readouterr().out
     assert main(["check", str(remote), "--out", str(tmp_path / "check"), "--workers", "1"]) == 0
 
 
