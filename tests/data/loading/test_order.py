@@ -217,7 +217,10 @@ def test_shares_of_classes_for_tasks_that_see_labels(tmp_path: Path) -> None:
         (Mixing("source", {"a": 0.5}), "sum to 1"),
         (Mixing("source", {"a": 1.5, "b": -0.5}), "sum to 1"),
         (Mixing("source", {}), "sum to 1"),
-        (Mixing("source", {"a": 0.5, "z": 0.5}), "no training row has source 'z', which mixing.shares names; choose from: a, b, c"),
+        (
+            Mixing("source", {"a": 0.5, "z": 0.5}),
+            "no training row has source 'z', which mixing.shares names; choose from: a, b, c",
+        ),
         (Mixing("scanner", {"a": 1.0}), "expected source, label:any or label:<finding>"),
     ],
 )
