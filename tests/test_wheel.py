@@ -128,7 +128,7 @@ def test_the_smallest_demo_runs_from_the_wheel(installed: Path, tmp_path: Path) 
     printed = run(installed, command, "all", *arguments, cwd=tmp_path)
     assert "run/index.html" in printed
     assert str(ROOT) not in (tmp_path / "run" / "run.json").read_text()
-    assert "complete in run/align (--force runs it again)" in run(installed, command, "align", *arguments, cwd=tmp_path)
+    assert "complete in run/align (--force reruns it)" in run(installed, command, "align", *arguments, cwd=tmp_path)
 
     program = (
         "import ctx_distill, json, pathlib, sys\n"

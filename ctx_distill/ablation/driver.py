@@ -44,6 +44,7 @@ def run_ablation(options: AblationOptions) -> Path:
 
 def _known(what: str, asked: Sequence[str], known: Iterable[str]) -> list[str]:
     names = list(known)
+    asked = [name for words in asked for name in words.split()]  # make passes all names as one word
     if unknown := sorted(set(asked) - set(names)):
         raise InputError(f"{what}: {unknown[0]!r} is not known; expected some of {', '.join(names)}.")
     return list(asked or names)

@@ -120,7 +120,7 @@ def test_a_signal_in_training_is_told_by_the_status_and_the_run_goes_on_exactly(
     assert runner.wait(process) == status
     log = (run / f"{stage}.log").read_text()
     assert word in log
-    assert "the same command goes on from here" in log
+    assert "repeat the command to resume" in log
     assert not (run / stage / "metrics.json").exists()
     runner.finish(stage, run)
     assert harness.fingerprints(run, stage) == harness.fingerprints(undisturbed, stage)

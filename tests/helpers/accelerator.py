@@ -129,13 +129,13 @@ def main(arguments: list[str]) -> int:
     """Run a command of `ctx-distill`."""
     from lightning.pytorch.accelerators import CPUAccelerator
 
-    from ctx_distill import cli
+    from ctx_distill.commands import main as commands
 
     CPUAccelerator.get_parallel_devices = staticmethod(lambda devices: [DEVICE] * int(devices))  # type: ignore[method-assign]
     for name in COLLECTIVES:
         setattr(dist, name, checked(getattr(dist, name)))
     with Functions(), Operations():
-        return cli.main(arguments)
+        return commands.main(arguments)
 
 
 if __name__ == "__main__":

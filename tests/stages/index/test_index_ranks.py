@@ -137,7 +137,7 @@ def test_a_requeue_on_other_ranks_keeps_what_is_embedded(stage: Stage, finished_
 
     three = stage.of_a_job(3, limit=str(PART))
     assert 2 not in three.statuses
-    assert three.printed.count("embedded by 2 ranks") == 1
+    assert three.printed.count("shards of 2 ranks") == 1
     assert not first & set(three.rows)
     second = done()
     assert first < second
