@@ -144,7 +144,7 @@ def test_a_requeue_on_other_ranks_keeps_what_is_embedded(stage: Stage, finished_
 
     alone = stage.of_a_job(1)
     assert alone.statuses == [0], alone.printed
-    assert alone.printed.count("embedded by 3 ranks") == 1
+    assert alone.printed.count("shards of 3 ranks") == 1
     assert not second & set(alone.rows)
     assert second | set(alone.rows) == pool
     same_index(stage.artefact.parent, finished_run / "index")
