@@ -22,7 +22,7 @@ from ctx_distill.reporting.run_page import CURVE_STAGES, SHOWN_CURVES, environme
 from ctx_distill.reporting.settings_section import data_warnings, setting_rows
 from ctx_distill.reporting.studies_section import label_table, read_ct
 from ctx_distill.runs.metric_catalogue import CATALOGUE
-from ctx_distill.runs.run_reader import STAGES, Metric, Run, gather, mapping
+from ctx_distill.runs.run_reader import PAGE_STAGES, Metric, Run, gather, mapping
 
 LARGEST = len(plots.SHAPES)
 DISAGREEMENTS, SHOWN_FINDINGS = 4, 4
@@ -143,7 +143,7 @@ def _facts(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
 
 
 def _rows(runs: Sequence[Run], held: Sequence[list[Source]]) -> list[ComparedRow]:
-    titles = {key: title for _, key, title in STAGES}
+    titles = {key: title for _, key, title in PAGE_STAGES}
     rows = []
     for key, listed in CATALOGUE.items():
         values = tuple(run.metric(key) for run in runs)
@@ -217,7 +217,7 @@ def _findings(
 
 def _curves(runs: Sequence[Run], names: Sequence[str]) -> list[dict[str, Any]]:
     """Return the curves of terms that at least two runs have, preferring validation curves."""
-    titles = {folder: title for folder, _, title in STAGES}
+    titles = {folder: title for folder, _, title in PAGE_STAGES}
     found = []
     for folder in CURVE_STAGES:
         held = [

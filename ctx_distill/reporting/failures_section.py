@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from ctx_distill.run_files import CHECKPOINTS
-from ctx_distill.runs.run_reader import STAGES, Run, mapping, to_number
+from ctx_distill.runs.run_reader import PAGE_STAGES, Run, mapping, to_number
 
 if TYPE_CHECKING:
     from ctx_distill.data.manifests.manifest import Manifest
@@ -37,7 +37,7 @@ class Failure:
 def failures(run: Run) -> list[Failure]:
     """Return all failures in the order of the stages."""
     found = []
-    for folder, key, name in STAGES:
+    for folder, key, name in PAGE_STAGES:
         place = run.folder / folder
         metrics = run.metrics.get(key, {})
         manifest = run.xray if folder in ("expert", "index") else run.ct
@@ -168,7 +168,7 @@ def _reports(metrics: dict[str, Any]) -> Iterator[_Entry]:
 
 def _requeues(place: Path) -> list[Failure]:
     """Return the SLURM jobs that were requeued, with the lines of their logs about it."""
-    names, requeued = {folder: name for folder, _, name in STAGES}, []
+    names, requeued = {folder: name for folder, _, name in PAGE_STAGES}, []
     for path in sorted(place.glob("*.out")):
         try:
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines()

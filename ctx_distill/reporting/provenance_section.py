@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ctx_distill.reporting.results_section import stage_states
-from ctx_distill.runs.run_reader import STAGES, Run, mapping
+from ctx_distill.runs.run_reader import PAGE_STAGES, Run, mapping
 
 
 def how_made(run: Run) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def how_made(run: Run) -> dict[str, Any]:
                 states[folder],
                 {"seconds": None, "fingerprint": None, **mapping(recorded.get(folder))},
             )
-            for folder, _, name in STAGES
+            for folder, _, name in PAGE_STAGES
         ],
         "left_out": sorted(mapping(run.metrics.get("retrieval", {}).get("left_out")).items()),
     }

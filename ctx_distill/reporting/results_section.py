@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ctx_distill.runs.metric_catalogue import BASELINE_NAMES, CATALOGUE, REPORT_SCORES
-from ctx_distill.runs.run_reader import STAGES, Metric, Run, to_metric
+from ctx_distill.runs.run_reader import PAGE_STAGES, Metric, Run, to_metric
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Tile:
 
 def result_rows(run: Run) -> list[MetricRow]:
     """Return the results table: the run's metrics that are in the catalogue, in the order of the stages."""
-    names = {key: name for _, key, name in STAGES}
+    names = {key: name for _, key, name in PAGE_STAGES}
     rows = []
     for key, listed in CATALOGUE.items():
         metric, chance = run.metric(key), listed.chance
@@ -46,7 +46,7 @@ def result_rows(run: Run) -> list[MetricRow]:
 def all_metrics(run: Run) -> list[tuple[str, Metric]]:
     """Return all metrics by dotted key, except values per finding."""
     found: list[tuple[str, Metric]] = []
-    for _, key, _ in STAGES:
+    for _, key, _ in PAGE_STAGES:
         values = {name: value for name, value in run.metrics.get(key, {}).items() if name != "left_out"}
         found.extend(
             (path, metric) for path, metric in _flatten(key, values) if not any(part in path for part in _BY_FINDING)
@@ -146,7 +146,7 @@ def _why_missing(run: Run, folder: str) -> str:
 
 def stage_states(run: Run) -> dict[str, str]:
     """Return the state of each stage in words, by folder; a stage that this run does not need is "not needed"."""
-    states: dict[str, str] = {folder: run.states.get(folder, "not run") for folder, _, _ in STAGES}
+    states: dict[str, str] = {folder: run.states.get(folder, "not run") for folder, _, _ in PAGE_STAGES}
     if has_labels(run) is False:
         states["classifier"] = "skipped"
     if states["expert"] == "not run" and states["index"] == "done":
@@ -165,7 +165,7 @@ def missing_parts(run: Run) -> list[str]:
         sentences.append("The X-ray manifest has no label columns: the findings of retrieved X-rays were not compared.")
     states = stage_states(run)
     waiting: dict[str, list[str]] = {}
-    for folder, _, name in STAGES:
+    for folder, _, name in PAGE_STAGES:
         state = states[folder]
         waiting.setdefault(state, []).append(name)
     if "under way" in waiting:

@@ -32,7 +32,7 @@ from ctx_distill.reporting.studies_section import label_table, studies
 from ctx_distill.reporting.wanted_maps import study_maps
 from ctx_distill.reporting.zero_shot_section import zero_shot_part
 from ctx_distill.run_files import PAGE
-from ctx_distill.runs.run_reader import STAGES, Metric, Run, gather, to_number
+from ctx_distill.runs.run_reader import PAGE_STAGES, Metric, Run, gather, to_number
 
 if TYPE_CHECKING:
     import jinja2
@@ -64,7 +64,7 @@ def build_page(run: Path) -> Path:
     path = run / PAGE
     gathered = gather(run)
     values = contents(gathered)
-    for folder, _, _ in STAGES:
+    for folder, _, _ in PAGE_STAGES:
         if (run / folder).is_dir():
             write_text(run / folder / PAGE, render(values | stage_contents(gathered, folder, values)))
     write_text(path, render(values))
@@ -113,7 +113,7 @@ def contents(run: Run) -> dict[str, Any]:
         style=page_style(),
         name=run.folder.resolve().name,
         run=run,
-        stages=STAGES,
+        stages=PAGE_STAGES,
         has_labels=has_labels(run),
         tiles=tiles(run),
         rows=result_rows(run),
@@ -132,7 +132,7 @@ def contents(run: Run) -> dict[str, Any]:
         errors=model_errors(run),
         ramp=RAMP,
         stage=None,
-        linked={name: f"{folder}/index.html" for folder, _, name in STAGES if (run.folder / folder).is_dir()},
+        linked={name: f"{folder}/index.html" for folder, _, name in PAGE_STAGES if (run.folder / folder).is_dir()},
         corrections=corrections(run),
         few=few_shot_part(run),
         made=how_made(run),
@@ -142,7 +142,7 @@ def contents(run: Run) -> dict[str, Any]:
 def stage_contents(run: Run, folder: str, values: dict[str, Any]) -> dict[str, Any]:
     """Return the variables of one stage's page, from those of the run page."""
     kept, stage_run = SECTIONS.get(folder, ()), of_stage(run, folder)
-    name = next(name for place, _, name in STAGES if place == folder)
+    name = next(name for place, _, name in PAGE_STAGES if place == folder)
     series = {"X-ray expert": "expert"} if folder == "expert" else FINDING_SERIES
     always = ("style", "name", "stages", "has_labels", "made", "ramp", "models")
     shown = {key: value if key in (*always, *kept) else None for key, value in values.items()}
@@ -235,7 +235,7 @@ def _counts(manifest: Manifest | None) -> dict[str, tuple[int, int]]:
 
 def _curves(run: Run) -> list[dict[str, Any]]:
     """Return the learning curves by stage: the first terms, the rest, and constant terms in words."""
-    titles = {folder: name for folder, _, name in STAGES}
+    titles = {folder: name for folder, _, name in PAGE_STAGES}
     found = []
     for folder in CURVE_STAGES:
         if folder not in run.logs:

@@ -10,7 +10,7 @@ import yaml
 
 from ctx_distill.reporting.studies_section import label_table
 from ctx_distill.run_files import CONFIG_FILE
-from ctx_distill.runs.run_reader import STAGES, Run, mapping
+from ctx_distill.runs.run_reader import PAGE_STAGES, Run, mapping
 
 _OWN = ("trainer.default_root_dir", "trainer.logger")
 """Paths of a run and its manifests are not compared; the manifests' fingerprints are compared instead."""
@@ -19,7 +19,7 @@ _OWN = ("trainer.default_root_dir", "trainer.logger")
 def setting_rows(runs: Sequence[Run]) -> list[tuple[str, str, list[str]]]:
     """Return (stage, key, value per run) for every key of the resolved `config.yaml` that differs; "–" without the key."""
     rows = []
-    for folder, _, title in STAGES:
+    for folder, _, title in PAGE_STAGES:
         held = [_settings(run.folder, folder) for run in runs]
         if sum(settings is not None for settings in held) < 2:
             continue

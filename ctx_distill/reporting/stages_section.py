@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from ctx_distill.reporting.results_section import stage_states
 from ctx_distill.run_files import CONFIG_FILE, REQUEST_FILE
-from ctx_distill.runs.run_reader import STAGES, Run, mapping
+from ctx_distill.runs.run_reader import PAGE_STAGES, Run, mapping
 
 LEADS = {
     "expert": "The X-ray expert: an image tower and a text tower, trained on radiographs and their reports.",
@@ -42,7 +42,7 @@ class StageFacts:
 
 def of_stage(run: Run, folder: str) -> Run:
     """Return the run with the results, tables and log of one stage only."""
-    key = next(key for place, key, _ in STAGES if place == folder)
+    key = next(key for place, key, _ in PAGE_STAGES if place == folder)
     return replace(
         run,
         metrics={key: run.metrics.get(key, {})},
@@ -66,7 +66,7 @@ def stage_facts(run: Run, folder: str, name: str) -> StageFacts:
     recorded = mapping(mapping(run.info.get("stages")).get(folder))
     overrides = request.get("overrides")
     aside = sorted(path.name for path in run.folder.glob(f"{folder}.before-*"))
-    key = next(key for stage, key, _ in STAGES if stage == folder)
+    key = next(key for stage, key, _ in PAGE_STAGES if stage == folder)
     left_out = mapping(run.metrics.get(key, {}).get("left_out"))
     facts = [
         ("Folder", str(place)),

@@ -135,17 +135,6 @@ CATALOGUE: dict[str, Listed] = {
 }
 """Dotted key in `metrics.json` -> metric, in the order of the stages."""
 
-PRINTED_STAGES = {
-    "expert": "X-ray expert",
-    "retrieval": "1 retrieval",
-    "distillation": "2 distillation",
-    "alignment": "3 alignment",
-    "zero_shot": "4 zero-shot",
-    "classifier": "4 classifier",
-    "report": "4 report",
-}
-"""Key of a stage's metrics -> its name in the printed table."""
-
 REPORT_SCORES = {
     "findings_f1": "Findings F1",
     "findings_macro_f1": "Findings F1, mean over findings",

@@ -8,15 +8,15 @@ from typing import Any
 from ctx_distill.metrics.bootstrap import show
 from ctx_distill.runs.metric_catalogue import (
     CATALOGUE,
-    PRINTED_STAGES,
     REPORT_SCORES,
     RETRIEVAL_BASELINES,
     RETRIEVAL_SCORES,
 )
+from ctx_distill.runs.stage_table import STAGES
 
 
 def look_up(metrics: dict[str, Any], path: str) -> Any:
-    """A value of the joined metrics by its dotted path; None where there is none."""
+    """Return a value of the joined metrics by its dotted path, or None."""
     value: Any = metrics
     for part in path.split("."):
         value = value.get(part) if isinstance(value, dict) else None
@@ -24,17 +24,18 @@ def look_up(metrics: dict[str, Any], path: str) -> Any:
 
 
 def result_table(metrics: dict[str, Any]) -> str:
-    """The table: stage, what was measured, value with its 95 % interval, chance level; what is not defined is left out.
+    """Return the table: stage, metric, value with its 95 % interval, chance level; undefined metrics are excluded.
 
-    Where stage 1 measured its retrieval, a second table sets it beside the baselines; so does one for generated reports.
+    A second table compares the retrieval of stage 1 with its baselines, and a third the generated reports.
     """
+    names = {stage.metrics_key: stage.table_name for stage in STAGES.values()}
     lines = [("stage", "measured", "value [95 % interval]", "by chance")]
     for path, listed in CATALOGUE.items():
         if listed.printed is None or show(look_up(metrics, path)) == "-":
             continue
         chance = look_up(metrics, listed.chance) if isinstance(listed.chance, str) else listed.chance
         level = "" if listed.chance is None else show(chance)
-        lines.append((PRINTED_STAGES[path.partition(".")[0]], listed.printed, show(look_up(metrics, path)), level))
+        lines.append((names[path.partition(".")[0]], listed.printed, show(look_up(metrics, path)), level))
     return "\n".join(
         [
             "",

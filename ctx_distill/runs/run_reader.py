@@ -27,22 +27,15 @@ from ctx_distill.run_files import (
     RUN_FILE,
     ZERO_SHOT_PREDICTIONS,
 )
+from ctx_distill.runs.stage_table import STAGES
 
 if TYPE_CHECKING:
     from ctx_distill.data.manifests.manifest import Manifest
 
 State = Literal["done", "under way", "not run"]
 
-# Folder of a stage, key of its metrics in RUN/metrics.json, its name on the page; in the order in which they run.
-STAGES: tuple[tuple[str, str, str], ...] = (
-    ("expert", "expert", "X-ray expert"),
-    ("index", "retrieval", "Retrieval index"),
-    ("distill", "distillation", "Distillation"),
-    ("align", "alignment", "Robust alignment"),
-    ("zero_shot", "zero_shot", "Zero-shot"),
-    ("classifier", "classifier", "Classifier"),
-    ("report", "report", "Report decoder"),
-)
+PAGE_STAGES = tuple((stage.folder, stage.metrics_key, stage.heading) for stage in STAGES.values())
+"""Folder, metrics key and heading of each stage, in the order in which they run."""
 
 
 CORRECTED_COLUMNS = (
@@ -149,7 +142,7 @@ def gather(folder: Path) -> Run:
     metrics = {key: mapping(value) for key, value in joined.items()}
     logs: dict[str, pd.DataFrame] = {}
     states: dict[str, State] = {}
-    for name, key, _ in STAGES:
+    for name, key, _ in PAGE_STAGES:
         stage = folder / name
         if not metrics.get(key):
             own = mapping(_read_json(stage / METRICS_FILE, notes))

@@ -32,6 +32,7 @@ class Stage:
         needs: for each artefact, the model argument that takes it and the stage that makes it.
         metrics_key: its key in `RUN/metrics.json`.
         summary: what its command does, for help.
+        heading: its name on pages.
         number: its number in the method; None for the expert, which may be pretrained.
     """
 
@@ -44,7 +45,13 @@ class Stage:
     needs: tuple[tuple[str, str], ...]
     metrics_key: str
     summary: str
+    heading: str
     number: int | None = None
+
+    @property
+    def table_name(self) -> str:
+        """Its name in printed tables: number and metrics key."""
+        return self.title if self.number is None else f"{self.number} {self.metrics_key.replace('_', '-')}"
 
 
 STAGES: dict[str, Stage] = {
@@ -52,33 +59,33 @@ STAGES: dict[str, Stage] = {
     for stage in (
         Stage(
             "expert", "expert", "X-ray expert", "0_expert.yaml", ("ct", "xray"), "xray", (), "expert",
-            "Train a small X-ray expert, if there is no pretrained one.",
+            "Train a small X-ray expert, if there is no pretrained one.", "X-ray expert",
         ),
         Stage(
             "index", "index", "X-ray index", "1_index.yaml", ("ct", "xray"), "xray", (("expert", "expert"),), "retrieval",
-            "embed the X-ray pool and build the FAISS index.", 1,
+            "embed the X-ray pool and build the FAISS index.", "Retrieval index", 1,
         ),
         Stage(
             "distill", "distill", "distillation", "2_distill.yaml", ("ct",), "ct",
             (("expert", "expert"), ("index", "index")), "distillation",
-            "distil the X-ray expert into the CT encoder.", 2,
+            "distil the X-ray expert into the CT encoder.", "Distillation", 2,
         ),
         Stage(
             "align", "align", "robust contrastive alignment", "3_align.yaml", ("ct",), "ct",
             (("expert", "expert"), ("index", "index"), ("student", "distill")), "alignment",
-            "align CTs and reports, and correct false negatives.", 3,
+            "align CTs and reports, and correct false negatives.", "Robust alignment", 3,
         ),
         Stage(
             "zero-shot", "zero_shot", "zero-shot findings", "4_zero_shot.yaml", ("ct",), "ct", (("model", "align"),),
-            "zero_shot", "score findings with prompts, without labels.", 4,
+            "zero_shot", "score findings with prompts, without labels.", "Zero-shot", 4,
         ),
         Stage(
             "classifier", "classifier", "classifier", "4_classifier.yaml", ("ct",), "ct", (("model", "align"),),
-            "classifier", "train a supervised classifier of findings.", 4,
+            "classifier", "train a supervised classifier of findings.", "Classifier", 4,
         ),
         Stage(
             "report", "report", "report decoder", "4_report.yaml", ("ct",), "ct", (("model", "align"),), "report",
-            "train a report decoder.", 4,
+            "train a report decoder.", "Report decoder", 4,
         ),
     )
 }  # fmt: skip

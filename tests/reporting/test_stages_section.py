@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ctx_distill.reporting import build_page
-from ctx_distill.runs.run_reader import STAGES
+from ctx_distill.runs.run_reader import PAGE_STAGES
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def test_each_stage_has_its_own_parts(run: Path) -> None:
     assert parts(run, "report") == {"results", "failed", "curves", "studies", "made"}
 
 
-@pytest.mark.parametrize("folder", [folder for folder, _, _ in STAGES])
+@pytest.mark.parametrize("folder", [folder for folder, _, _ in PAGE_STAGES])
 def test_a_stage_page_stands_alone_and_is_sound(run: Path, folder: str) -> None:
     html = (run / folder / "index.html").read_text()
     assert "<script" not in html
@@ -59,14 +59,16 @@ def test_a_stage_page_stands_alone_and_is_sound(run: Path, folder: str) -> None:
             assert target[1:] in ids
         else:
             assert (run / folder / target).resolve().is_file()
-    assert re.findall(r'aria-current="page">([^<]+)', html) == [name for place, _, name in STAGES if place == folder]
+    assert re.findall(r'aria-current="page">([^<]+)', html) == [
+        name for place, _, name in PAGE_STAGES if place == folder
+    ]
     for label in re.findall(r'for="([^"]+)"', html):
         assert label in ids
 
 
 def test_the_run_page_links_them(run: Path) -> None:
     html = (run / "index.html").read_text()
-    for folder, _, _ in STAGES:
+    for folder, _, _ in PAGE_STAGES:
         assert f'href="{folder}/index.html"' in html
 
 
