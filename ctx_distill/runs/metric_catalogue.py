@@ -27,7 +27,7 @@ class Listed:
     lower_is_better: bool = False
 
 
-_AUROC = "share of (with, without) pairs of studies in the right order, mean over the findings"
+_AUROC = "share of (with, without) pairs of studies in the correct order, mean over the findings"
 FINDING_MEASURES = {
     "average_precision": "Average precision",
     "f1": "F1",
@@ -51,7 +51,7 @@ def _at_thresholds(stage: str, printed: bool = False) -> dict[str, Listed]:
         ),
         f"{stage}.macro.ece": Listed(
             FINDING_MEASURES["ece"],
-            "how far probabilities are from the shares seen, 0 is best",
+            "difference between probabilities and observed frequencies, 0 is best",
             lower_is_better=True,
         ),
     }
@@ -62,11 +62,11 @@ CATALOGUE: dict[str, Listed] = {
         "Macro AUROC", f"zero-shot on held-out X-rays: {_AUROC}", 0.5, "zero-shot macro AUROC on held-out X-rays"
     ),
     "expert.recall_at_5": Listed(
-        "Recall@5", "the right report among the 5 nearest to an X-ray", "expert.recall_at_5_random"
+        "Recall@5", "the correct report is among the 5 nearest to an X-ray", "expert.recall_at_5_random"
     ),
     "retrieval.jaccard_at_1": Listed(
         "Findings Jaccard@1",
-        "findings that a CT and its first retrieved X-ray share, of those that either has",
+        "findings that a CT and its first retrieved X-ray share, relative to those that either has",
         "retrieval.jaccard_random",
         "findings Jaccard of the nearest X-ray",
     ),
@@ -75,7 +75,7 @@ CATALOGUE: dict[str, Listed] = {
         "the same over CTs with at least one finding",
         "retrieval.jaccard_random_without_normals",
     ),
-    # Both spellings: a run has one of them.
+    # A run has one of the two names.
     **{
         f"retrieval.{spelling}_at_{k}": Listed(
             f"Same-set recall@{k}",
@@ -88,33 +88,35 @@ CATALOGUE: dict[str, Listed] = {
     },
     "distillation.macro_auroc": Listed(
         "Macro AUROC",
-        f"the student asked by the expert's text tower: {_AUROC}",
+        f"the student with the expert's text tower: {_AUROC}",
         0.5,
-        "student asked by the expert's text tower, CT val",
+        "student with the expert's text tower, CT val",
     ),
-    "alignment.recall_at_1": Listed("Recall@1", "the right CT is nearest to a report", "alignment.recall_at_1_random"),
+    "alignment.recall_at_1": Listed(
+        "Recall@1", "the correct CT is nearest to a report", "alignment.recall_at_1_random"
+    ),
     "alignment.recall_at_5": Listed(
         "Recall@5",
-        "the right CT is among the 5 nearest to a report",
+        "the correct CT is among the 5 nearest to a report",
         "alignment.recall_at_5_random",
         "report to volume recall@5, CT val",
     ),
     "alignment.recall_at_10": Listed(
-        "Recall@10", "the right CT is among the 10 nearest to a report", "alignment.recall_at_10_random"
+        "Recall@10", "the correct CT is among the 10 nearest to a report", "alignment.recall_at_10_random"
     ),
     "zero_shot.macro_auroc": Listed(
-        "Macro AUROC", f"by prompts alone, no label seen: {_AUROC}", 0.5, "zero-shot macro AUROC, CT test"
+        "Macro AUROC", f"with prompts only, no labels used: {_AUROC}", 0.5, "zero-shot macro AUROC, CT test"
     ),
     **_at_thresholds("zero_shot", printed=True),
     "zero_shot.retrieval.report_to_volume.recall_at_5": Listed(
         "Report to volume, recall@5",
-        "the right CT is among the 5 nearest to a report, test",
+        "the correct CT is among the 5 nearest to a report, test",
         "zero_shot.retrieval.report_to_volume.recall_at_5_random",
         "report to volume recall@5, CT test",
     ),
     "zero_shot.retrieval.volume_to_report.recall_at_5": Listed(
         "Volume to report, recall@5",
-        "the right report is among the 5 nearest to a CT, test",
+        "the correct report is among the 5 nearest to a CT, test",
         "zero_shot.retrieval.volume_to_report.recall_at_5_random",
     ),
     "classifier.macro_auroc": Listed(
@@ -123,15 +125,15 @@ CATALOGUE: dict[str, Listed] = {
     **_at_thresholds("classifier"),
     "report.findings_f1": Listed(
         "Findings F1",
-        "findings of the generated report against those of the true one",
+        "findings of the generated report compared with those of the reference",
         printed="findings F1 of generated reports, CT test",
     ),
     "report.bleu4": Listed(
         "BLEU-4",
-        "word sequences of up to 4 shared with the true report",
+        "word sequences of up to 4 shared with the reference report",
         printed="BLEU-4 of generated reports, CT test",
     ),
-    "report.rouge_l": Listed("ROUGE-L", "longest common word sequence with the true report"),
+    "report.rouge_l": Listed("ROUGE-L", "longest common word sequence with the reference report"),
 }
 """Dotted key in `metrics.json` -> metric, in the order of the stages."""
 
